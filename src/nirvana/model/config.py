@@ -1,0 +1,213 @@
+"""The configuration of a Nirvana model, and the presets."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from nirvana.errors import InputError
+
+
+@strict
+class NirvanaConfig(PreTrainedConfig):
+    """Configuration of `NirvanaModel` and `NirvanaForCausalLM`.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: D, the width of the residual stream.
+        num_hidden_layers: L.
+        num_prelude_layers: first layers without Trigger and window branch.
+        num_attention_heads: H, heads of both branches; the head size K is D / H.
+        intermediate_size: width of the SwiGLU; None gives 8/3 D rounded up to a multiple of 256.
+        conv_size: width of the depthwise convolutions before the delta rule.
+        sliding_window: W, tokens that a token sees, itself included; None means all.
+        rope_theta: base of rotary positions in the window branch; None means no positions.
+        interpolation: "convex" (the paper) or "independent" (the released code).
+        task_dim: C, size of the Trigger's task vectors.
+        bank_size: R, number of weights in the bank from which fast weights are mixed.
+        trigger_gradient: "exact", or "truncated" as in the released code.
+        trigger_lr: step size of the Trigger, one number or one for each layer that has a Trigger.
+        trigger_lr_learnable: train the step sizes, starting there.
+        trigger_decay: memory along the sample in 0..1 (0: every token alone), one or per layer.
+        trigger_decay_learnable: train the decays, starting there (then 0 < decay < 1).
+        rms_norm_eps: epsilon of every RMSNorm.
+        initializer_range: standard deviation of the initial matrices.
+
+    Raises:
+        InputError: for values that no model can have; says which and what would be right.
+    """
+
+    model_type = "nirvana"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the library's convention)
+    attribute_map = {  # noqa: RUF012
+        "num_heads": "num_attention_heads",
+        "window_size": "sliding_window",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 22
+    num_prelude_layers: int = 2
+    num_attention_heads: int = 16
+    intermediate_size: int | None = None
+    conv_size: int = 4
+    sliding_window: int | None = 2048
+    rope_theta: float | None = None
+    interpolation: Literal["convex", "independent"] = "convex"
+    task_dim: int = 64
+    bank_size: int = 32
+    trigger_gradient: Literal["exact", "truncated"] = "exact"
+    trigger_lr: float | list[float] = 0.01
+    trigger_lr_learnable: bool = False
+    trigger_decay: float | list[float] = 0.0
+    trigger_decay_learnable: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
+        hybrid = "hybrid" if self.sliding_window is None else "hybrid_sliding"
+        prelude = min(self.num_prelude_layers, self.num_hidden_layers)
+        # The library's cache reads from here which states a layer keeps.
+        self.layer_types = ["linear_attention"] * prelude + [hybrid] * (
+            self.num_hidden_layers - prelude
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """K."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """How many convolution-like states the library's cache keeps per layer.
+
+        Slot 0 holds the inputs of the convolutions, slot 1 the Trigger's memory `m [B, 4, R]`:
+        the library's second *recurrent* state cannot be read back without a convolution state of
+        its own, and a convolution state of width R that receives R new columns is just replaced.
+        """
+        return 2 if self.has_memory else 1
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any Trigger carries its gradient along the sample."""
+        decays = self.trigger_decay
+        if self.trigger_decay_learnable:
+            return True
+        return any(decays) if isinstance(decays, list) else decays > 0
+
+    def per_trigger(self, name: Literal["trigger_lr", "trigger_decay"], layer_idx: int) -> float:
+        """The value of a per-layer setting at a layer that has a Trigger."""
+        value = getattr(self, name)
+        return value[layer_idx - self.num_prelude_layers] if isinstance(value, list) else value
+
+    def validate_architecture(self) -> None:
+        """Part of the library's validation of strict configurations."""
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "task_dim",
+            "bank_size",
+        )
+        for name in sizes:
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.conv_size >= 2, "conv_size", self.conv_size, "at least 2")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of num_attention_heads = {self.num_attention_heads}",
+        )
+        _require(
+            0 <= self.num_prelude_layers < self.num_hidden_layers,
+            "num_prelude_layers",
+            self.num_prelude_layers,
+            f"from 0 to below num_hidden_layers = {self.num_hidden_layers}",
+        )
+        _require(
+            self.sliding_window is None or self.sliding_window >= 2,  # the cache keeps W - 1 > 0
+            "sliding_window",
+            self.sliding_window,
+            "at least 2, or null",
+        )
+        count = self.num_hidden_layers - self.num_prelude_layers
+        for name in ("trigger_lr", "trigger_decay"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                right = f"one number, or {count} (one for each layer with a Trigger)"
+                _require(len(value) == count, name, value, right)
+        decays = (
+            self.trigger_decay if isinstance(self.trigger_decay, list) else [self.trigger_decay]
+        )
+        if self.trigger_decay_learnable:
+            in_range = all(0 < decay < 1 for decay in decays)
+            _require(in_range, "trigger_decay", decays, "between 0 and 1, both excluded")
+        else:
+            in_range = all(0 <= decay <= 1 for decay in decays)
+            _require(in_range, "trigger_decay", decays, "from 0 to 1")
+        if self.rope_theta is not None:
+            _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even for rotary positions")
+
+
+def _require(condition: bool, name: str, value: Any, right: str) -> None:
+    if not condition:
+        raise InputError(f"configuration: {name} = {value!r} must be {right}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 8192,
+        "hidden_size": 192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 3,
+        "sliding_window": 256,
+        "task_dim": 32,
+        "bank_size": 16,
+        "trigger_lr_learnable": True,
+        "trigger_decay": 0.9,
+        "trigger_decay_learnable": True,
+    },
+    "60m": {
+        "hidden_size": 512,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "sliding_window": 1024,
+    },
+    "340m": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 8,
+        "sliding_window": 2048,
+    },
+    "1.3b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 16,
+        "sliding_window": 2048,
+    },
+}
+
+
+def preset(name: str, **overrides: Any) -> NirvanaConfig:
+    """The configuration called `name`, with any field overridden.
+
+    Raises:
+        InputError: for a name that is not in `PRESETS` or a field that does not exist.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}")
+    known = NirvanaConfig.__dataclass_fields__
+    for field in overrides:
+        if field not in known:
+            raise InputError(f"unknown field {field!r} of the model's configuration")
+    return NirvanaConfig(**{**PRESETS[name], **overrides})

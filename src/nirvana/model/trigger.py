@@ -1,0 +1,152 @@
+"""Task-Aware Memory Trigger: one step of gradient descent per layer on a self-supervised loss."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nirvana.model.config import NirvanaConfig
+from nirvana.ops import at_least_float32, decayed_sum
+
+EPS = 1e-6
+"""Inside the root of the normalisation over C."""
+
+
+class WeightBank(nn.Module):
+    """Parameters shared by all layers and tokens, from which fast weights are mixed.
+
+    `weight [C, C, R]` (in, out, bank), `gain`, `bias` and `shift [C, R]`. With fast parameters
+    p = (p_w, p_g, p_b, p_s), each `[R]`, and n over C with biased variance:
+
+        z(x; p) = sum_ir x_i weight[i, :, r] p_w[r] + bias p_b
+        f(x; p) = x + (gain p_g) * n(z(x; p)) + shift p_s
+    """
+
+    def __init__(self, config: NirvanaConfig):
+        super().__init__()
+        C, R = config.task_dim, config.bank_size
+        self.weight = nn.Parameter(torch.empty(C, C, R))
+        self.gain = nn.Parameter(torch.empty(C, R))
+        self.bias = nn.Parameter(torch.empty(C, R))
+        self.shift = nn.Parameter(torch.empty(C, R))
+
+    def start(self, x: Tensor) -> Tensor:
+        """Fast parameters before the first step, all ones: `[B, T, 4, R]` for x `[B, T, ...]`."""
+        return at_least_float32(x.new_ones(*x.shape[:2], 4, self.gain.shape[1]))
+
+    def project(self, x: Tensor) -> Tensor:
+        """x `[..., C]` through every weight of the bank: U = x . weight, `[..., C, R]`."""
+        weight = self.weight.to(x.dtype)
+        return (x @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
+
+
+class Trigger(nn.Module):
+    """One closed-form gradient step on 1/2 ||f(k; p) - v||^2, then the task vector f(q; p).
+
+    Along the sample the gradient is remembered, m_t = decay m_{t-1} + g_t, and p_t <- p_t - lr m_t
+    goes on to the next layer. No autograd inside, so it works under `torch.inference_mode`; all
+    arithmetic is float32 (float64 stays float64).
+    """
+
+    def __init__(self, config: NirvanaConfig, layer_idx: int):
+        super().__init__()
+        self.exact = config.trigger_gradient == "exact"
+        self.enabled = True
+        self.fixed_lr = config.per_trigger("trigger_lr", layer_idx)
+        if config.trigger_lr_learnable:
+            # In hundredths: an optimiser's steps are then small against the value, not above it.
+            self.lr_percent = nn.Parameter(torch.empty(()))
+        self.fixed_decay = config.per_trigger("trigger_decay", layer_idx)
+        self.has_memory = config.has_memory
+        if config.trigger_decay_learnable:
+            self.decay_logit = nn.Parameter(torch.empty(()))
+
+    @property
+    def lr(self) -> Tensor | float:
+        """Step size; may be negative."""
+        return self.lr_percent / 100 if "lr_percent" in self._parameters else self.fixed_lr
+
+    @property
+    def decay(self) -> Tensor | float:
+        """In 0..1; learned as the logistic function of a parameter."""
+        return self.decay_logit.sigmoid() if "decay_logit" in self._parameters else self.fixed_decay
+
+    def forward(
+        self,
+        qkv: Tensor,
+        fast: Tensor,
+        bank: WeightBank,
+        state: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """
+        Args:
+            qkv: `[B, T, 3 C]`, the token's task query, key and value.
+            fast: `[B, T, 4, R]`, fast parameters from the layer below.
+            state: m before the first token, `[B, 4, R]`; None means zero.
+            segments: `[B, T]`, see `nirvana.ops`; the memory restarts with every sample.
+
+        Returns: task vector `[B, T, C]`, fast parameters after the step, m after the last token
+            (None without memory).
+        """
+        with torch.autocast(qkv.device.type, enabled=False):
+            q, k, v = at_least_float32(qkv).chunk(3, dim=-1)
+            if self.enabled:
+                g = trigger_gradient(k, v, fast, bank, self.exact)
+                if self.has_memory:
+                    initial = None if state is None else state.flatten(1)
+                    m, last = decayed_sum(g.flatten(2), self.decay, initial, segments)
+                    g, state = m.view_as(g), last.view_as(g[:, 0])
+                fast = fast - self.lr * g
+            h_task = _apply(q, bank.project(q), fast, bank)[0]
+        return h_task.to(qkv.dtype), fast, state
+
+
+def trigger_gradient(
+    k: Tensor, v: Tensor, fast: Tensor, bank: WeightBank, exact: bool = True
+) -> Tensor:
+    """Gradient of 1/2 ||f(k; p) - v||^2 with respect to p, in closed form.
+
+    Args:
+        k, v: `[..., C]`.
+        fast: p, `[..., 4, R]`.
+        exact: False leaves out the normalisation's own derivative, as the released code does.
+
+    Returns: `[..., 4, R]`.
+    """
+    U = bank.project(k)
+    f, n, s = _apply(k, U, fast, bank)
+    gain, bias, shift = (x.to(k.dtype) for x in (bank.gain, bank.bias, bank.shift))
+    e = f - v
+    u = (fast[..., 1, :] @ gain.T) * e
+    if exact:
+        u = u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True)
+    dz = u / s
+    g_w = (U * dz[..., None]).sum(-2)
+    return torch.stack([g_w, (e * n) @ gain, dz @ bias, e @ shift], dim=-2)
+
+
+def _apply(x: Tensor, U: Tensor, fast: Tensor, bank: WeightBank) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x; p) `[..., C]`, and the n and s that it met, for U = `bank.project(x)`."""
+    p_w, p_g, p_b, p_s = fast.unbind(-2)
+    gain, bias, shift = (y.to(x.dtype) for y in (bank.gain, bank.bias, bank.shift))
+    z = (U * p_w[..., None, :]).sum(-1) + p_b @ bias.T
+    z = z - z.mean(-1, keepdim=True)
+    s = (z.square().mean(-1, keepdim=True) + EPS).sqrt()
+    n = z / s
+    return x + (p_g @ gain.T) * n + p_s @ shift.T, n, s
+
+
+@contextmanager
+def without_trigger(model: nn.Module) -> Iterator[None]:
+    """Inside the block no Trigger of `model` takes its step: fast parameters stay all ones."""
+    triggers = [module for module in model.modules() if isinstance(module, Trigger)]
+    before = [trigger.enabled for trigger in triggers]
+    try:
+        for trigger in triggers:
+            trigger.enabled = False
+        yield
+    finally:
+        for trigger, enabled in zip(triggers, before, strict=True):
+            trigger.enabled = enabled

@@ -1,0 +1,55 @@
+"""What all tests share: small models, real-data paths, determinism."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nirvana import NirvanaConfig, NirvanaForCausalLM
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 64,
+    "sliding_window": 12,
+    "task_dim": 8,
+    "bank_size": 4,
+    "trigger_lr": 0.2,
+    "trigger_decay": 0.8,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_model():
+    """Makes a small float64 model whose zero-initialised factors are filled, so that every branch
+    takes part in what is tested."""
+
+    def make(**overrides) -> NirvanaForCausalLM:
+        model = NirvanaForCausalLM(NirvanaConfig(**{**SMALL, **overrides})).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+                elif parameter.ndim >= 2:
+                    parameter.mul_(3)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data; tests that need it skip where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("NIRVANA_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set NIRVANA_DATA")
+    return folder

@@ -1,0 +1,138 @@
+"""Law 2 and law 4 for the operations: chunked = step by step, packed = separate."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nirvana import ops
+
+LENGTHS = [1, 2, 63, 64, 65, 131]
+
+
+def borders(B: int, T: int, seed: int) -> torch.Tensor:
+    """Random sample borders, also at token 0 and side by side."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(B, T, generator=generator) < 0.15).long().cumsum(1)
+
+
+def delta_inputs(B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    unit = torch.nn.functional.normalize
+    return {
+        "q": unit(normal(B, T, H, K), dim=-1),
+        "k": unit(normal(B, T, H, K), dim=-1),
+        "v": normal(B, T, H, V),
+        "log_alpha": -torch.exp(normal(B, T, H)),
+        "beta": normal(B, T, H).sigmoid(),
+        "state": normal(B, H, K, V),
+    }
+
+
+def assert_same(operation, inputs: dict, **fixed) -> None:
+    """Values and gradients of every floating input agree between the two backends."""
+    results = {}
+    for backend in ("reference", "chunked"):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        out = operation(**leaves, **fixed, backend=backend)
+        out = out if isinstance(out, tuple) else (out,)
+        weights = torch.Generator().manual_seed(1)
+        loss = sum((x * torch.randn(x.shape, generator=weights, dtype=x.dtype)).sum() for x in out)
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        results[backend] = [*out, *grads]
+    names = [f"output {i}" for i in range(len(out))] + [f"gradient of {name}" for name in inputs]
+    for name, a, b in zip(names, results["reference"], results["chunked"], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_delta_rule_chunked_is_step_by_step(T, packed):
+    segments = borders(2, T, seed=T) if packed else None
+    assert_same(ops.gated_delta_rule, delta_inputs(2, T, 2, 8, 5), segments=segments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [*LENGTHS, 64 * 64 + 7])
+def test_decayed_sum_chunked_is_step_by_step(T, packed):
+    inputs = {
+        "g": torch.randn(2, T, 3, dtype=torch.float64),
+        "decay": torch.tensor(0.93, dtype=torch.float64),
+        "state": torch.randn(2, 3, dtype=torch.float64),
+    }
+    assert_same(ops.decayed_sum, inputs, segments=borders(2, T, seed=T) if packed else None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 9])
+def test_conv_is_step_by_step(T, packed):
+    inputs = {
+        "x": torch.randn(2, T, 6, dtype=torch.float64),
+        "weight": torch.randn(6, 4, dtype=torch.float64),
+        "state": torch.randn(2, 6, 3, dtype=torch.float64),
+    }
+    assert_same(ops.causal_conv, inputs, segments=borders(2, T, seed=T) if packed else None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [1, 5, 16, 40, None])
+def test_window_attention_is_step_by_step(window, packed):
+    T = 37
+    q, k, v = torch.randn(3, 2, T, 2, 4, dtype=torch.float64)
+    segments = borders(2, T, seed=3) if packed else None
+    assert_same(ops.window_attention, {"q": q, "k": k, "v": v}, window=window, segments=segments)
+
+
+@given(T=st.integers(1, 150), cut=st.integers(1, 149), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_delta_rule_goes_on_from_its_state(T, cut, seed):
+    cut = min(cut, T)
+    inputs = delta_inputs(1, T, 2, 4, 4, seed)
+    state = inputs.pop("state")
+    whole, last = ops.gated_delta_rule(**inputs, state=state)
+    first, middle = ops.gated_delta_rule(**{n: x[:, :cut] for n, x in inputs.items()}, state=state)
+    parts = [first]
+    end = middle
+    if cut < T:
+        rest, end = ops.gated_delta_rule(**{n: x[:, cut:] for n, x in inputs.items()}, state=middle)
+        parts.append(rest)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    torch.testing.assert_close(end, last)
+
+
+def test_delta_rule_packed_is_separate():
+    inputs = delta_inputs(1, 150, 2, 8, 8)
+    inputs.pop("state")
+    lengths = [1, 70, 64, 15]
+    segments = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    packed, state = ops.gated_delta_rule(**inputs, segments=segments)
+    pieces = zip(*(x.split(lengths, dim=1) for x in inputs.values()), strict=True)
+    separate = [ops.gated_delta_rule(*piece) for piece in pieces]
+    torch.testing.assert_close(packed, torch.cat([o for o, _ in separate], dim=1))
+    torch.testing.assert_close(state, separate[-1][1])
+
+
+def test_repeated_token_is_stable_in_float32():
+    """All keys equal and beta = 1 make the triangular system as ill-behaved as it gets."""
+    inputs = delta_inputs(1, 512, 1, 16, 16)
+    inputs = {name: x.float() for name, x in inputs.items()}
+    inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"])
+    inputs["beta"] = torch.ones_like(inputs["beta"])
+    inputs["log_alpha"] = torch.zeros_like(inputs["log_alpha"])
+    slow = ops.gated_delta_rule(**inputs, backend="reference")[0]
+    torch.testing.assert_close(ops.gated_delta_rule(**inputs)[0], slow, rtol=1e-4, atol=1e-4)
+
+
+def test_strong_decay_gives_no_nan():
+    inputs = delta_inputs(1, 130, 1, 8, 8)
+    inputs["log_alpha"] = torch.full_like(inputs["log_alpha"], -1e4)
+    assert_same(ops.gated_delta_rule, inputs)
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="'fast' is not one of reference, chunked"):
+        ops.decayed_sum(torch.zeros(1, 1, 1), 0.5, backend="fast")
