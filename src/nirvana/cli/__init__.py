@@ -1,0 +1,49 @@
+"""The command line: `nirvana COMMAND`."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from nirvana.cli import demo, language, mri
+from nirvana.errors import InputError
+
+app = typer.Typer(
+    name="nirvana",
+    help="Nirvana: a language model that adapts to every sample, and MRI on its frozen backbone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Typer carries a click of its own; an installed click's exceptions would not be these.
+UsageError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+
+app.command("demo")(demo.demo)
+app.add_typer(mri.app, name="mri")
+app.add_typer(language.data_app, name="data")
+app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
+app.command("eval")(language.evaluate)
+app.command("generate")(language.generate)
+
+
+def main() -> None:
+    """Runs the program. Exit codes: 0 done, 2 the user's input is wrong, 1 our fault."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _refuse(str(error))
+    except UsageError as error:
+        code = _refuse(error.format_message())  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
+        Console(stderr=True).print("interrupted")
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str) -> int:
+    if message:  # a command without arguments has printed its help instead
+        print(f"nirvana: {' '.join(message.split())}", file=sys.stderr)
+    return 2

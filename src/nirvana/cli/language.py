@@ -1,0 +1,177 @@
+"""Commands about text: tokenize, train, evaluate, generate."""
+
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from nirvana.errors import InputError
+from nirvana.files import write_json
+
+data_app = typer.Typer(help="Text to token shards.", no_args_is_help=True)
+
+# Settings are checked against the configuration, not by the command line's parser.
+TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Files = Annotated[list[Path], typer.Argument(help=".txt, .jsonl (also .xz, .gz, .zst), .parquet")]
+
+
+@data_app.command("tokenize")
+def tokenize(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a tokenizer or of token shards; else one is made."),
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer that is made.")] = 8192,
+) -> None:
+    """Writes the documents of text files as token shards."""
+    from nirvana.train.tokenize import tokenize as write_shards
+
+    counts = write_shards(files, out, tokenizer, vocab_size)
+    print(
+        f"{out}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes, "
+        f"{counts.bytes / counts.tokens:.3f} bytes per token"
+    )
+
+
+@data_app.command("tokenizer")
+def tokenizer(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens at most.")] = 8192,
+) -> None:
+    """Trains a byte-level tokenizer, to share between several folders of token shards."""
+    from nirvana.train.tokenize import train_tokenizer
+
+    counts = train_tokenizer(files, out, vocab_size)
+    print(f"{out}: a tokenizer from {counts.documents:,} documents, {counts.bytes:,} bytes")
+
+
+def train(
+    ctx: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
+) -> None:
+    """Trains a language model. Any setting can follow: --optim.lr 1e-3 --run.out runs/one"""
+    from nirvana.train.language import train as train_language
+
+    train_language(config, list(ctx.args), resume)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, or the name of a packaged model.")],
+    data: Annotated[list[Path], typer.Option(help="Text file; give it again for more files.")],
+    json: Annotated[Path | None, typer.Option(help="Write the results here, too.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    limit: Annotated[int | None, typer.Option(help="Documents of each file at most.")] = None,
+    trigger: Annotated[bool, typer.Option(help="Let the Trigger take its steps.")] = True,
+) -> None:
+    """Bits per byte and perplexity of a model on text files.
+
+    "unigram" is the entropy of a file's own single bytes: the least that any model of them pays.
+    """
+    from nirvana.evaluate.perplexity import byte_entropy, score_files
+    from nirvana.model.assets import load_language_model
+    from nirvana.model.trigger import without_trigger
+    from nirvana.text import read_documents
+    from nirvana.train.loop import choose_device
+
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit = {limit} must be at least 1")
+    loaded, tokenizer = load_language_model(model, choose_device(device))
+    with nullcontext() if trigger else without_trigger(loaded):
+        scores = score_files(loaded, tokenizer, data, limit, progress=True)
+    unigram = {str(path): byte_entropy(islice(read_documents(path), limit)) for path in data}
+    table = Table(
+        Column("file", overflow="fold"),
+        "bits per byte",
+        "unigram",
+        "perplexity",
+        "documents",
+        "bytes",
+    )
+    for name, score in scores.items():
+        table.add_row(
+            name,
+            f"{score.bits_per_byte:.4f}",
+            f"{unigram[name]:.4f}" if name in unigram else "",
+            f"{score.perplexity:.2f}",
+            f"{score.documents:,}",
+            f"{score.bytes:,}",
+        )
+    Console().print(table)
+    if json is not None:
+        files = {
+            name: {**score.to_dict(), "byte_unigram": unigram[name]}
+            for name, score in scores.items()
+            if name != "total"
+        }
+        total = scores["total"].to_dict()
+        write_json(
+            json,
+            {"model": model, "limit": limit, "trigger": trigger, "files": files, "total": total},
+        )
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder, or the name of a packaged model.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample from so much of the probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Continues a text, token by token as they come."""
+    from nirvana.model.assets import load_language_model
+    from nirvana.train.loop import choose_device
+
+    if not prompt.strip():
+        raise InputError("--prompt is empty: give some text to continue")
+    for name, value, right, good in (
+        ("max-new-tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
+        ("temperature", temperature, "0 or more", temperature >= 0),
+        ("top-p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
+    ):
+        if not good:
+            raise InputError(f"--{name} = {value} must be {right}")
+    loaded, tokenizer = load_language_model(model, choose_device(device))
+    continue_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
+
+
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> None:
+    """Prints a continuation of `prompt`, token by token, until EOS at the latest."""
+    import torch
+    from transformers import TextStreamer
+
+    from nirvana.text import text_encoder
+
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise InputError("the model's tokenizer must have a BOS and an EOS token")
+    torch.manual_seed(seed)
+    ids = [tokenizer.bos_token_id, *text_encoder(tokenizer)([prompt])[0]]
+    tokens = torch.tensor([ids], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )

@@ -1,0 +1,182 @@
+"""Documents out of text files, and texts to tokens."""
+
+import gzip
+import io
+import json
+import lzma
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tokenizers import Tokenizer
+
+from nirvana.errors import InputError
+
+KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
+PIECE_CHARACTERS = 2**12  # longer texts are encoded in pieces: short ones go three times faster
+NORMALIZED_PIECE_CHARACTERS = 2**20
+_PACKED = (".xz", ".gz", ".zst")
+
+
+def kind_of(path: str | Path) -> str:
+    """The kind of a text file, by its name: "txt", "jsonl" or "parquet".
+
+    Raises:
+        InputError: when the file does not exist or is of no known kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    packed = path.suffix in _PACKED
+    suffix = Path(path.stem).suffix if packed else path.suffix
+    kinds = (
+        {".txt": "txt", ".jsonl": "jsonl"}
+        if packed
+        else {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
+    )
+    if suffix not in kinds:
+        raise InputError(f"{path}: unknown kind of text file; known are {KINDS}")
+    return kinds[suffix]
+
+
+def read_documents(path: str | Path) -> Iterator[str]:
+    """The documents of a file in their order, read as a stream.
+
+    A .txt file is one document; a .jsonl file has one on each line, in the field "text"; a
+    .parquet file has a column "text". Documents of nothing but white space are left out; a warning
+    counts them at the end of the file.
+
+    Raises:
+        InputError: for an unknown or damaged file, or a record without text.
+    """
+    kind = kind_of(path)
+    documents = {"txt": _txt, "jsonl": _jsonl, "parquet": _parquet}[kind](Path(path))
+    empty: list[str] = []
+    for where, text in documents:
+        if not isinstance(text, str):
+            raise InputError(f'{where}: "text" must be a text, not {type(text).__name__}')
+        if not text.strip():
+            empty.append(where)
+            continue
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: not valid Unicode: {error}") from None
+        yield text
+    if empty:
+        warnings.warn(
+            f"{path}: empty documents left out: {len(empty)}, the first is {empty[0]}", stacklevel=1
+        )
+
+
+def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """A function from texts to their tokens as in training: no BOS or EOS, nothing special.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; stays as it is.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+
+    # A normalizer may treat the beginning of each piece as that of a text: few pieces, then.
+    size = PIECE_CHARACTERS if backend.normalizer is None else NORMALIZED_PIECE_CHARACTERS
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        pieces = [list(split_text(text, size)) for text in texts]
+        flat = [piece for each in pieces for piece in each]
+        encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
+        return [[token for _ in each for token in next(encoded).ids] for each in pieces]
+
+    return encode
+
+
+def split_text(text: str, size: int) -> Iterator[str]:
+    """Cuts a long text into pieces of at most `size` characters that join to the text.
+
+    A cut falls before the last single space between two other characters, where a byte-level
+    tokenizer begins a new word anyway, so that the tokens stay the same; only a piece without any
+    such space is cut at its end.
+    """
+    start = 0
+    while len(text) - start > size:
+        cut = text.rfind(" ", start + 1, start + size)
+        while cut > 0 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+            cut = text.rfind(" ", start + 1, cut)
+        cut = cut if cut > 0 else start + size
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _txt(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as lines:
+        yield str(path), lines.read()
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: not JSON: {error}") from None
+            if not isinstance(record, dict) or "text" not in record:
+                raise InputError(f'{where}: must be a JSON object with a field "text"')
+            yield where, record["text"]
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: parquet files need the package pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise InputError(f'{path}: has no column "text"')
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for value in batch.column(0):
+                    yield f"{path}, row {row}", value.as_py()
+                    row += 1
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable parquet file: {error}") from None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
+    """A text file as UTF-8 with its line ends untouched, unpacked while it is read."""
+    damaged: tuple[type[Exception], ...] = (
+        EOFError,
+        OSError,
+        UnicodeDecodeError,
+        lzma.LZMAError,
+        zlib.error,
+    )
+    unpack: Callable[..., Any] = open
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise InputError(f"{path}: .zst files need the package zstandard") from None
+        damaged += (zstandard.ZstdError,)
+        unpack = zstandard.open
+    elif path.suffix in (".xz", ".gz"):
+        unpack = lzma.open if path.suffix == ".xz" else gzip.open
+    try:
+        with (
+            unpack(path, "rb") as stream,
+            io.TextIOWrapper(stream, encoding="utf-8", newline="\n") as lines,
+        ):
+            yield lines
+    except damaged as error:
+        raise InputError(f"{path}: not a readable UTF-8 text file: {error}") from None

@@ -1,0 +1,1 @@
+"""Training: configuration, token shards, optimiser, checkpoints and the one training loop."""

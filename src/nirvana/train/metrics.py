@@ -1,0 +1,109 @@
+"""What a run tells while it goes: a progress line, metrics.jsonl and TensorBoard."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nirvana.files import atomic_file
+
+
+class MetricsLog:
+    """The lines of one run.
+
+    Args:
+        folder: the run's folder.
+        steps: updates of the whole run.
+        unit: what throughput counts.
+        say: takes each message to the user; None prints to standard error.
+    """
+
+    def __init__(
+        self, folder: Path, steps: int, unit: str, say: Callable[[str], None] | None = None
+    ) -> None:
+        self._file = folder / "metrics.jsonl"
+        self._board_folder = folder / "tensorboard"
+        self._steps, self._unit = steps, unit
+        self._console = Console(stderr=True, highlight=False)
+        self.say = say or (lambda text: self._console.print(text, markup=False, soft_wrap=True))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True)
+
+    @contextmanager
+    def open(self, start: int) -> Iterator[None]:
+        """Shows progress and takes lines while the block runs.
+
+        Args:
+            start: updates done before; lines of later steps, from a run that was killed after its
+                last checkpoint, are dropped.
+        """
+        self._drop_after(start)
+        self._board = _tensorboard(self._board_folder, start)
+        self._bar = self._progress.add_task(f"step {start}", total=self._steps, completed=start)
+        # Without a terminal a bar would print nothing until the end: there, a line per report.
+        try:
+            if self._console.is_terminal:
+                self._progress.start()
+            yield
+        finally:
+            self._progress.stop()
+            if self._board is not None:
+                self._board.close()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl and shows it."""
+        with open(self._file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._board is not None:
+            for name, value in _flat(line):
+                self._board.add_scalar(name, value, line["step"])
+        self._progress.update(self._bar, completed=line["step"])
+        self.status(self._describe(line))
+        if not self._console.is_terminal or "valid" in line:
+            self.say(self._describe(line))
+
+    def status(self, text: str) -> None:
+        """Replaces the text of the progress line."""
+        self._progress.update(self._bar, description=text)
+
+    def _describe(self, line: dict[str, Any]) -> str:
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        text = f"step {line['step']}/{self._steps}  loss {loss}  lr {line['lr']:.2e}  "
+        text += f"{line[f'{self._unit}_per_second']:,.0f} {self._unit}/s"
+        text += f"  skipped {line['skipped']}" if line["skipped"] else ""
+        figures = line.get("valid", {})
+        return text + "".join(f"  {name} {value:.4f}" for name, value in figures.items())
+
+    def _drop_after(self, start: int) -> None:
+        if not self._file.exists():
+            return
+        kept = []
+        for line in self._file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue  # the last line of a run that was killed while it wrote
+        with atomic_file(self._file) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    """A TensorBoard writer, or None when tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1)
+
+
+def _flat(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", each) for key, each in value.items())
+        elif name != "step" and value is not None:
+            yield f"train/{name}", value

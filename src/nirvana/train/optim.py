@@ -1,0 +1,59 @@
+"""AdamW, what it decays, and its learning rate as a function of the step."""
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from nirvana.train.config import OptimConfig
+
+# Gains, shifts and gates have a natural value that is not zero, and rows of an embedding that are
+# rarely seen would only shrink: decay is for the matrices of linear maps.
+_NOT_DECAYED = re.compile(
+    r"(^|\.)(bias|gain|shift|A_log|dt_bias|lr_percent|decay_logit)$|embed|norm", re.IGNORECASE
+)
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: matrices that are no embedding, norm, gain, shift or bias."""
+    return parameter.ndim >= 2 and not _NOT_DECAYED.search(name)
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> torch.optim.AdamW:
+    """AdamW over named parameters, in two groups: with and without weight decay.
+
+    The fused form is used on every device, because it can leave a step out under the control of a
+    tensor (`found_inf`), without the host looking at it.
+    """
+    named = list(parameters)
+    decayed = [p for name, p in named if is_decayed(name, p)]
+    others = [p for name, p in named if not is_decayed(name, p)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
+    """The learning rate of an update: linear warm-up, then a cosine down to `min_lr`.
+
+    Args:
+        step: which update, 0..steps-1.
+        steps: updates of the whole run; the last has `min_lr`.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    length = steps - 1 - config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / length) if length > 0 else 1.0
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

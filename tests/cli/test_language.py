@@ -1,0 +1,132 @@
+"""The commands about text, as a user calls them: output, files and exit codes."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from nirvana import NirvanaConfig, NirvanaForCausalLM
+from nirvana.cli import main
+from nirvana.train.tokenize import load_tokenizer, train_tokenizer
+
+TEXT = "The cat sat on the mat, and the dog sat on the cat. "
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Calls the program in an empty folder; returns exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nirvana", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "a.txt").write_text(TEXT * 9)
+    train_tokenizer([folder / "a.txt"], folder, 280)
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(0)
+    config = NirvanaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        task_dim=4,
+        bank_size=2,
+        sliding_window=8,
+    )
+    NirvanaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_from_text_to_figures(run, tmp_path):
+    """The path of a new user: text, tokenizer, shards, training, evaluation, generation."""
+    (tmp_path / "a.txt").write_text(TEXT * 20)
+    assert run("data", "tokenizer", "a.txt", "--out", "tokenizer", "--vocab-size", 280)[0] == 0
+    code, out, _ = run("data", "tokenize", "a.txt", "--out", "shards", "--tokenizer", "tokenizer")
+    assert code == 0
+    assert "1 documents" in out
+    assert "bytes per token" in out
+    (tmp_path / "config.toml").write_text(
+        "[model]\nhidden_size = 16\nnum_hidden_layers = 3\nnum_attention_heads = 2\n"
+        '[data]\ntrain = { a = "shards" }\ncontext_length = 16\nbatch_size = 2\n'
+        '[optim]\nwarmup_steps = 1\n[run]\nout = "run"\nsteps = 3\ndevice = "cpu"\n'
+    )
+    settings = ["--optim.lr", "1e-2", "--run.steps=2", "--data.valid.a", "shards"]
+    code, _, err = run("train", "config.toml", *settings)
+    assert code == 0
+    assert "done: 2 steps" in err
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["optim"]["lr"], saved["run"]["steps"]) == (0.01, 2)
+    code, out, _ = run(
+        "eval", "run/model", "--data", "a.txt", "--device", "cpu", "--json", "r.json"
+    )
+    assert code == 0
+    assert "bits per byte" in out
+    results = json.loads((tmp_path / "r.json").read_text())
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = last["valid"]["a_bits_per_byte"]
+    assert results["files"]["a.txt"]["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+    assert run("generate", "run/model", "--prompt", "The", "--max-new-tokens", 3)[0] == 0
+    code, _, err = run("train", "config.toml")
+    assert code == 2
+    assert "--resume" in err
+    code, _, err = run("train", "config.toml", *settings, "--resume")
+    assert code == 0
+    assert "continuing after step 2" in err
+
+
+def test_generate_repeats_itself_for_the_same_seed(run, model):
+    arguments = ("generate", model, "--prompt", "The cat", "--max-new-tokens", 20)
+    first, again = run(*arguments), run(*arguments)
+    assert first[0] == 0
+    assert first[1] == again[1]
+    assert "The cat" not in first[1][:8]
+    assert run(*arguments, "--seed", 1)[1] != first[1]
+    greedy = [run(*arguments, "--temperature", 0, "--seed", seed)[1] for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("generate MODEL --prompt=", "--prompt is empty"),
+        ("generate MODEL --prompt=a --top-p 0", "--top-p = 0.0 must be"),
+        ("generate MODEL --prompt=a --temperature -1", "--temperature = -1.0 must be"),
+        ("generate MODEL --prompt=a --max-new-tokens 0", "--max-new-tokens = 0 must be"),
+        ("generate MODEL --prompt=a --device gpu", "'gpu' cannot be used"),
+        ("generate nowhere --prompt a", "nowhere"),
+        ("generate . --prompt a", "no config.json"),
+        ("generate MODEL", "--prompt"),
+        ("eval MODEL --data none.txt", "none.txt: no such file"),
+        ("eval MODEL --data empty.txt", "empty.txt: holds no document"),
+        ("eval MODEL --data empty.txt --limit 0", "--limit = 0 must be"),
+        ("eval MODEL", "--data"),
+        ("data tokenize none.txt --out o", "none.txt: no such file"),
+        ("data tokenize empty.txt --out o", "holds no document"),
+        ("data tokenize full.txt --out o --tokenizer none", "not a tokenizer"),
+        ("data tokenize full.txt --out o --vocab-size 3", "at least 266"),
+        ("train none.toml", "none.toml: no such configuration file"),
+        ("train config.toml --run.stepz 3", "did you mean run.steps?"),
+        ("train config.toml more", "unexpected argument 'more'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*empty documents")
+def test_wrong_input(run, model, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "full.txt").write_text(TEXT)
+    (tmp_path / "config.toml").write_text('[data.train]\na="none"\n[run]\nout="run"\nsteps=3\n')
+    before = sorted(tmp_path.iterdir())
+    code, _, err = run(*(str(model) if a == "MODEL" else a for a in arguments.split()))
+    assert code == 2
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before

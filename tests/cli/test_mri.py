@@ -1,0 +1,180 @@
+"""The MRI commands, with a stand-in for the neural network, which its own tests cover."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from nibabel.testing import data_path
+from typer.testing import CliRunner, Result
+
+from nirvana.cli import mri
+from nirvana.errors import InputError
+from nirvana.mri.baselines import zero_filled
+from nirvana.mri.io import Scan, read_scan, write_scan
+from nirvana.mri.physics import sampling_mask
+
+
+class ZeroFilledModel:
+    """Has the interface of a codec."""
+
+    def reconstruct(
+        self,
+        kspace: torch.Tensor,
+        mask: torch.Tensor,
+        batch_size: int = 4,
+        progress: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        assert kspace.dtype == torch.complex64
+        assert mask.dtype == torch.bool
+        assert not kspace[..., ~mask].any()
+        if progress is not None:
+            progress(len(kspace))
+        return torch.from_numpy(zero_filled(kspace, mask))
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mri, "_load", lambda codec, device: ZeroFilledModel())
+
+
+@pytest.fixture(scope="module")
+def volume() -> Path:
+    return Path(data_path) / "example4d.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def full_scan(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scan") / "head.h5"
+    result = _run("simulate", str(volume), "--out", str(path), "--coils", "4", "--noise", "0.004")
+    assert "24 slices of 96 x 128, 4 coils" in result.stdout
+    scan = read_scan(path)
+    assert scan.target is not None
+    write_scan(path, replace(scan, kspace=scan.kspace[10:13], target=scan.target[10:13]))
+    return path
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(mri.app, list(arguments), catch_exceptions=False)
+
+
+def _undersampled(full_scan: Path, path: Path) -> Scan:
+    scan = read_scan(full_scan)
+    mask = sampling_mask("random", 128, 4, 0.08, seed=3).numpy()
+    thinned = replace(scan, kspace=scan.kspace * mask, target=None)
+    write_scan(path, thinned)
+    return thinned
+
+
+def test_a_full_scan_is_undersampled_reconstructed_and_scored(
+    full_scan: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    copy = tmp_path / "copy.json"
+    result = _run("reconstruct", str(full_scan), "--out", str(out), "--json", str(copy))
+    assert sorted(file.name for file in out.iterdir()) == sorted(mri.RESULTS)
+    report = json.loads((out / "metrics.json").read_text())
+    assert report == json.loads(copy.read_text())
+    mask = sampling_mask("equispaced", 128, 4, 0.08, seed=0)
+    assert report["columns"] == mask.nonzero().flatten().tolist()
+    assert report["mask"]["seed"] == 0
+    rows = {row["method"]: row for row in report["results"]}
+    assert list(rows) == ["zero-filled", "L1-wavelet", "Nirvana"]
+    assert rows["L1-wavelet"]["psnr"] > rows["zero-filled"]["psnr"] + 2
+    assert rows["Nirvana"]["psnr"] == rows["zero-filled"]["psnr"]
+    with h5py.File(out / "reconstruction.h5") as file:
+        kspace = read_scan(full_scan).kspace
+        np.testing.assert_array_equal(file["reconstruction"], zero_filled(kspace, mask))
+    assert "24.2%" in result.stdout
+    # The folder of an earlier reconstruction may be replaced.
+    _run("reconstruct", str(full_scan), "--out", str(out), "--no-wavelet", "--seed", "1")
+    assert json.loads((out / "metrics.json").read_text())["mask"]["seed"] == 1
+
+
+def test_the_mask_of_an_undersampled_scan_is_found(full_scan: Path, tmp_path: Path) -> None:
+    _undersampled(full_scan, tmp_path / "thin.h5")
+    out, facts = tmp_path / "out", tmp_path / "facts.json"
+    result = _run(
+        *("reconstruct", str(tmp_path / "thin.h5"), "--out", str(out), "--json", str(facts)),
+        "--no-wavelet",
+    )
+    assert sorted(file.name for file in out.iterdir()) == ["panel.png", "reconstruction.h5"]
+    mask = sampling_mask("random", 128, 4, 0.08, seed=3)
+    report = json.loads(facts.read_text())
+    assert report["columns"] == mask.nonzero().flatten().tolist()
+    assert report["mask"] is None
+    assert "psnr" not in report["results"][0]
+    assert "mask found" in result.stdout
+
+
+def test_evaluate_scores_scans_and_volumes(volume: Path, full_scan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.json"
+    arguments = ("--slices", "1", "--no-wavelet", "--mask", "random", "--json", str(out))
+    result = _run("evaluate", str(volume), str(full_scan), *arguments)
+    report = json.loads(out.read_text())
+    assert [(row["volume"], row["method"], row["seed"]) for row in report["rows"]] == [
+        ("example4d", "zero-filled", 0),
+        ("example4d", "Nirvana", 0),
+        ("example4d", "zero-filled", 1),
+        ("example4d", "Nirvana", 1),
+    ]
+    assert [row["coils"] for row in report["rows"]] == [8, 8, 4, 4]
+    assert {row["slices"] for row in report["rows"]} == {1}
+    assert report["mask"]["kind"] == "random"
+    assert report["summary"][0]["volumes"] == 2
+    assert "Nirvana" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("reconstruct", "missing.h5", "--out", "OUT"), "does not exist"),
+        (("reconstruct", "VOLUME", "--out", "OUT"), "nirvana mri simulate"),
+        (("reconstruct", "FULL", "--out", "OUT", "--mask", "radial"), "radial"),
+        (("reconstruct", "FULL", "--out", "OUT", "--acceleration", "0"), "1 or more"),
+        (("reconstruct", "FULL", "--out", "OUT", "--center-fraction", "0.01"), "at least 2"),
+        (("reconstruct", "FULL", "--out", "FULL"), "is a file"),
+        (("simulate", "VOLUME", "--out", "OUT"), "ends in .h5"),
+        (("simulate", "VOLUME", "--out", "OUT.h5", "--coils", "0"), "0 coils"),
+        (("simulate", "VOLUME", "--out", "OUT.h5", "--noise", "-1"), "noise"),
+        (("simulate", "FULL", "--out", "OUT.h5"), "no image volume"),
+        (("evaluate", "VOLUME", "missing.npy", "--json", "OUT"), "does not exist"),
+        (("evaluate", "VOLUME", "THIN", "--json", "OUT"), "only a fully sampled"),
+        (("evaluate", "VOLUME", "--slices", "-1"), "--slices"),
+    ],
+)
+def test_wrong_input_is_refused_and_nothing_written(
+    arguments: tuple[str, ...], words: str, volume: Path, full_scan: Path, tmp_path: Path
+) -> None:
+    thin = tmp_path / "thin.h5"
+    _undersampled(full_scan, thin)
+    places = {
+        "FULL": str(full_scan),
+        "VOLUME": str(volume),
+        "THIN": str(thin),
+        "OUT": str(tmp_path / "out"),
+        "OUT.h5": str(tmp_path / "out.h5"),
+    }
+    with pytest.raises(InputError, match=words):
+        _run(*(places.get(argument, argument) for argument in arguments))
+    assert list(tmp_path.iterdir()) == [thin]
+
+
+def test_a_folder_with_other_things_is_not_replaced(full_scan: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"thesis\.txt"):
+        _run("reconstruct", str(full_scan), "--out", str(tmp_path))
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_train_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nirvana.mri.train
+
+    calls = []
+    monkeypatch.setattr(nirvana.mri.train, "train", lambda *arguments: calls.append(arguments))
+    _run("train", "codec.toml", "--optim.lr", "1e-3", "--resume")
+    assert calls == [(Path("codec.toml"), ["--optim.lr", "1e-3"], True)]

@@ -1,0 +1,196 @@
+"""The loop: resume is bitwise (law 11), signals save, bad steps change nothing."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from stand_in import OPTIM, StandIn, run_config, stop, train
+
+from nirvana.errors import InputError
+from nirvana.train import checkpoint
+from nirvana.train.loop import choose_device, fit
+
+
+def tensors(task):
+    return {name: value.clone() for name, value in task.model.state_dict().items()}
+
+
+def assert_same(a, b):
+    for name, value in tensors(a).items():
+        assert torch.equal(value, tensors(b)[name]), name
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("n", [1, 5, 11])
+def test_resume_is_bitwise(tmp_path, n):
+    """Law 11: run(n + m) = run(n), stop, resume, run(m)."""
+    whole, _, _ = train(tmp_path / "whole")
+    stopped, outcome, said = train(tmp_path / "parts", {n - 1: stop})
+    assert (outcome.step, outcome.finished) == (n, False)
+    assert "continue with --resume" in said[-1]
+    torch.manual_seed(12345)
+    resumed, outcome, _ = train(tmp_path / "parts", resume=True)
+    assert (outcome.step, outcome.finished) == (12, True)
+    assert_same(whole, resumed)
+    assert not torch.equal(stopped.model[0].weight, whole.model[0].weight)
+    timeless = [
+        [
+            {k: v for k, v in line.items() if k not in ("samples_per_second", "valid")}
+            for line in each
+        ]
+        for each in (lines(tmp_path / "whole"), lines(tmp_path / "parts"))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_validation_changes_no_result(tmp_path):
+    often, _, _ = train(tmp_path / "often", validation_interval=1)
+    never, _, _ = train(tmp_path / "never", validation_interval=0)
+    assert_same(often, never)
+    assert ["valid" in line for line in lines(tmp_path / "often")] == [True] * 12
+    assert ["valid" in line for line in lines(tmp_path / "never")] == [False] * 11 + [True]
+
+
+def test_one_line_per_step_after_a_crash(tmp_path):
+    """A run that dies after its last checkpoint has written lines that its resumption repeats."""
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, {9: crash}, checkpoint_interval=4)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1')
+    assert train(tmp_path, resume=True)[1].finished
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 13))
+
+
+def test_log_interval_means(tmp_path):
+    train(tmp_path / "one")
+    train(tmp_path / "four", log_interval=4)
+    single = [line["loss"] for line in lines(tmp_path / "one")]
+    means = [sum(single[i : i + 4]) / 4 for i in (0, 4, 8)]
+    assert [line["step"] for line in lines(tmp_path / "four")] == [4, 8, 12]
+    for line, mean in zip(lines(tmp_path / "four"), means, strict=True):
+        assert math.isclose(line["loss"], mean, rel_tol=1e-5)
+        assert math.isclose(line["twice"], 2 * mean, rel_tol=1e-5)
+
+
+def test_accumulation_and_clipping(tmp_path, monkeypatch):
+    """A step sees the mean gradient of its micro batches, scaled down to the largest norm."""
+    task = StandIn()
+    losses = [task.loss(0, micro)[0] for micro in range(OPTIM.accumulation)]
+    (sum(losses) / len(losses)).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for _, p in task.trainable()])
+    assert norm > OPTIM.clip
+    seen = []
+    original = torch.optim.AdamW.step
+
+    def step(optimizer):
+        seen.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+        return original(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(tmp_path, {0: stop})
+    decayed_first = sorted(task.trainable(), key=lambda item: item[1].ndim < 2)
+    for gradient, (_, parameter) in zip(seen, decayed_first, strict=True):
+        assert torch.allclose(gradient, parameter.grad * OPTIM.clip / norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, bad):
+    def spoil_and_stop():
+        stop()
+        return bad
+
+    good, _, _ = train(tmp_path / "three steps", {2: stop})
+    spoiled, outcome, _ = train(tmp_path / "and a bad one", {3: spoil_and_stop})
+    assert (outcome.step, outcome.last["skipped"], outcome.last["loss"]) == (4, 1, None)
+    for (_, a), (_, b) in zip(good.trainable(), spoiled.trainable(), strict=True):
+        assert torch.equal(a, b)
+    _, outcome, _ = train(tmp_path / "and a bad one", resume=True)
+    assert outcome.finished
+
+
+@pytest.mark.parametrize("log_interval", [1, 6])
+def test_divergence_ends_the_run(tmp_path, log_interval):
+    hooks = {step: lambda: math.nan for step in range(4, 12)}
+    with pytest.raises(InputError, match=r"not finite for \d steps in a row .*optim\.lr"):
+        train(tmp_path, hooks, log_interval=log_interval)
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path):
+    train(tmp_path / "a", {0: stop})
+    with pytest.raises(InputError, match="--resume"):
+        train(tmp_path / "a")
+    _, outcome, said = train(tmp_path / "new", {0: stop}, resume=True)
+    assert outcome.step == 1
+    assert "beginning at step 0" in said[0]
+
+
+def test_resume_tells_what_changed(tmp_path):
+    train(tmp_path, {2: stop})
+    said = []
+    fit(StandIn(), OPTIM, run_config(tmp_path), {"a": 2}, True, said.append)
+    assert "note: changed since the checkpoint: a: 1 -> 2" in said
+
+
+def test_settings_that_have_no_effect_are_told(tmp_path):
+    task, _, said = train(tmp_path, {0: stop}, precision="bf16", compile=True)
+    assert "float32" in said[0]
+    assert "not compiled" in said[1]
+    assert task.compiled == 0
+
+
+def test_outputs(tmp_path):
+    _, outcome, said = train(tmp_path, checkpoint_interval=2, keep_checkpoints=3)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
+    folders = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["step-00000008", "step-00000010", "step-00000012"]
+    assert (tmp_path / "model" / "exported").is_file()
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert "done: 12 steps" in said[-1]
+    assert outcome.last["lr"] == OPTIM.min_lr
+    # A run that is complete only exports again.
+    _, outcome, _ = train(tmp_path, resume=True)
+    assert (outcome.step, outcome.finished) == (12, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_0(tmp_path, number):
+    program = Path(__file__).with_name("stand_in.py")
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, program, out])
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    newest = checkpoint.latest(out)
+    assert newest is not None
+    assert newest.step == lines(out)[-1]["step"]
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    train(tmp_path, {0: stop})
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_choose_device():
+    assert choose_device("cpu").type == "cpu"
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(InputError, match="cannot be used here"):
+            choose_device(name)
