@@ -1,0 +1,211 @@
+"""The physics of a Cartesian multi-coil acquisition: Fourier transform, coils, sampling.
+
+K-space is complex, `[..., coils, H, W]`: H is the readout direction, W the phase-encoding one,
+and whole columns of W are measured or left out. The centre of k-space lies at `[H // 2, W // 2]`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nirvana.errors import InputError
+
+MaskKind = Literal["equispaced", "random"]
+MASK_KINDS: tuple[MaskKind, ...] = ("equispaced", "random")
+MIN_WIDTH = 8
+
+
+def fft2c(x: Tensor) -> Tensor:
+    """Centred orthonormal Fourier transform over the last two dims, image -> k-space.
+
+    F x = shift(FFT(unshift(x))) / sqrt(H W), so that |F x| = |x| in the 2-norm.
+
+    Args:
+        x: complex `[..., H, W]`.
+
+    Returns:
+        Complex `[..., H, W]` of the same dtype.
+    """
+    shifted = torch.fft.ifftshift(x, dim=(-2, -1))
+    return torch.fft.fftshift(torch.fft.fft2(shifted, norm="ortho"), dim=(-2, -1))
+
+
+def ifft2c(x: Tensor) -> Tensor:
+    """Inverse (and adjoint) of `fft2c`, k-space -> image; complex `[..., H, W]`."""
+    shifted = torch.fft.ifftshift(x, dim=(-2, -1))
+    return torch.fft.fftshift(torch.fft.ifft2(shifted, norm="ortho"), dim=(-2, -1))
+
+
+def rss(x: Tensor, dim: int = -3) -> Tensor:
+    """Root-sum-of-squares magnitude sqrt(sum_c |x_c|^2) over the coil dimension `dim`.
+
+    Real or complex `[..., coils, H, W]` -> real `[..., H, W]`.
+    """
+    return torch.linalg.vector_norm(x, dim=dim)
+
+
+class CartesianSense:
+    """The multi-coil Cartesian forward operator, A x = M F (S x).
+
+    S multiplies by the coil sensitivities, F is `fft2c`, M keeps the sampled columns. The adjoint
+    is A^H y = sum_c conj(S_c) F^H (M y_c): <A x, y> = <x, A^H y>.
+
+    Args:
+        sensitivities: complex `[..., coils, H, W]`.
+        mask: bool or 0/1, broadcastable to `[..., 1, 1, W]`; a plain `[W]` will do. None samples
+            everything.
+    """
+
+    def __init__(self, sensitivities: Tensor, mask: Tensor | None = None) -> None:
+        if sensitivities.ndim < 3 or not sensitivities.is_complex():
+            raise ValueError(
+                "sensitivities must be complex [..., coils, H, W], got "
+                f"{sensitivities.dtype} {tuple(sensitivities.shape)}"
+            )
+        if mask is not None and mask.shape[-1] not in (1, sensitivities.shape[-1]):
+            raise ValueError(
+                f"mask {tuple(mask.shape)} does not fit a width of {sensitivities.shape[-1]}"
+            )
+        self.sensitivities = sensitivities
+        self.mask = mask
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image `[..., H, W]` -> k-space `[..., coils, H, W]`, both complex."""
+        return self._sample(fft2c(self.sensitivities * image.unsqueeze(-3)))
+
+    def adjoint(self, kspace: Tensor) -> Tensor:
+        """K-space `[..., coils, H, W]` -> combined image `[..., H, W]`, both complex."""
+        return (self.sensitivities.conj() * ifft2c(self._sample(kspace))).sum(dim=-3)
+
+    def _sample(self, kspace: Tensor) -> Tensor:
+        return kspace if self.mask is None else kspace * self.mask
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a fully sampled scan is undersampled; see `sampling_mask` for the fields."""
+
+    kind: MaskKind = "equispaced"
+    acceleration: float = 4.0
+    center_fraction: float = 0.08
+
+    def mask(self, width: int, seed: int) -> Tensor:
+        """The bool mask `[width]` for this seed."""
+        return sampling_mask(self.kind, width, self.acceleration, self.center_fraction, seed)
+
+
+def sampling_mask(
+    kind: MaskKind, width: int, acceleration: float, center_fraction: float, seed: int
+) -> Tensor:
+    """Columns that an accelerated scan measures, equal to fastMRI's for the same seed.
+
+    `round(width * center_fraction)` central columns are always there. "equispaced" adds columns
+    at a spacing that makes `width / acceleration` of them in all (fastMRI's
+    EquispacedMaskFractionFunc), "random" draws each other column with the probability that makes
+    the same number in expectation (RandomMaskFunc). The rounding and the order of the random
+    draws are fastMRI's, down to the last column, which "equispaced" reaches by rounding only.
+    An acceleration of 1 is full sampling.
+
+    Args:
+        kind: "equispaced" or "random".
+        width: number of columns, at least 8.
+        acceleration: full width over sampled columns, at least 1.
+        center_fraction: share of central columns, at least one column and less than
+            `1 / acceleration`.
+        seed: 0 .. 2^32 - 1.
+
+    Returns:
+        Bool `[width]` on the CPU.
+
+    Raises:
+        InputError: one of these does not hold.
+    """
+    num_center = _checked_center(kind, width, acceleration, center_fraction, seed)
+    if acceleration == 1:
+        return torch.ones(width, dtype=torch.bool)
+    # fastMRI draws from this generator, and first for a choice among its one acceleration.
+    generator = np.random.RandomState(seed)
+    generator.randint(1)
+    sampled = np.zeros(width, dtype=bool)
+    if kind == "random":
+        probability = (width / acceleration - num_center) / (width - num_center)
+        sampled |= generator.uniform(size=width) < probability
+    else:
+        spacing = acceleration * (num_center - width) / (num_center * acceleration - width)
+        offset = generator.randint(0, high=round(spacing))
+        sampled[np.around(np.arange(offset, width - 1, spacing)).astype(int)] = True
+    first = (width - num_center + 1) // 2
+    sampled[first : first + num_center] = True
+    return torch.from_numpy(sampled)
+
+
+def _checked_center(
+    kind: str, width: int, acceleration: float, center_fraction: float, seed: int
+) -> int:
+    """Number of central columns, after every argument of `sampling_mask` was checked."""
+    if kind not in MASK_KINDS:
+        raise InputError(f"mask '{kind}' is unknown; choose one of {', '.join(MASK_KINDS)}")
+    if width < MIN_WIDTH:
+        raise InputError(f"a width of {width} columns is too small to undersample; at least 8")
+    if not 1 <= acceleration < float("inf"):
+        raise InputError(f"acceleration {acceleration:g} is not possible; give 1 or more")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"mask seed {seed} is out of range; give 0 to {2**32 - 1}")
+    if not 0 < center_fraction <= 1:
+        raise InputError(f"center fraction {center_fraction:g} is not between 0 and 1")
+    num_center = round(width * center_fraction)
+    if num_center < 1:
+        raise InputError(
+            f"center fraction {center_fraction:g} gives no central column at width {width}; "
+            f"give at least {1 / width:.3f}"
+        )
+    if acceleration > 1 and num_center * acceleration >= width:
+        raise InputError(
+            f"center fraction {center_fraction:g} alone fills the 1/{acceleration:g} of {width} "
+            f"columns that may be sampled; give less than {1 / acceleration:.3f}"
+        )
+    return num_center
+
+
+def calibration_width(mask: Tensor | np.ndarray) -> int:
+    """Width of the fully sampled block in the middle of k-space, in columns.
+
+    The largest n for which the n columns from `W // 2 - n // 2` on are all sampled; 0 when the
+    middle column is not.
+
+    Args:
+        mask: bool `[W]`.
+    """
+    sampled = torch.as_tensor(mask).bool().cpu().numpy()
+    middle = len(sampled) // 2
+    holes = np.flatnonzero(~sampled)
+    left = middle - max((hole for hole in holes if hole <= middle), default=-1) - 1
+    right = min((hole for hole in holes if hole >= middle), default=len(sampled)) - middle
+    if right == 0:
+        return 0
+    return int(min(2 * left + 1, 2 * right))
+
+
+def calibration_columns(mask: Tensor) -> Tensor:
+    """The block that `calibration_width` measures: bool `[W]`, CPU."""
+    width, middle = calibration_width(mask), len(mask) // 2
+    columns = torch.arange(len(mask))
+    return (columns >= middle - width // 2) & (columns < middle - width // 2 + width)
+
+
+def find_mask(kspace: Tensor | np.ndarray) -> Tensor:
+    """Columns of k-space `[..., coils, H, W]` that hold anything but zeros: bool `[W]`, CPU."""
+    measured = torch.as_tensor(kspace) != 0
+    return measured.reshape(-1, measured.shape[-1]).any(dim=0).cpu()
+
+
+def is_undersampled(mask: Tensor | np.ndarray) -> bool:
+    """Whether columns are missing between sampled ones.
+
+    Empty columns at the two sides only are zero-padding, which fully sampled scans have too.
+    """
+    columns = torch.as_tensor(mask).cpu().nonzero().flatten()
+    return len(columns) == 0 or int(columns[-1] - columns[0]) + 1 != len(columns)

@@ -1,0 +1,32 @@
+"""Real volumes that the MRI tests share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def example4d() -> Path:
+    """The example series that nibabel ships: one head, 24 slices of 96 x 128."""
+    from nibabel.testing import data_path
+
+    return Path(data_path) / "example4d.nii.gz"
+
+
+@pytest.fixture(scope="session")
+def head_slices(example4d: Path) -> np.ndarray:
+    """Four slices through that head, `[4, 96, 128]` in 0..1."""
+    from nirvana.mri.io import read_volume
+
+    return read_volume(example4d)[6:22:4]
+
+
+@pytest.fixture(scope="session")
+def mri_data() -> Path:
+    """The folder of MRI data; the environment variable NIRVANA_DATA names its parent."""
+    root = Path(os.environ.get("NIRVANA_DATA", Path(__file__).parents[2] / "../shared/data"))
+    if not (root / "mri").is_dir():
+        pytest.skip(f"no MRI data at {root / 'mri'}; set NIRVANA_DATA")
+    return root / "mri"
