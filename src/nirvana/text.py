@@ -55,6 +55,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
     kind = kind_of(path)
     documents = {"txt": _txt, "jsonl": _jsonl, "parquet": _parquet}[kind](Path(path))
     empty: list[str] = []
+    found = 0
     for where, text in documents:
         if not isinstance(text, str):
             raise InputError(f'{where}: "text" must be a text, not {type(text).__name__}')
@@ -65,8 +66,9 @@ def read_documents(path: str | Path) -> Iterator[str]:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: not valid Unicode: {error}") from None
+        found += 1
         yield text
-    if empty:
+    if empty and found:  # a file without any text is an error, which the caller tells
         warnings.warn(
             f"{path}: empty documents left out: {len(empty)}, the first is {empty[0]}", stacklevel=1
         )

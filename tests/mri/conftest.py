@@ -1,6 +1,5 @@
 """Real volumes that the MRI tests share."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,6 @@ def head_slices(example4d: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def mri_data() -> Path:
-    """The folder of MRI data; the environment variable NIRVANA_DATA names its parent."""
-    root = Path(os.environ.get("NIRVANA_DATA", Path(__file__).parents[2] / "../shared/data"))
-    if not (root / "mri").is_dir():
-        pytest.skip(f"no MRI data at {root / 'mri'}; set NIRVANA_DATA")
-    return root / "mri"
+def mri_data(data_folder: Path) -> Path:
+    """The folder of MRI data."""
+    return data_folder / "mri"

@@ -1,6 +1,9 @@
 """The command line: `nirvana COMMAND`."""
 
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -31,6 +34,7 @@ app.command("generate")(language.generate)
 
 def main() -> None:
     """Runs the program. Exit codes: 0 done, 2 the user's input is wrong, 1 our fault."""
+    warnings.showwarning = _note(warnings.showwarning)
     try:
         code = app(standalone_mode=False)
     except InputError as error:
@@ -41,6 +45,18 @@ def main() -> None:
         Console(stderr=True).print("interrupted")
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _note(show: Callable[..., None]) -> Callable[..., None]:
+    """Shows our own warnings as one line to the user, others as ever."""
+
+    def one_line(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if category is UserWarning:
+            print(f"nirvana: note: {message}", file=sys.stderr)
+        else:
+            show(message, category, *rest, **more)
+
+    return one_line
 
 
 def _refuse(message: str) -> int:

@@ -1,0 +1,128 @@
+"""The demo, and what the whole program does with wrong input."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from nirvana import cli
+from nirvana.cli.demo import BYTES_PER_TEXT, found_texts
+from nirvana.model.config import preset
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Runs `nirvana ARGUMENTS` in this process: exit code, output, errors."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["nirvana", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_three_kinds_of_text_are_found():
+    texts = found_texts()
+    assert set(texts) == {"licences", "python_reference", "numpy_documentation"}
+    for documents in texts.values():
+        size = sum(len(text.encode()) for text in documents)
+        assert BYTES_PER_TEXT <= size < 2 * BYTES_PER_TEXT
+        assert all(text.strip() for text in documents)
+
+
+def test_demo(program, tmp_path):
+    own = tmp_path / "mine.txt"
+    own.write_text("The patient was admitted with chest pain and shortness of breath.")
+    code, out, err = program("demo", "--out", tmp_path / "demo", "--text", own)
+    assert code == 0, err
+    assert "Continuation" in out
+    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == [
+        "metrics.json",
+        "mri.png",
+        "reconstruction.h5",
+    ]
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["seconds"] > 0
+    assert set(metrics["mri"]) == {"zero_filled", "wavelet", "nirvana"}
+    empty, ours = metrics["mri"]["zero_filled"], metrics["mri"]["nirvana"]
+    assert ours["psnr"] >= empty["psnr"] + 3
+    assert ours["ssim"] > empty["ssim"]
+    assert ours["nmse"] < empty["nmse"]
+    assert len(metrics["language"]) == 4
+    for figures in metrics["language"].values():
+        assert 0 < figures["bits_per_byte"] < 5
+        assert figures["bits_per_byte_without_trigger"] > 0
+    with h5py.File(tmp_path / "demo" / "reconstruction.h5") as file:
+        assert file["reconstruction"].shape == (24, 96, 128)
+
+
+def make_inputs(folder) -> None:
+    (folder / "notes.txt").write_text("this is no k-space")
+    (folder / "empty.txt").write_text("")
+    with h5py.File(folder / "other.h5", "w") as file:
+        file["image"] = np.zeros((2, 3))
+    kspace = np.ones((2, 2, 16, 24), np.complex64)
+    with h5py.File(folder / "wide.h5", "w") as file:
+        file["kspace"], file["mask"] = kspace, np.ones(23, bool)
+    kspace[0, 0, 3, 3] = np.nan
+    with h5py.File(folder / "nan.h5", "w") as file:
+        file["kspace"] = kspace
+    preset("tiny").save_pretrained(folder / "weightless")
+    (folder / "unknown.toml").write_text('[model]\npreset = "huge"\n[data]\ntrain = {a = "b"}\n')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mri", "reconstruct", "missing.h5", "--out", "new"], "missing.h5"),
+        (["mri", "reconstruct", "notes.txt", "--out", "new"], "notes.txt"),
+        (["mri", "reconstruct", "other.h5", "--out", "new"], "kspace"),
+        (["mri", "reconstruct", "nan.h5", "--out", "new"], "NaN"),
+        (["mri", "reconstruct", "wide.h5", "--out", "new"], "mask"),
+        (["generate", "weightless", "--prompt", "a"], "no weights"),
+        (["eval", "weightless", "--data", "notes.txt", "--json", "new"], "no weights"),
+        (["train", "unknown.toml", "--run.out", "new", "--run.steps", "1"], "new"),
+        (["eval", "tiny", "--data", "empty.txt", "--json", "new"], "empty.txt"),
+        (["data", "tokenize", "empty.txt", "--out", "new"], "empty.txt"),
+        (["generate", "tiny", "--prompt", " "], "empty"),
+        (["demo", "--out", "new", "--text", "missing.txt"], "missing.txt"),
+        (["demo", "--out", "new", "--text", "empty.txt"], "empty.txt"),
+        (["demo", "--out", "."], "holds"),
+        (["mri", "evaluate", "missing.nii.gz", "--json", "new"], "missing.nii.gz"),
+        (["mri", "train", "missing.toml"], "missing.toml"),
+        (["no-such-command"], "no-such-command"),
+        (["generate", "tiny"], "--prompt"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    program, tmp_path, monkeypatch, arguments, message
+):
+    make_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = program(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("nirvana: ")
+    assert err.count("\n") == 1
+    if message != "new":
+        assert message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unknown_preset_is_named(program, tmp_path, monkeypatch):
+    """The preset is looked at after the data; so this one has data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some text to make tokens of " * 50)
+    assert program("data", "tokenize", "text.txt", "--out", "shards", "--vocab-size", "300")[0] == 0
+    (tmp_path / "c.toml").write_text(
+        '[model]\npreset = "huge"\n[data]\ntrain = {a = "shards"}\n[run]\nout = "new"\nsteps = 1\n'
+    )
+    code, _, err = program("train", "c.toml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unknown preset 'huge': the presets are tiny, 60m, 340m, 1.3b" in err
+    assert not (tmp_path / "new").exists()

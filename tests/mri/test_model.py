@@ -1,0 +1,168 @@
+"""The codec: data consistency, scale, any size and number of coils, saving and loading."""
+
+import numpy as np
+import pytest
+import torch
+
+from nirvana import InputError
+from nirvana.mri.baselines import zero_filled
+from nirvana.mri.codec import CodecConfig, pad_to_patches
+from nirvana.mri.codec import crop as crop_patches
+from nirvana.mri.metrics import score
+from nirvana.mri.model import CodecModel, fingerprint, load_backbone, load_codec, save_codec
+from nirvana.mri.physics import Sampling, fft2c, ifft2c, rss, sampling_mask
+from nirvana.mri.simulate import Simulation, simulate_scan
+
+SMALL = CodecConfig(
+    backbone="none",
+    sensitivity_features=(2, 2, 2, 2, 2, 2),
+    cascade_features=(2, 2, 2, 2, 2, 2),
+    encoder_cascades=1,
+    image_cascades=1,
+    vit_dim=8,
+    vit_depth=1,
+    vit_heads=2,
+    decoder_features=(2, 2, 2, 2),
+    token_dim=8,
+)
+
+
+@pytest.fixture
+def small_codec() -> CodecModel:
+    model = CodecModel(SMALL, None).eval()
+    with torch.no_grad():  # zero-initialised parts would do nothing
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model
+
+
+def kspace_of(slices: int, coils: int, H: int, W: int) -> torch.Tensor:
+    image = torch.rand(slices, 1, H, W) * torch.randn(1, coils, 1, 1, dtype=torch.complex64)
+    return fft2c(image)
+
+
+@pytest.mark.parametrize(("coils", "H", "W"), [(1, 33, 40), (3, 16, 24), (8, 50, 31), (2, 64, 48)])
+def test_any_coils_and_size(small_codec, coils, H, W):
+    kspace = kspace_of(2, coils, H, W)
+    mask = sampling_mask("random", W, 3, 0.2, seed=1)
+    image = small_codec.reconstruct(kspace, mask)
+    assert image.shape == (2, H, W)
+    assert image.dtype == torch.float32
+    assert (image >= 0).all()
+    assert image.isfinite().all()
+
+
+def test_sampled_lines_are_kept(small_codec):
+    """Hard data consistency: of one coil the magnitude's k-space holds the measured columns."""
+    kspace = kspace_of(1, 1, 32, 40)
+    full = torch.ones(40, dtype=torch.bool)
+    expected = rss(ifft2c(kspace))
+    torch.testing.assert_close(
+        small_codec.reconstruct(kspace, full), expected, rtol=1e-4, atol=1e-5
+    )
+    mask = sampling_mask("equispaced", 40, 4, 0.1, seed=0)
+    captured = {}
+    part = small_codec.image_cascades[-1]
+    part.register_forward_hook(lambda _, __, k: captured.update(k=k))
+    image = small_codec.reconstruct(kspace * mask, mask)
+    scale = rss(ifft2c(kspace * mask)).max()
+    put_back = torch.where(mask, kspace, captured["k"] * scale)
+    torch.testing.assert_close(image, rss(ifft2c(put_back)), rtol=1e-3, atol=1e-4)
+    assert (captured["k"] * scale - kspace)[..., mask].abs().max() > 1e-3
+
+
+def test_output_follows_the_inputs_scale(small_codec):
+    kspace, mask = kspace_of(3, 4, 32, 48), sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    once = small_codec.reconstruct(kspace, mask)
+    torch.testing.assert_close(
+        small_codec.reconstruct(kspace * 1e-6, mask) * 1e6, once, rtol=1e-2, atol=1e-3
+    )
+
+
+def test_batches_change_nothing(small_codec):
+    kspace, mask = kspace_of(5, 2, 32, 48), sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    counted = []
+    one = small_codec.reconstruct(kspace, mask, batch_size=1, progress=counted.append)
+    assert counted == [1] * 5
+    torch.testing.assert_close(small_codec.reconstruct(kspace, mask, batch_size=5), one)
+
+
+def test_empty_slices_stay_finite(small_codec):
+    kspace, mask = kspace_of(2, 2, 32, 48), sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    kspace[1] = 0
+    assert small_codec.reconstruct(kspace, mask).isfinite().all()
+    assert small_codec.reconstruct(torch.zeros_like(kspace), mask).isfinite().all()
+
+
+def test_unmeasured_columns_are_not_looked_at(small_codec):
+    kspace, mask = kspace_of(1, 2, 32, 48), sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    expected = small_codec.reconstruct(kspace * mask, mask)
+    torch.testing.assert_close(small_codec.reconstruct(kspace, mask), expected)
+
+
+def test_wrong_masks_are_refused(small_codec):
+    kspace = kspace_of(1, 2, 32, 48)
+    with pytest.raises(InputError, match=r"mask has \(40,\) columns, k-space has 48"):
+        small_codec.reconstruct(kspace, torch.ones(40, dtype=torch.bool))
+    with pytest.raises(InputError, match="centre"):
+        small_codec.reconstruct(kspace, torch.arange(48) < 10)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (33, 47), (128, 96)])
+def test_patch_padding_is_undone(size):
+    image = torch.randn(2, *size)
+    padded, padding = pad_to_patches(image)
+    assert all(n % 16 == 0 and n >= 32 for n in padded.shape[-2:])
+    assert torch.equal(crop_patches(padded, padding), image)
+
+
+@pytest.mark.parametrize("backbone", ["none", "tiny"])
+def test_save_and_load(tmp_path, backbone):
+    config = CodecConfig(**{**vars(SMALL), "backbone": backbone})
+    model = CodecModel(config, load_backbone(backbone)).eval()
+    save_codec(model, tmp_path / "codec")
+    loaded = load_codec(tmp_path / "codec")
+    assert loaded.config == config
+    kspace, mask = kspace_of(1, 2, 32, 48), sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    assert torch.equal(loaded.reconstruct(kspace, mask), model.reconstruct(kspace, mask))
+
+
+def test_another_backbone_is_noticed(tmp_path):
+    config = CodecConfig(**{**vars(SMALL), "backbone": "tiny"})
+    backbone = load_backbone("tiny")
+    same = fingerprint(backbone)
+    assert fingerprint(backbone.bfloat16().float()) == same
+    with torch.no_grad():
+        backbone.model.norm.weight[0] += 0.5
+    save_codec(CodecModel(config, backbone), tmp_path / "codec")
+    with pytest.raises(InputError, match="another backbone than 'tiny'"):
+        load_codec(tmp_path / "codec")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{}", "does not describe an MRI codec"),
+        ("config.json", b"[1]", "does not describe an MRI codec"),
+        ("config.json", b'{"codec": {"vit_dim": "wide"}, "backbone_sha256": 0}', "vit_dim"),
+        ("config.json", b'{"codec": {"vit_dims": 8}, "backbone_sha256": 0}', "did you mean"),
+        ("model.safetensors", b"junk", "cannot be read"),
+    ],
+)
+def test_damaged_codecs_are_named(tmp_path, name, content, message):
+    save_codec(CodecModel(SMALL, None), tmp_path / "codec")
+    (tmp_path / "codec" / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_codec(tmp_path / "codec")
+
+
+def test_the_packaged_codec_beats_zero_filling_by_far(head_slices: np.ndarray):
+    """On a volume that no training saw."""
+    scan = simulate_scan(head_slices, "head", 3, Simulation(noise=(0.005, 0.005)))
+    mask = Sampling().mask(scan.kspace.shape[-1], seed=5)
+    kspace = torch.from_numpy(scan.kspace) * mask
+    ours = score(scan.target, load_codec().reconstruct(kspace, mask).numpy())
+    empty = score(scan.target, zero_filled(kspace.numpy(), mask.numpy()))
+    assert ours["psnr"] > empty["psnr"] + 3
+    assert ours["ssim"] > empty["ssim"]
