@@ -27,6 +27,16 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Runs a test on the CPU and on a GPU; there everything is made on the GPU by default."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device("cpu")
+
+
 @pytest.fixture
 def small_model():
     """Makes a small float64 model whose zero-initialised factors are filled, so that every branch

@@ -17,9 +17,12 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS))
 
 
 def tokens_of(B: int, T: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 61, (B, T), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    tokens = torch.randint(1, 61, (B, T), generator=generator, device="cpu")
+    return tokens.to(torch.get_default_device())
 
 
+@pytest.mark.usefixtures("device")
 @variants
 @pytest.mark.parametrize("t", [0, 17, 63, 64, 79])
 @torch.no_grad()
@@ -33,6 +36,7 @@ def test_causality(small_model, variant, t):
     assert (after[:, t] - before[:, t]).abs().min(-1).values.max() > 0
 
 
+@pytest.mark.usefixtures("device")
 @variants
 @pytest.mark.parametrize("n", [1, 2, 3, 11, 12, 13, 30])
 @torch.no_grad()
@@ -61,6 +65,7 @@ def test_reading_in_pieces_is_forward(small_model, variant):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens).logits)
 
 
+@pytest.mark.usefixtures("device")
 @variants
 @torch.no_grad()
 def test_packed_is_separate(small_model, variant):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nirvana import NirvanaConfig, without_trigger
@@ -28,7 +28,12 @@ def loss_of_one_token(k, v, fast, bank):
 
 
 @given(C=st.integers(2, 9), R=st.integers(1, 6), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the device stays the same
+)
+@pytest.mark.usefixtures("device")
 def test_closed_form_gradient_is_autograds(C, R, seed):
     torch.manual_seed(seed)
     bank = make_bank(C, R)
