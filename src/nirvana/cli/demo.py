@@ -4,7 +4,7 @@ import pydoc
 import re
 import time
 from collections.abc import Iterator
-from importlib import metadata
+from importlib import metadata, resources
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,8 +136,6 @@ def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[s
 
 def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
     """Scores of every method on nibabel's example volume, and what writes the pictures."""
-    from nibabel.testing import data_path
-
     from nirvana.cli.mri import (
         NIRVANA,
         WAVELET,
@@ -152,7 +150,8 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
     from nirvana.mri.physics import Sampling
     from nirvana.mri.simulate import Simulation, simulate_scan
 
-    path = Path(str(data_path)) / "example4d.nii.gz"
+    # nibabel.testing names this folder, too, but cannot be imported without pytest.
+    path = Path(str(resources.files("nibabel") / "tests" / "data" / "example4d.nii.gz"))
     settings = Simulation(num_coils=8, noise=(NOISE, NOISE))
     scan = simulate_scan(read_volume(path), "example4d", SEED, settings, read_spacing(path))
     sampling = Sampling("equispaced", acceleration=4, center_fraction=0.08)
