@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+
+from nirvana.errors import InputError
 
 
 @contextmanager
@@ -51,6 +54,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
+    """The folder `path`, absolute, if `atomic_folder` may replace it.
+
+    Args:
+        results: names, or patterns with *, of what earlier results leave there.
+
+    Raises:
+        InputError: for a file, or a folder that holds anything else.
+    """
+    path, patterns = Path(path).resolve(), list(results)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; give a folder to write")
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
+    if others:
+        raise InputError(f"{path} holds {others[0]}; give a new or empty folder to write")
+    return path
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """The demo, and what the whole program does with wrong input."""
 
 import json
+import sys
 
 import h5py
 import numpy as np
@@ -88,6 +89,8 @@ def make_inputs(folder) -> None:
         (["train", "unknown.toml", "--run.out", "new", "--run.steps", "1"], "new"),
         (["eval", "tiny", "--data", "empty.txt", "--json", "new"], "empty.txt"),
         (["data", "tokenize", "empty.txt", "--out", "new"], "empty.txt"),
+        (["data", "tokenize", "notes.txt", "--out", "."], "holds"),
+        (["data", "tokenizer", "notes.txt", "--out", "."], "holds"),
         (["generate", "tiny", "--prompt", " "], "empty"),
         (["demo", "--out", "new", "--text", "missing.txt"], "missing.txt"),
         (["demo", "--out", "new", "--text", "empty.txt"], "empty.txt"),
@@ -112,6 +115,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     if message != "new":
         assert message in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_extra_is_named(program, tmp_path, monkeypatch):
+    make_inputs(tmp_path)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.delitem(sys.modules, "nirvana.mri.io", raising=False)
+    code, _, err = program("mri", "reconstruct", tmp_path / "nan.h5", "--out", tmp_path / "new")
+    assert (code, err) == (2, "nirvana: this needs h5py: pip install 'nirvana[mri]'\n")
 
 
 def test_an_unknown_preset_is_named(program, tmp_path, monkeypatch):

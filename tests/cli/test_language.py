@@ -31,8 +31,9 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    (folder / "a.txt").write_text(TEXT * 9)
-    train_tokenizer([folder / "a.txt"], folder, 280)
+    text = tmp_path_factory.mktemp("text") / "a.txt"
+    text.write_text(TEXT * 9)
+    train_tokenizer([text], folder, 280)
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(0)
     config = NirvanaConfig(

@@ -19,6 +19,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Which extra brings a module that a command may miss.
+EXTRAS = {
+    **dict.fromkeys(("h5py", "matplotlib", "monai", "nibabel", "sigpy", "skimage"), "mri"),
+    **dict.fromkeys(("pyarrow", "tensorboard", "zstandard"), "train"),
+}
+
 # Typer carries a click of its own; an installed click's exceptions would not be these.
 UsageError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
@@ -39,6 +45,11 @@ def main() -> None:
         code = app(standalone_mode=False)
     except InputError as error:
         code = _refuse(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        code = _refuse(f"this needs {error.name}: pip install 'nirvana[{extra}]'")
     except UsageError as error:
         code = _refuse(error.format_message())  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):

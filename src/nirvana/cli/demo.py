@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, write_json
+from nirvana.files import atomic_folder, replaceable_folder, write_json
 
 BYTES_PER_TEXT = 24_000
 PROMPT = "The magnetic resonance images of the brain show"
 SEED = 0
 NOISE = 0.005  # standard deviation over the brightest voxel
-RESULTS = {"metrics.json", "mri.png", "reconstruction.h5"}
+RESULTS = ("metrics.json", "mri.png", "reconstruction.h5")
 
 
 def demo(
@@ -29,10 +29,8 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="A text file of your own to read, too.")] = None,
 ) -> None:
     """Reads real text with the Trigger on and off, and reconstructs a real brain volume."""
-    from nirvana.cli.mri import results_folder
-
     started = time.perf_counter()
-    out = results_folder(out, RESULTS)
+    out = replaceable_folder(out, RESULTS)
     texts = found_texts()
     if text is not None:
         texts[text.stem] = list(_own_text(text))
@@ -46,7 +44,7 @@ def demo(
             folder / "metrics.json",
             {"language": language, "mri": mri, "seconds": round(seconds, 1)},
         )
-    console.print(f"{out}: {', '.join(sorted(RESULTS))}; {seconds:.0f} seconds")
+    console.print(f"{out}: {', '.join(RESULTS)}; {seconds:.0f} seconds")
 
 
 def found_texts() -> dict[str, list[str]]:

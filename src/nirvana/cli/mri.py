@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, write_json
+from nirvana.files import atomic_folder, replaceable_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ app = typer.Typer(
     help="MRI: simulate scans, reconstruct and evaluate them, train a codec.", no_args_is_help=True
 )
 
-RESULTS = {"reconstruction.h5", "panel.png", "metrics.json"}
+RESULTS = ("reconstruction.h5", "panel.png", "metrics.json")
 TARGET, ZERO_FILLED, WAVELET, NIRVANA = "fully sampled", "zero-filled", "L1-wavelet", "Nirvana"
 
 CodecOption = Annotated[str, typer.Option(help="Folder of a codec, or a packaged one's name.")]
@@ -81,7 +81,7 @@ def reconstruct(
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import read_scan, write_reconstruction
 
-    out = results_folder(out, RESULTS)
+    out = replaceable_folder(out, RESULTS)
     loaded = read_scan(scan)
     full = ev.is_full(loaded)
     sampling = _sampling(kind, acceleration, center_fraction)
@@ -302,18 +302,6 @@ def progress_bars() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
-
-
-def results_folder(out: Path, results: set[str]) -> Path:
-    """Refuses a folder that holds more than such results: it would be replaced as a whole."""
-    out = out.resolve()
-    if out.is_file():
-        raise InputError(f"--out {out} is a file; give a folder")
-    if out.is_dir():
-        others = sorted({file.name for file in out.iterdir()} - results)
-        if others:
-            raise InputError(f"--out {out} holds {others[0]}; give a new or empty folder")
-    return out
 
 
 def draw_middle(

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, write_json
+from nirvana.files import atomic_folder, replaceable_folder, write_json
 from nirvana.text import PIECE_CHARACTERS, kind_of, read_documents, split_text, text_encoder
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+SHARD_FILES = ("tokens-*.bin", "documents.npy", "bytes.npy", "meta.json", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,13 @@ def train_tokenizer(files: Iterable[str | Path], out: str | Path, vocab_size: in
 
     Args:
         files: text files, see `nirvana.text.read_documents`.
-        out: folder to write; replaced as a whole.
+        out: folder to write; one that holds a tokenizer and nothing else is replaced as a whole.
         vocab_size: number of tokens at most, `SPECIAL_TOKENS` included; at least 266.
 
     Raises:
         InputError: for files without a document, unreadable files, a vocabulary too small.
     """
+    out = replaceable_folder(out, TOKENIZER_FILES)
     counts = _scan([Path(file) for file in files])
     with atomic_folder(out) as folder:
         _train(counts, folder, vocab_size)
@@ -80,7 +82,7 @@ def tokenize(
 
     Args:
         files: text files, see `nirvana.text.read_documents`.
-        out: folder to write; it appears when it is whole, and replaces one that was there.
+        out: folder to write; it appears when it is whole, in place of token shards there.
         tokenizer: folder of a tokenizer or of token shards; None trains one on `files`.
         vocab_size: size of a tokenizer that is trained here.
 
@@ -88,6 +90,7 @@ def tokenize(
         InputError: before anything is written, for files that are missing, unreadable, of unknown
             kind, or hold no document, and for a folder without a usable tokenizer.
     """
+    out = replaceable_folder(out, SHARD_FILES)
     source = None if tokenizer is None else tokenizer_folder(tokenizer)
     counts = _scan([Path(file) for file in files])
     with atomic_folder(out) as folder:
