@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
+from nirvana.model.config import PRESETS
 
 VARIANTS = [
     {},
@@ -204,10 +206,12 @@ def test_state_does_not_grow_with_the_context(small_model):
         ("bank_size", 0),
     ],
 )
-def test_impossible_configurations_are_named(small_model, field, value):
-    with pytest.raises(Exception, match=field) as caught:
-        small_model(**{field: value})
-    assert "must be" in str(caught.value)
+def test_impossible_configurations_are_named(field, value):
+    settings = {"num_hidden_layers": 4, "trigger_decay_learnable": False, field: value}
+    with pytest.raises(InputError, match=rf"^configuration: {field} = .* must be [^\n]*$"):
+        preset("tiny", **settings)
+    with pytest.raises(StrictDataclassError, match=field):
+        NirvanaConfig(**{**PRESETS["tiny"], **settings})
 
 
 def test_unknown_preset_lists_the_presets():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -55,8 +56,8 @@ def load_language_model(
         loaded: Any = NirvanaForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (SafetensorError, StrictDataclassError, ValueError, RuntimeError, OSError) as error:
+        first = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{folder} does not hold a Nirvana language model: {first}") from error
     finally:
         if bars:

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from nirvana.errors import InputError
@@ -34,7 +35,8 @@ class NirvanaConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial matrices.
 
     Raises:
-        InputError: for values that no model can have; says which and what would be right.
+        StrictDataclassError: for values that no model can have; its cause, an `InputError` of one
+            line, says which and what would be right. `preset` raises that line itself.
     """
 
     model_type = "nirvana"
@@ -52,14 +54,14 @@ class NirvanaConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     conv_size: int = 4
     sliding_window: int | None = 2048
-    rope_theta: float | None = None
+    rope_theta: float | int | None = None
     interpolation: Literal["convex", "independent"] = "convex"
     task_dim: int = 64
     bank_size: int = 32
     trigger_gradient: Literal["exact", "truncated"] = "exact"
-    trigger_lr: float | list[float] = 0.01
+    trigger_lr: float | int | list[float | int] = 0.01
     trigger_lr_learnable: bool = False
-    trigger_decay: float | list[float] = 0.0
+    trigger_decay: float | int | list[float | int] = 0.0
     trigger_decay_learnable: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -202,7 +204,8 @@ def preset(name: str, **overrides: Any) -> NirvanaConfig:
     """The configuration called `name`, with any field overridden.
 
     Raises:
-        InputError: for a name that is not in `PRESETS` or a field that does not exist.
+        InputError: for a name that is not in `PRESETS`, a field that does not exist, or values that
+            no model can have.
     """
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}: the presets are {', '.join(PRESETS)}")
@@ -210,4 +213,7 @@ def preset(name: str, **overrides: Any) -> NirvanaConfig:
     for field in overrides:
         if field not in known:
             raise InputError(f"unknown field {field!r} of the model's configuration")
-    return NirvanaConfig(**{**PRESETS[name], **overrides})
+    try:
+        return NirvanaConfig(**{**PRESETS[name], **overrides})
+    except StrictDataclassError as error:
+        raise InputError(str(error.__cause__ or error)) from error

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from nirvana.errors import InputError
+from nirvana.model.config import preset
 
 T = TypeVar("T")
 
@@ -88,6 +89,9 @@ class ModelSection:
 
     preset: str = "tiny"
     fields: dict[str, Any] = field(default_factory=dict, metadata=REST)
+
+    def __post_init__(self) -> None:
+        preset(self.preset, **self.fields)  # wrong settings show before any data is looked at
 
 
 @dataclass(frozen=True)
