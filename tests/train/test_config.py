@@ -41,7 +41,8 @@ def test_file_and_defaults(path):
 
 def test_overrides(path):
     arguments = "--optim.lr 1e3 --run.compile=false --data.train.c shards/c --run.out 7"
-    arguments += " --model.sliding_window none --model.trigger_lr [0,0.1,0.2,0.3,0.4,0.5] --run.keep-checkpoints 3"
+    arguments += " --model.sliding_window none --run.keep-checkpoints 3"
+    arguments += " --model.trigger_lr [0,0.1,0.2,0.3,0.4,0.5]"
     config = load_config(LanguageConfig, path, arguments.split())
     assert config.optim.lr == 1000.0
     assert config.run.compile is False
