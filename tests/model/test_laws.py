@@ -208,7 +208,7 @@ def test_state_does_not_grow_with_the_context(small_model):
 )
 def test_impossible_configurations_are_named(field, value):
     settings = {"num_hidden_layers": 4, "trigger_decay_learnable": False, field: value}
-    with pytest.raises(InputError, match=rf"^configuration: {field} = .* must be [^\n]*$"):
+    with pytest.raises(InputError, match=rf"^preset tiny: {field} = .* must be [^\n]*$"):
         preset("tiny", **settings)
     with pytest.raises(StrictDataclassError, match=field):
         NirvanaConfig(**{**PRESETS["tiny"], **settings})

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from nirvana.cli import demo, language, mri
+from nirvana.cli import convert, demo, language, mri
 from nirvana.errors import InputError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ UsageError: type[Exception] = next(
 )
 
 app.command("demo")(demo.demo)
+app.command("convert")(convert.convert)
 app.add_typer(mri.app, name="mri")
 app.add_typer(language.data_app, name="data")
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)

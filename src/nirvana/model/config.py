@@ -163,7 +163,7 @@ class NirvanaConfig(PreTrainedConfig):
 
 def _require(condition: bool, name: str, value: Any, right: str) -> None:
     if not condition:
-        raise InputError(f"configuration: {name} = {value!r} must be {right}")
+        raise InputError(f"{name} = {value!r} must be {right}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -213,7 +213,13 @@ def preset(name: str, **overrides: Any) -> NirvanaConfig:
     for field in overrides:
         if field not in known:
             raise InputError(f"unknown field {field!r} of the model's configuration")
+    return checked_config({**PRESETS[name], **overrides}, f"preset {name}")
+
+
+def checked_config(fields: dict[str, Any], where: str) -> NirvanaConfig:
+    """The configuration with these fields; what is wrong with them is an `InputError` of one line
+    that begins with `where` they are from."""
     try:
-        return NirvanaConfig(**{**PRESETS[name], **overrides})
+        return NirvanaConfig(**fields)
     except StrictDataclassError as error:
-        raise InputError(str(error.__cause__ or error)) from error
+        raise InputError(f"{where}: {error.__cause__ or error}") from error
