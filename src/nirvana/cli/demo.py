@@ -3,9 +3,8 @@
 import pydoc
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata, resources
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +28,15 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="A text file of your own to read, too.")] = None,
 ) -> None:
     """Reads real text with the Trigger on and off, and reconstructs a real brain volume."""
+    from nirvana.text import read_documents
+
     started = time.perf_counter()
     out = replaceable_folder(out, RESULTS)
     texts = found_texts()
     if text is not None:
-        texts[text.stem] = list(_own_text(text))
+        texts[text.name] = _cut(read_documents(text))
+        if not texts[text.name]:
+            raise InputError(f"{text}: holds no text; give a file with some")
     console = Console()
     language = _language(texts, console)
     mri, write_images = _mri(console)
@@ -79,27 +82,17 @@ def _docstrings(module: Any) -> Iterator[str]:
             yield doc
 
 
-def _own_text(path: Path) -> Iterator[str]:
-    from nirvana.text import read_documents
-
-    documents = _cut(read_documents(path))
-    if not documents:
-        raise InputError(f"{path}: holds no text; give a file with some")
-    yield from documents
-
-
-def _cut(documents: Any) -> list[str]:
-    """The first documents, a fourth of the bytes each at most, until there are enough of them."""
-    pieces = (document[: BYTES_PER_TEXT // 4] for document in documents if document.strip())
-    return list(islice(_until(pieces, BYTES_PER_TEXT), 200))
-
-
-def _until(pieces: Iterator[str], limit: int) -> Iterator[str]:
-    for piece in pieces:
-        yield piece
-        limit -= len(piece.encode("utf-8"))
-        if limit <= 0:
-            return
+def _cut(documents: Iterable[str]) -> list[str]:
+    """The first documents, a fourth of `BYTES_PER_TEXT` each at most, until that is reached."""
+    pieces: list[str] = []
+    size = 0
+    for document in documents:
+        if document.strip():
+            pieces.append(document[: BYTES_PER_TEXT // 4])
+            size += len(pieces[-1].encode("utf-8"))
+        if size >= BYTES_PER_TEXT:
+            break
+    return pieces
 
 
 def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[str, float]]:
@@ -141,17 +134,18 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
         comparison,
         draw_middle,
         progress_bars,
+        simulated,
     )
     from nirvana.mri import evaluate as ev
-    from nirvana.mri.io import read_spacing, read_volume, write_reconstruction
+    from nirvana.mri.io import write_reconstruction
     from nirvana.mri.model import load_codec
     from nirvana.mri.physics import Sampling
-    from nirvana.mri.simulate import Simulation, simulate_scan
+    from nirvana.mri.simulate import Simulation
 
     # nibabel.testing names this folder, too, but cannot be imported without pytest.
     path = Path(str(resources.files("nibabel") / "tests" / "data" / "example4d.nii.gz"))
     settings = Simulation(num_coils=8, noise=(NOISE, NOISE))
-    scan = simulate_scan(read_volume(path), "example4d", SEED, settings, read_spacing(path))
+    scan = simulated(path, settings, SEED)
     sampling = Sampling("equispaced", acceleration=4, center_fraction=0.08)
     kspace, mask = ev.undersample(scan, sampling, SEED)
     slices, coils, rows, columns = kspace.shape
@@ -175,9 +169,8 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
         )
 
     names = {ZERO_FILLED: "zero_filled", WAVELET: "wavelet", NIRVANA: "nirvana"}
-    keep = ("ssim", "psnr", "nmse", "ssim_head", "psnr_head", "nmse_head", "seconds_per_slice")
     figures = {
-        names[row["method"]]: {name: float(row[name]) for name in keep if name in row}
+        names[row["method"]]: {name: float(row[name]) for name in ev.FORMATS if name in row}
         for row in table
     }
     return figures, write_images

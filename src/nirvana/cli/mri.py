@@ -54,7 +54,7 @@ def simulate(
 
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
         raise InputError(f"--out {out} must be a file name that ends in .h5")
-    scan = _simulated(volume, _settings(coils, noise), seed)
+    scan = simulated(volume, _settings(coils, noise), seed)
     write_scan(out, scan, source=volume.name, simulation_seed=seed)
     slices, coils, height, width = scan.kspace.shape
     print(f"{out}: {slices} slices of {height} x {width}, {coils} coils")
@@ -80,6 +80,7 @@ def reconstruct(
     """
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import read_scan, write_reconstruction
+    from nirvana.mri.physics import require_calibration
 
     out = replaceable_folder(out, RESULTS)
     loaded = read_scan(scan)
@@ -90,7 +91,7 @@ def reconstruct(
     else:
         mask = ev.sampled_columns(loaded)
         kspace = _masked(loaded, mask)
-    _check_center(mask, scan)
+    require_calibration(mask, scan)
     model = _load(codec, device)
 
     with progress_bars() as progress:
@@ -152,6 +153,7 @@ def evaluate(
 ) -> None:
     """Scores zero-filled, L1-wavelet and Nirvana on undersampled volumes."""
     from nirvana.mri import evaluate as ev
+    from nirvana.mri.physics import require_calibration
 
     if slices < 0:
         raise InputError(f"--slices {slices} must be 0 (all) or more")
@@ -164,7 +166,7 @@ def evaluate(
     # All of them once before the first is worked on: a mistake shows before hours of work.
     for number, path in enumerate(scans):
         checked = load(path, number)
-        _check_center(sampling.mask(checked.kspace.shape[-1], seed + number), path)
+        require_calibration(sampling.mask(checked.kspace.shape[-1], seed + number), path)
     model = _load(codec, device)
     rows = []
     with progress_bars() as progress:
@@ -212,7 +214,8 @@ def _sampling(kind: str, acceleration: float, center_fraction: float) -> "Sampli
     raise InputError(f"--mask {kind} is unknown; choose one of {', '.join(MASK_KINDS)}")
 
 
-def _simulated(path: Path, settings: "Simulation", seed: int, slices: int = 0) -> "Scan":
+def simulated(path: Path, settings: "Simulation", seed: int, slices: int = 0) -> "Scan":
+    """A scan of an image volume, or of its `slices` middle slices."""
     from nirvana.mri.io import read_spacing, read_volume
     from nirvana.mri.simulate import simulate_scan
 
@@ -228,7 +231,7 @@ def _full_scan(path: Path, settings: "Simulation", seed: int, slices: int) -> "S
     from nirvana.mri.io import is_volume, read_scan
 
     if is_volume(path):
-        return _simulated(path, settings, seed, slices)
+        return simulated(path, settings, seed, slices)
     scan = read_scan(path)
     if not is_full(scan):
         raise InputError(f"{path} is undersampled; only a fully sampled scan can be scored")
@@ -250,17 +253,6 @@ def _masked(scan: "Scan", mask: "Tensor") -> "Tensor":
     if not mask.any():
         raise InputError(f"{scan.name}: its mask keeps no column of k-space")
     return torch.from_numpy(scan.kspace) * mask
-
-
-def _check_center(mask: "Tensor", path: Path) -> None:
-    from nirvana.mri.physics import calibration_width
-
-    width = calibration_width(mask)
-    if width < 2:
-        raise InputError(
-            f"{path}: {width} contiguous columns in the middle of k-space are sampled; coil "
-            "sensitivities need at least 2"
-        )
 
 
 def _load(codec: str, device: str) -> Any:

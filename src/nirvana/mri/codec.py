@@ -9,7 +9,7 @@ from monai.networks.nets.basic_unet import BasicUNet, Down, TwoConv, UpCat
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
-from nirvana.mri.physics import fft2c, ifft2c, rss
+from nirvana.mri.physics import CartesianSense, ifft2c, rss
 
 PATCH = 16
 ACTIVATION = ("LeakyReLU", {"negative_slope": 0.1, "inplace": True})
@@ -119,14 +119,9 @@ class Cascade(nn.Module):
 
     def forward(self, k: Tensor, y: Tensor, mask: Tensor, sensitivities: Tensor) -> Tensor:
         """k, y, sensitivities: complex `[B, coils, H, W]`; mask: bool `[W]`."""
-        image = combine(k, sensitivities)
-        correction = fft2c(sensitivities * self.refine(image)[:, None])
+        coils = CartesianSense(sensitivities)
+        correction = coils.forward(self.refine(coils.adjoint(k)))
         return k - self.eta * mask * (k - y) - correction
-
-
-def combine(kspace: Tensor, sensitivities: Tensor) -> Tensor:
-    """S^H F^-1 k: complex `[B, H, W]`."""
-    return (sensitivities.conj() * ifft2c(kspace)).sum(1)
 
 
 class PatchEncoder(nn.Module):

@@ -21,13 +21,18 @@ from nirvana.mri.codec import (
     ImageDecoder,
     PatchEncoder,
     Sensitivities,
-    combine,
     crop,
     pad_to_patches,
     to_channels,
     to_complex,
 )
-from nirvana.mri.physics import calibration_columns, calibration_width, fft2c, ifft2c, rss
+from nirvana.mri.physics import (
+    CartesianSense,
+    calibration_columns,
+    ifft2c,
+    require_calibration,
+    rss,
+)
 from nirvana.train.config import from_dict, to_dict
 
 
@@ -69,10 +74,11 @@ class CodecModel(nn.Module):
         k = y
         for cascade in self.encoder_cascades:
             k = cascade(k, y, mask, sensitivities)
-        image, padding = pad_to_patches(to_channels(combine(k, sensitivities)))
+        coils = CartesianSense(sensitivities)
+        image, padding = pad_to_patches(to_channels(coils.adjoint(k)))
         hidden = self.specialist(self.encoder(image)).hidden
         correction = to_complex(crop(self.decoder(image, hidden), padding).float())
-        k = k + fft2c(sensitivities * correction[:, None])
+        k = k + coils.forward(correction)
         for cascade in self.image_cascades:
             k = cascade(k, y, mask, sensitivities)
         return rss(ifft2c(torch.where(mask, y, k))) * scale
@@ -103,8 +109,7 @@ class CodecModel(nn.Module):
             raise InputError(
                 f"the mask has {tuple(mask.shape)} columns, k-space has {kspace.shape[-1]}"
             )
-        if calibration_width(mask) < 2:
-            raise InputError("the mask leaves out the centre of k-space: the coils need at least 2")
+        require_calibration(mask, "the mask")
         device = next(self.parameters()).device
         calibration = calibration_columns(mask).to(device)
         mask = mask.to(device)

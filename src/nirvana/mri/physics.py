@@ -189,6 +189,16 @@ def calibration_width(mask: Tensor | np.ndarray) -> int:
     return int(min(2 * left + 1, 2 * right))
 
 
+def require_calibration(mask: Tensor, name: object) -> None:
+    """Raises an `InputError` that begins with `name` unless coils can be calibrated from `mask`."""
+    width = calibration_width(mask)
+    if width < 2:
+        raise InputError(
+            f"{name}: {width} contiguous columns in the middle of k-space are sampled; coil "
+            "sensitivities need at least 2 in the centre"
+        )
+
+
 def calibration_columns(mask: Tensor) -> Tensor:
     """The block that `calibration_width` measures: bool `[W]`, CPU."""
     width, middle = calibration_width(mask), len(mask) // 2

@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 
 from nirvana.errors import InputError
 from nirvana.mri.io import Scan
-from nirvana.mri.physics import fft2c, ifft2c, rss
+from nirvana.mri.physics import CartesianSense, ifft2c, rss
 
 Range = tuple[float, float]
 
@@ -106,7 +106,8 @@ def simulate(
     sensitivities = coil_maps(
         draws, num_coils, images.shape[-2:], generator, settings, images.device
     )
-    kspace = fft2c(sensitivities * torch.polar(contrasted, phase.expand_as(contrasted))[:, None])
+    image = torch.polar(contrasted, phase.expand_as(contrasted))
+    kspace = CartesianSense(sensitivities).forward(image)
     level = _log_uniform(settings.noise, draws, generator).to(images)
     peak = contrasted.amax() if volume else contrasted.amax(dim=(-2, -1), keepdim=True)
     noise = _noise((*kspace.shape, 2), generator, images.device)
