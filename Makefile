@@ -30,5 +30,5 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[mri,train,dev]'
+	$(INSTALL) -e '.[mri,train,eval,dev]'
 	@touch $@

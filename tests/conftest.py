@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads this once, when something
+# imports it, and what is imported below may do that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 
 SMALL = {
@@ -34,7 +39,7 @@ def device(request):
         pytest.skip("no CUDA device here")
     torch.set_default_device(request.param)
     yield request.param
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The Nirvana language model."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,23 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.trigger import Trigger, WeightBank
+from nirvana.model.masks import Masks, create_masks
+from nirvana.model.trigger import Trigger, TriggerReport, WeightBank
 from nirvana.model.updater import RMSNorm, Updater
 
-Masks = dict[str, Tensor | None]
+
+@dataclass
+class NirvanaOutputWithPast(BaseModelOutputWithPast):
+    """The library's output, and `trigger`: one report for each layer with a Trigger."""
+
+    trigger: tuple[TriggerReport, ...] | None = None
+
+
+@dataclass
+class NirvanaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """The library's output, and `trigger`: one report for each layer with a Trigger."""
+
+    trigger: tuple[TriggerReport, ...] | None = None
 
 
 class SwiGLU(nn.Module):
@@ -53,8 +67,9 @@ class NirvanaBlock(GradientCheckpointingLayer):
         bank: WeightBank,
         masks: Masks,
         past_key_values: Cache | None = None,
+        reports: list[TriggerReport] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        y, fast = self.updater(self.updater_norm(h), fast, bank, masks, past_key_values)
+        y, fast = self.updater(self.updater_norm(h), fast, bank, masks, past_key_values, reports)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), fast
 
@@ -67,6 +82,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NirvanaBlock"]  # noqa: RUF012
+    _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": NirvanaBlock}  # noqa: RUF012
     _is_stateful = True
@@ -132,8 +148,10 @@ class NirvanaModel(NirvanaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_trigger: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> NirvanaOutputWithPast:
         """
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]` instead.
@@ -141,6 +159,9 @@ class NirvanaModel(NirvanaPreTrainedModel):
             position_ids: `[B, T]`; wherever they do not go on by one, a new sample starts and no
                 state crosses (packed documents).
             past_key_values: the library's cache.
+            cu_seqlens: `[documents + 1]`, where packed documents start and end in the batch laid
+                out as one row; says the same without positions. `cu_seq_lens_q` is taken, too.
+            output_trigger: return `trigger`, a `TriggerReport` for each layer with a Trigger.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
@@ -155,14 +176,20 @@ class NirvanaModel(NirvanaPreTrainedModel):
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
+            borders = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
             masks = create_masks(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, borders
             )
+        reports: list[TriggerReport] | None = [] if output_trigger else None
         h, fast = inputs_embeds, self.bank.start(inputs_embeds)
         for layer in self.layers:
-            h, fast = layer(h, fast, self.bank, masks, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(h), past_key_values=past_key_values if use_cache else None
+            h, fast = layer(
+                h, fast, self.bank, masks, past_key_values=past_key_values, reports=reports
+            )
+        return NirvanaOutputWithPast(
+            last_hidden_state=self.norm(h),
+            past_key_values=past_key_values if use_cache else None,
+            trigger=None if reports is None else tuple(reports),
         )
 
 
@@ -189,7 +216,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> NirvanaCausalLMOutputWithPast:
         """As `NirvanaModel.forward`, and:
 
         Args:
@@ -212,11 +239,12 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return NirvanaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            trigger=outputs.trigger,
         )
 
     @staticmethod
@@ -230,72 +258,6 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
     ) -> Masks:
         """The masks made outside a compiled forward; the library calls this by its name."""
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
-
-
-def create_masks(
-    config: NirvanaConfig,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: Tensor | None,
-) -> Masks:
-    """What may see what, once for all layers.
-
-    Returns:
-        segments: `[B, T]` or None, see `nirvana.ops`; padding is a sample of its own, so that it
-            reaches nothing.
-        window: `[B, 1, T, S]`, true where a query sees a cached or new key; None when there are
-            only new keys, then window and segments say it all.
-        positions: `[B, T]` or `[1, T]`, for rotary embeddings.
-    """
-    B, T = inputs_embeds.shape[:2]
-    device = inputs_embeds.device
-    past, num_keys, offset = 0, T, 0
-    if past_key_values is not None:
-        first = config.num_prelude_layers
-        past = past_key_values.get_seq_length(first)
-        num_keys, offset = past_key_values.get_mask_sizes(T, first)
-    new = torch.arange(past, past + T, device=device)
-    segments = _segments(attention_mask, position_ids, B, T, past)
-    window = None
-    if (num_keys, offset) != (T, 0):
-        keys = torch.arange(offset, offset + num_keys, device=device)
-        window = keys <= new[:, None]
-        if config.sliding_window is not None:
-            window = window & (keys > new[:, None] - config.sliding_window)
-        window = window[None]
-        if attention_mask is not None:
-            padded = F.pad(attention_mask, (0, max(0, offset + num_keys - attention_mask.shape[1])))
-            window = window & padded[:, None, offset : offset + num_keys].bool()
-        if segments is not None:
-            before = past - offset
-            owner = F.pad(segments, (before, num_keys - before - T))
-            window = window & (owner[:, None] == segments[:, :, None])
-        # A padded query sees itself: a row that sees nothing would be NaN.
-        window = (window | (keys == new[:, None]))[:, None].expand(B, 1, -1, -1)
-    positions = new[None] if position_ids is None else position_ids
-    return {"segments": segments, "window": window, "positions": positions}
-
-
-def _segments(
-    attention_mask: Tensor | None, position_ids: Tensor | None, B: int, T: int, past: int
-) -> Tensor | None:
-    """A count of the sample borders before and at every token; None where there are none."""
-    given = [x for x in (attention_mask, position_ids) if x is not None]
-    if T == 1 or not given:
-        return None
-    border = torch.zeros(B, T, dtype=torch.bool, device=given[0].device)
-    if position_ids is not None:
-        border[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if past > 0:
-            border[:, 0] |= position_ids[:, 0] == 0
-    if attention_mask is not None:
-        local = attention_mask[:, -T:]
-        border[:, 1:] |= local[:, 1:] != local[:, :-1]
-    # Inference looks whether there is any border at all; a training step must not wait for that.
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not border.any():
-        return None
-    return border.cumsum(1)
 
 
 AutoModel.register(NirvanaConfig, NirvanaModel, exist_ok=True)

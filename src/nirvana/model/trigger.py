@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nirvana.model.config import NirvanaConfig
-from nirvana.ops import at_least_float32, decayed_sum
+from nirvana.ops import at_least_float32, decayed_sum, no_autocast
 
 EPS = 1e-6
 """Inside the root of the normalisation over C."""
@@ -65,12 +67,16 @@ class Trigger(nn.Module):
     @property
     def lr(self) -> Tensor | float:
         """Step size; may be negative."""
-        return self.lr_percent / 100 if "lr_percent" in self._parameters else self.fixed_lr
+        if "lr_percent" not in self._parameters:
+            return self.fixed_lr
+        return at_least_float32(self.lr_percent) / 100
 
     @property
     def decay(self) -> Tensor | float:
         """In 0..1; learned as the logistic function of a parameter."""
-        return self.decay_logit.sigmoid() if "decay_logit" in self._parameters else self.fixed_decay
+        if "decay_logit" not in self._parameters:
+            return self.fixed_decay
+        return at_least_float32(self.decay_logit).sigmoid()
 
     def forward(
         self,
@@ -90,7 +96,7 @@ class Trigger(nn.Module):
         Returns: task vector `[B, T, C]`, fast parameters after the step, m after the last token
             (None without memory).
         """
-        with torch.autocast(qkv.device.type, enabled=False):
+        with no_autocast(qkv.device):
             q, k, v = at_least_float32(qkv).chunk(3, dim=-1)
             if self.enabled:
                 g = trigger_gradient(k, v, fast, bank, self.exact)
@@ -119,7 +125,7 @@ def trigger_gradient(
     f, n, s = _apply(k, U, fast, bank)
     gain, bias, shift = (x.to(k.dtype) for x in (bank.gain, bank.bias, bank.shift))
     e = f - v
-    u = (fast[..., 1, :] @ gain.T) * e
+    u = F.linear(fast[..., 1, :], gain) * e
     if exact:
         u = u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True)
     dz = u / s
@@ -131,11 +137,36 @@ def _apply(x: Tensor, U: Tensor, fast: Tensor, bank: WeightBank) -> tuple[Tensor
     """f(x; p) `[..., C]`, and the n and s that it met, for U = `bank.project(x)`."""
     p_w, p_g, p_b, p_s = fast.unbind(-2)
     gain, bias, shift = (y.to(x.dtype) for y in (bank.gain, bank.bias, bank.shift))
-    z = (U * p_w[..., None, :]).sum(-1) + p_b @ bias.T
-    z = z - z.mean(-1, keepdim=True)
-    s = (z.square().mean(-1, keepdim=True) + EPS).sqrt()
-    n = z / s
-    return x + (p_g @ gain.T) * n + p_s @ shift.T, n, s
+    z = (U * p_w[..., None, :]).sum(-1) + F.linear(p_b, bias)
+    variance, mean = torch.var_mean(z, dim=-1, correction=0, keepdim=True)
+    s = (variance + EPS).sqrt()
+    n = (z - mean) / s
+    return x + F.linear(p_g, gain) * n + F.linear(p_s, shift), n, s
+
+
+class TriggerReport(NamedTuple):
+    """What one layer's Trigger did, for every token; float32, without gradients."""
+
+    loss_before: Tensor  # [B, T], 1/2 ||f(k; p) - v||^2 with the fast parameters from below
+    loss_after: Tensor  # [B, T], the same with those after the step
+    change: Tensor  # [B, T], Euclidean norm of the step in all four fast vectors
+    gates: Tensor  # [B, T, 1] t, or [B, T, 2] t and t' ("independent")
+
+
+@torch.no_grad()
+def trigger_report(
+    qkv: Tensor, before: Tensor, after: Tensor, gates: Tensor, bank: WeightBank
+) -> TriggerReport:
+    """The report of a step from `before` to `after`, each `[B, T, 4, R]`; qkv `[B, T, 3 C]`."""
+    with no_autocast(qkv.device):
+        _, k, v = at_least_float32(qkv).chunk(3, dim=-1)
+        U = bank.project(k)
+        return TriggerReport(
+            loss_before=(_apply(k, U, before, bank)[0] - v).square().sum(-1) / 2,
+            loss_after=(_apply(k, U, after, bank)[0] - v).square().sum(-1) / 2,
+            change=(after - before).flatten(2).norm(dim=-1),
+            gates=at_least_float32(gates).detach(),
+        )
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.trigger import Trigger, WeightBank
+from nirvana.model.masks import Masks
+from nirvana.model.trigger import Trigger, TriggerReport, WeightBank, trigger_report
 from nirvana.ops import at_least_float32, causal_conv, gated_delta_rule, window_attention
 
 L2_EPS = 1e-6
@@ -67,10 +68,14 @@ class Updater(nn.Module):
         x: Tensor,
         fast: Tensor,
         bank: WeightBank,
-        masks: dict[str, Tensor | None],
+        masks: Masks,
         cache: Cache | None = None,
+        reports: list[TriggerReport] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x `[B, T, D]` and fast parameters `[B, T, 4, R]` to y `[B, T, D]` and the new fast."""
+        """x `[B, T, D]` and fast parameters `[B, T, 4, R]` to y `[B, T, D]` and the new fast.
+
+        A list given as `reports` receives what the Trigger did.
+        """
         state = _read(cache, self.layer_idx)
         qkv, gate, beta, alpha, *rest = self.in_proj(x).split(self.sections, dim=-1)
         b = self.linear(qkv, gate, beta, alpha, masks, state, cache)
@@ -78,10 +83,13 @@ class Updater(nn.Module):
             return b, fast
         low_rank, task = rest
         a = self.windowed(qkv, low_rank, masks, cache)
-        h_task, fast, memory = self.trigger(task, fast, bank, state["memory"], masks["segments"])
+        h_task, moved, memory = self.trigger(task, fast, bank, state["memory"], masks["segments"])
         if cache is not None and memory is not None:
             cache.update_conv_state(memory, self.layer_idx, state_idx=1)
-        return self.blend(a, b, h_task), fast
+        gates = self.gate_proj(h_task).sigmoid()
+        if reports is not None:
+            reports.append(trigger_report(task, fast, moved, gates, bank))
+        return self.blend(a, b, h_task, gates), moved
 
     def linear(
         self,
@@ -89,65 +97,52 @@ class Updater(nn.Module):
         gate: Tensor,
         beta: Tensor,
         alpha: Tensor,
-        masks: dict[str, Tensor | None],
+        masks: Masks,
         state: dict[str, Tensor | None],
         cache: Cache | None,
     ) -> Tensor:
         """b: convolution, gated delta rule, gated norm, output projection."""
         segments = masks["segments"]
-        mixed = causal_conv(qkv, self.conv_weight, state["conv"], segments)
-        q, k, v = mixed.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        mixed, recent = causal_conv(qkv, self.conv_weight, state["conv"], segments)
+        qk, v = mixed.unflatten(-1, (3, -1, self.head_dim)).split([2, 1], dim=2)
+        q, k = _unit(qk).unbind(2)
         rate, alpha, beta = (at_least_float32(y) for y in (self.A_log, alpha, beta))
         log_alpha = -rate.exp() * F.softplus(alpha + self.dt_bias)
         o, S = gated_delta_rule(
-            _unit(q), _unit(k), v, log_alpha, beta.sigmoid(), state["delta"], segments
+            q, k, v.squeeze(2), log_alpha, beta.sigmoid(), state["delta"], segments
         )
         if cache is not None:  # the cache writes in place: only now, after the old state was used
-            cache.update_conv_state(self.recent(qkv, state["conv"], segments), self.layer_idx)
+            cache.update_conv_state(recent, self.layer_idx)
             cache.update_recurrent_state(S, self.layer_idx)
         o = self.out_norm(o) * F.silu(gate.unflatten(-1, (-1, self.head_dim)))
         return self.out_proj(o.flatten(2))
-
-    def recent(self, qkv: Tensor, state: Tensor | None, segments: Tensor | None) -> Tensor:
-        """The convolutions' next state: the last sample's last inputs, `[B, 3 D, width - 1]`."""
-        width = self.conv_weight.shape[1] - 1
-        if segments is not None:
-            qkv = qkv * (segments == segments[:, -1:])[..., None]
-        if state is None:
-            inputs = F.pad(qkv.mT, (width, 0))
-        elif segments is None:
-            inputs = torch.cat([state, qkv.mT], dim=-1)
-        else:
-            inputs = torch.cat([state * (segments[:, -1, None, None] == 0), qkv.mT], dim=-1)
-        return inputs[..., -width:]
 
     def windowed(
         self,
         qkv: Tensor,
         low_rank: Tensor,
-        masks: dict[str, Tensor | None],
+        masks: Masks,
         cache: Cache | None,
     ) -> Tensor:
         """a: the window branch on q, k, v moved by a low-rank term."""
-        move = torch.einsum(
-            "btnr,nrd->btnd", low_rank.unflatten(-1, (3, -1)), self.window_up.to(low_rank.dtype)
-        )
-        q, k, v = (qkv + move.flatten(2)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        factors = low_rank.flatten(0, 1).unflatten(-1, (3, -1)).transpose(0, 1)  # [3, B T, r]
+        move = torch.bmm(factors, self.window_up.to(factors.dtype)).transpose(0, 1)
+        moved = qkv + move.reshape(qkv.shape)
+        q, k, v = moved.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         if self.rope_theta is not None:
             q, k = (rotate(x, masks["positions"], self.rope_theta) for x in (q, k))
         if cache is not None:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if masks["window"] is None:
+        if masks["window"] is None and k.shape[1] == q.shape[1]:
             o = window_attention(q, k, v, self.window, masks["segments"])
-        else:
+        else:  # without a mask: one new token, which sees all that the cache kept
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=masks["window"]).transpose(1, 2)
         return self.window_out(o.flatten(2))
 
-    def blend(self, a: Tensor, b: Tensor, h_task: Tensor) -> Tensor:
+    def blend(self, a: Tensor, b: Tensor, h_task: Tensor, gates: Tensor) -> Tensor:
         """The interpolation of both branches."""
-        gates = self.gate_proj(h_task).sigmoid()
         t, other = (gates, 1 - gates) if self.convex else gates.split(1, dim=-1)
         zeta = self.zeta(torch.cat([b, a, h_task], dim=-1))
         return t * a + other * b + t * other * zeta

@@ -9,6 +9,7 @@ sample starts. No state crosses such a border. A state handed in belongs to segm
 handed back belongs to the last token's segment. None means that the whole row is segment 0.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -18,10 +19,21 @@ from nirvana.ops import chunked, reference
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 
+MIN_LOG_ALPHA = -40.0
+"""Forgets everything (exp of it is below float64's rounding); backends sum log_alpha over a chunk,
+and a larger sum would swallow the small decays that follow."""
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside the block autocast is off; costs nothing where it was off before."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def gated_delta_rule(
@@ -48,7 +60,8 @@ def gated_delta_rule(
 
     Returns: o `[B, T, H, V]` in v's dtype and the state after the last token, `[B, H, K, V]`.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
+        log_alpha = at_least_float32(log_alpha).clamp(min=MIN_LOG_ALPHA)
         o, last = _backend(backend).gated_delta_rule(
             *(at_least_float32(x) for x in (q, k, v, log_alpha, beta)), state, segments
         )
@@ -61,7 +74,7 @@ def causal_conv(
     state: Tensor | None = None,
     segments: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution and SiLU.
 
         y_t = silu(sum_j weight[:, j] x_{t - width + 1 + j})
@@ -71,7 +84,7 @@ def causal_conv(
         weight: `[D, width]`; the last column meets the token itself.
         state: `[B, D, width - 1]`, the inputs before the first token; None means zero.
 
-    Returns: `[B, T, D]`.
+    Returns: y `[B, T, D]` and the last inputs, `[B, D, width - 1]`.
     """
     return _backend(backend).causal_conv(x, weight.to(x.dtype), state, segments)
 
@@ -112,7 +125,7 @@ def decayed_sum(
 
     Returns: m `[B, T, F]` and its last row `[B, F]`.
     """
-    with torch.autocast(g.device.type, enabled=False):
+    with no_autocast(g.device):
         return _backend(backend).decayed_sum(at_least_float32(g), decay, state, segments)
 
 

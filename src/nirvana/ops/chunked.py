@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DELTA_CHUNK = 64
+SOLVE_SIZE = 16
 SUM_CHUNK = 64
 
 
@@ -18,69 +19,99 @@ def gated_delta_rule(
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Chunks of 64 tokens: within a chunk the writes solve one unit triangular system (the WY form
-    of arXiv 2412.06464, section 3.3); from chunk to chunk the state moves by S <- P + M S.
+    of arXiv 2412.06464, section 3.3), so only what moves the state goes from chunk to chunk.
     """
     B, T, H, K = q.shape
-    q = q * K**-0.5
     if state is None:
         state = q.new_zeros(B, H, K, v.shape[-1])
     state = state.to(q.dtype)
     if T == 1 and segments is None:
-        return _delta_step(q, k, v, log_alpha, beta, state)
+        return _delta_step(q * K**-0.5, k, v, log_alpha, beta, state)
 
     c = min(DELTA_CHUNK, T)
+    N = -(-T // c)
     # Padding writes nothing (beta = 0) and keeps the state (alpha = 1).
     q, k, v, beta, log_alpha = (_chunks(x, c) for x in (q, k, v, beta, log_alpha))
     G = log_alpha.cumsum(-1)
-    lower = torch.ones(c, c, dtype=torch.bool, device=q.device).tril()
-    if segments is None:
-        same, from_start, to_end, keep = lower, 1.0, 1.0, 1.0
-    else:
-        segments = _pad_segments(segments, c).unflatten(1, (-1, c))[:, None]  # [B, 1, N, c]
-        last = segments[..., -1:]
-        carried = F.pad(last[:, :, :-1], (0, 0, 1, 0))  # owner of the state that enters the chunk
-        same = lower & (segments[..., :, None] == segments[..., None, :])
-        from_start, to_end = (segments == carried).to(q.dtype), (segments == last).to(q.dtype)
-        keep = (last == carried).to(q.dtype)
+    same = torch.ones(c, c, dtype=torch.bool, device=q.device).tril()
+    enter, leave, keep = G.exp(), (G[:, -1:] - G).exp(), G[:, -1:].exp()
+    if segments is not None:
+        owner = _pad_segments(segments, c).unflatten(1, (-1, c)).transpose(0, 1)
+        owner = owner.repeat_interleave(H, dim=1)  # [N, BH, c]
+        last = owner[..., -1:]
+        carried = F.pad(last[:-1], (0, 0, 0, 0, 1, 0))  # owner of the state that enters the chunk
+        owner, last, carried = (x.flatten(0, 1) for x in (owner, last, carried))
+        same = same & (owner[:, :, None] == owner[:, None])
+        enter = enter * (owner == carried)
+        leave = leave * (owner == last)
+        keep = keep * (last == carried)
     # The exponent is masked before exp: above the diagonal it may be large and positive.
-    decay = (G[..., :, None] - G[..., None, :]).masked_fill(~same, float("-inf")).exp()
-    enter = (G.exp() * from_start)[..., None]
-    leave = ((G[..., -1:] - G).exp() * to_end)[..., None]
-    keep = (G[..., -1:].exp() * keep)[..., None]
+    decay = (G[:, :, None] - G[:, None]).masked_fill_(~same, float("-inf")).exp_()
 
-    k_beta = k * beta[..., None]
-    A = (k_beta @ k.mT * decay).tril(-1)
-    solved = torch.linalg.solve_triangular(
-        A, torch.cat([v * beta[..., None], k_beta * enter], dim=-1), upper=False, unitriangular=True
-    )
-    u, w = solved.split([v.shape[-1], K], dim=-1)
-    k_leave = (k * leave).mT
-    P = k_leave @ u
-    M = keep * torch.eye(K, dtype=q.dtype, device=q.device) - k_leave @ w
-    states = [state]
-    for P_n, M_n in zip(P.unbind(2), M.unbind(2), strict=True):
-        states.append(P_n + M_n @ states[-1])
-    S = torch.stack(states[:-1], dim=2)
-    o = (q * enter) @ S + (q @ k.mT * decay) @ (u - w @ S)
-    return o.flatten(2, 3)[:, :, :T].transpose(1, 2), states[-1]
+    # What is written at each token is u - w S, S the state that enters the chunk.
+    solve = _UnitInverse.apply((k @ k.mT).mul_(decay * beta[..., None])) * beta[:, None]
+    u, w = solve @ v, solve @ (k * enter[..., None])
+    k_leave = (k * leave[..., None]).mT
+    S = state.flatten(0, 1)
+    states, writes = [], []
+    steps = zip(*(x.chunk(N) for x in (u, w, k_leave, keep[..., None])), strict=True)
+    for u_n, w_n, k_n, keep_n in steps:
+        states.append(S)
+        writes.append(torch.baddbmm(u_n, w_n, S, alpha=-1))
+        S = (keep_n * S).baddbmm_(k_n, writes[-1])
+    read = (q * enter[..., None]) @ torch.cat(states)
+    scores = (q @ k.mT).mul_(decay)
+    o = torch.baddbmm(read, scores, torch.cat(writes), alpha=K**-0.5, beta=K**-0.5)
+    o = o.view(N, B, H, c, -1).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return o[:, :T], S.view(B, H, *S.shape[1:])
+
+
+class _UnitInverse(torch.autograd.Function):
+    """(I + L)^-1 for the strictly lower triangle L of each matrix `[..., n, n]`."""
+
+    @staticmethod
+    def forward(ctx, L: Tensor) -> Tensor:
+        X = torch.zeros_like(L)
+        _invert(L, X)
+        ctx.save_for_backward(X)
+        return X
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (X,) = ctx.saved_tensors
+        return -(X.mT @ grad @ X.mT).tril(-1)
+
+
+def _invert(L: Tensor, X: Tensor) -> None:
+    """Writes (I + L)^-1 into X, halves first: most of the work is products, and none overflows."""
+    n = L.shape[-1]
+    if n <= SOLVE_SIZE:
+        eye = torch.eye(n, dtype=L.dtype, device=L.device).expand_as(L)
+        X.copy_(torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True))
+        return
+    head, tail = slice(n // 2), slice(n // 2, n)
+    _invert(L[..., head, head], X[..., head, head])
+    _invert(L[..., tail, tail], X[..., tail, tail])
+    X[..., tail, head] = -X[..., tail, tail] @ L[..., tail, head] @ X[..., head, head]
 
 
 def _delta_step(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token: the recurrence itself."""
-    q, k, v = (x.squeeze(1)[:, :, None] for x in (q, k, v))  # [B, H, 1, K]
-    S = state * log_alpha.squeeze(1)[..., None, None].exp()
-    S = S + k.mT @ (beta.squeeze(1)[..., None, None] * (v - k @ S))
-    return (q @ S).transpose(1, 2), S
+    B, _, H, _ = q.shape
+    q, k, v = (x.reshape(B * H, 1, -1) for x in (q, k, v))
+    alpha, beta = log_alpha.exp().reshape(-1, 1, 1), beta.reshape(-1, 1, 1)
+    S = state.flatten(0, 1) * alpha
+    S = torch.baddbmm(S, k.mT, beta * torch.baddbmm(v, k, S, alpha=-1))
+    return torch.bmm(q, S).view(B, 1, H, -1), S.view(B, H, *S.shape[1:])
 
 
 def _chunks(x: Tensor, c: int) -> Tensor:
-    """`[B, T, H, ...]` to `[B, H, N, c, ...]`, padded with zeros."""
-    x = x.transpose(1, 2)
-    padding = -x.shape[2] % c
-    x = F.pad(x, (*[0, 0] * (x.ndim - 3), 0, padding))
-    return x.unflatten(2, (-1, c))
+    """`[B, T, H, ...]` to `[N B H, c, ...]`, N chunks of c tokens, padded with zeros."""
+    x = F.pad(x, (*[0, 0] * (x.ndim - 2), 0, -x.shape[1] % c))
+    x = x.unflatten(1, (-1, c)).transpose(0, 1).transpose(2, 3)
+    return x.flatten(0, 2).contiguous()
 
 
 def _pad_segments(segments: Tensor, c: int) -> Tensor:
@@ -89,15 +120,18 @@ def _pad_segments(segments: Tensor, c: int) -> Tensor:
     return torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
 
 
-def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None) -> Tensor:
+def causal_conv(
+    x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """A sum of shifted copies: exact at sample borders, and one pass when compiled."""
     T, width = x.shape[1], weight.shape[1]
     if state is None:
         inputs = F.pad(x, (0, 0, width - 1, 0))
     else:
         inputs = torch.cat([state.mT.to(x.dtype), x], dim=1)
+    last = inputs[:, T:]
     if T == 1 and segments is None:
-        return F.silu((inputs * weight.mT).sum(1, keepdim=True))
+        return F.silu((inputs * weight.mT).sum(1, keepdim=True)), last.mT
     y = x * weight[:, -1]
     owner = None if segments is None else F.pad(segments, (width - 1, 0))
     for j in range(width - 1):
@@ -105,7 +139,9 @@ def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None, segments: Tenso
         if owner is not None:
             tap = tap * (owner[:, j : j + T] == segments)[..., None]
         y = y + tap * weight[:, j]
-    return F.silu(y)
+    if owner is not None:
+        last = last * (owner[:, T:] == owner[:, -1:])[..., None]
+    return F.silu(y), last.mT
 
 
 def window_attention(

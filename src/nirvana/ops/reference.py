@@ -30,7 +30,9 @@ def gated_delta_rule(
     return torch.stack(outputs, dim=1), S
 
 
-def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None) -> Tensor:
+def causal_conv(
+    x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor]:
     B, T, D = x.shape
     width = weight.shape[1]
     if state is None:
@@ -44,7 +46,8 @@ def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None, segments: Tenso
         own = owner[:, t : t + width] == segments[:, t, None]
         taps = inputs[:, t : t + width] * own[..., None]
         outputs.append((taps * weight.T).sum(1))
-    return F.silu(torch.stack(outputs, dim=1))
+    own = owner[:, T:] == segments[:, -1:]
+    return F.silu(torch.stack(outputs, dim=1)), (inputs[:, T:] * own[..., None]).transpose(1, 2)
 
 
 def window_attention(

@@ -1,0 +1,111 @@
+"""What may see what within a row: sample borders, padding, and the window over cached keys."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from nirvana.model.config import NirvanaConfig
+
+Masks = dict[str, Tensor | None]
+
+
+def create_masks(
+    config: NirvanaConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> Masks:
+    """Made once for all layers.
+
+    Returns:
+        segments: `[B, T]` or None, see `nirvana.ops`; padding is a sample of its own, so that it
+            reaches nothing.
+        window: `[B, 1, T, S]`, true where a query sees a cached or new key; None when there are
+            only new keys, then window and segments say it all.
+        positions: `[B, T]` or `[1, T]`, for rotary embeddings.
+
+    Raises:
+        ValueError: when padding would come to stand between a sample's cached and new tokens.
+    """
+    B, T = inputs_embeds.shape[:2]
+    device = inputs_embeds.device
+    past, num_keys, offset = 0, T, 0
+    if past_key_values is not None:
+        first = config.num_prelude_layers
+        past = past_key_values.get_seq_length(first)
+        num_keys, offset = past_key_values.get_mask_sizes(T, first)
+    if attention_mask is not None and _may_look() and attention_mask.all():
+        attention_mask = None
+    if attention_mask is not None and past_key_values is not None and _may_look():
+        _refuse_padding_inside(attention_mask, T)
+    new = torch.arange(past, past + T, device=device)
+    segments = _segments(attention_mask, position_ids, cu_seqlens, B, T, past)
+    window = None
+    all_seen = (
+        T == 1 and attention_mask is None and segments is None and num_keys == past - offset + 1
+    )
+    if not all_seen and (num_keys, offset) != (T, 0):
+        keys = torch.arange(offset, offset + num_keys, device=device)
+        window = keys <= new[:, None]
+        if config.sliding_window is not None:
+            window = window & (keys > new[:, None] - config.sliding_window)
+        window = window[None]
+        if attention_mask is not None:
+            padded = F.pad(attention_mask, (0, max(0, offset + num_keys - attention_mask.shape[1])))
+            window = window & padded[:, None, offset : offset + num_keys].bool()
+        if segments is not None:
+            before = past - offset
+            owner = F.pad(segments, (before, num_keys - before - T))
+            window = window & (owner[:, None] == segments[:, :, None])
+        # A padded query sees itself: a row that sees nothing would be NaN.
+        window = (window | (keys == new[:, None]))[:, None].expand(B, 1, -1, -1)
+    positions = new[None] if position_ids is None else position_ids
+    return {"segments": segments, "window": window, "positions": positions}
+
+
+def _may_look() -> bool:
+    """Inference looks at the masks' values; a training step must not wait for the device, and a
+    compiled one cannot branch."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _refuse_padding_inside(attention_mask: Tensor, T: int) -> None:
+    """The states in the cache are those of a row's last column, padding or not."""
+    seen = attention_mask.cumsum(1) > 0
+    inside = seen[:, :-1] & (attention_mask[:, :-1] == 0) & (attention_mask[:, 1:] != 0)
+    if attention_mask.shape[1] > T and inside[:, -T:].any():
+        raise ValueError(
+            "attention_mask has padding between a row's cached and its new tokens: pad on the left"
+        )
+
+
+def _segments(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    B: int,
+    T: int,
+    past: int,
+) -> Tensor | None:
+    """A count of the sample borders before and at every token; None where there are none."""
+    given = [x for x in (attention_mask, position_ids, cu_seqlens) if x is not None]
+    if not given or (T == 1 and past == 0):
+        return None
+    border = torch.zeros(B, T, dtype=torch.bool, device=given[0].device)
+    if cu_seqlens is not None:
+        starts = border.new_zeros(B * T + 1)
+        starts[cu_seqlens.long()] = True
+        border[:, 1:] |= starts[:-1].view(B, T)[:, 1:]
+    if position_ids is not None:
+        border[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if past > 0:
+            border[:, 0] |= position_ids[:, 0] == 0
+    if attention_mask is not None:
+        local = attention_mask[:, -T:]
+        border[:, 1:] |= local[:, 1:] != local[:, :-1]
+    if _may_look() and not border.any():
+        return None
+    return border.cumsum(1)

@@ -1,0 +1,299 @@
+"""The Trigger's two products with the bank, fused, forward and backward, for CUDA tensors.
+
+Nothing of size `[tokens, C, R]` exists: the backward computes all of it again from the inputs.
+Inside it is float32. bf16 tokens meet a bf16 bank on the tensor cores, which is exact, as sums are
+float32; only operands of the backward are rounded to bf16. Everything else follows
+`torch.set_float32_matmul_precision`. The operations take flat tokens: k, v, x `[N, C]`, fast
+`[N, 4, R]`, weight `[R, C, C]`.
+"""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from nirvana.ops.triton_kernels import (
+    apply_backward,
+    apply_forward,
+    gradient_backward,
+    gradient_forward,
+    weight_backward,
+)
+
+BLOCK, WARPS, STAGES = 64, 4, 3
+"""Tokens of a program, its warps, and the depth of its pipeline of loads."""
+WEIGHT_BLOCK, WEIGHT_RANK, WEIGHT_PARTS = 64, 4, 16
+"""The weight's gradient: tokens a step, matrices a program, parts that the tokens are cut into."""
+WEIGHT_WARPS, WEIGHT_STAGES = 8, 2
+TUNING = (
+    *("BLOCK", "WARPS", "STAGES"),
+    *("WEIGHT_BLOCK", "WEIGHT_RANK", "WEIGHT_PARTS", "WEIGHT_WARPS", "WEIGHT_STAGES"),
+)
+"""What `benchmarks/trigger.py` can change, to try on another GPU."""
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants)
+
+
+def _blocks(x: Tensor) -> tuple[int]:
+    return (-(-x.shape[0] // BLOCK),)
+
+
+def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
+    R, C, _ = weight.shape
+    return {
+        "C": C,
+        "R": R,
+        "CP": _padded(C),
+        "RP": _padded(R),
+        "BLOCK": BLOCK,
+        **_precision(x, weight),
+        "num_warps": WARPS,
+        "num_stages": STAGES,
+    }
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())  # 16: the least that a product takes
+
+
+def _precision(x: Tensor, weight: Tensor) -> dict[str, Any]:
+    if _half(x, weight) and not knobs.runtime.interpret:  # which has no bf16 products
+        return {"DOT": tl.bfloat16, "PRECISION": "tf32"}
+    full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return {"DOT": tl.float32, "PRECISION": "ieee" if full else "tf32"}
+
+
+def _half(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype == torch.bfloat16
+
+
+def _scratch(x: Tensor, weight: Tensor) -> Tensor:
+    """What the weight's gradient is made of, in the type in which it will be multiplied."""
+    return torch.empty(
+        x.shape, dtype=x.dtype if _half(x, weight) else torch.float32, device=x.device
+    )
+
+
+def _bank_parts(x: Tensor, gain: Tensor) -> Tensor:
+    """Gradients of gain, bias and shift, one part of the sum for each block of tokens."""
+    return x.new_empty(*_blocks(x), 3, *gain.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("nirvana::trigger_apply", mutates_args=())
+def _apply(
+    x: Tensor, fast: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shift: Tensor
+) -> Tensor:
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    inputs = (x, x.stride(0), fast, weight, gain, bias, shift)
+    _launch(apply_forward, _blocks(x), *inputs, h, x.shape[0], **_constants(x, weight))
+    return h
+
+
+@_apply.register_fake
+def _(x, fast, weight, gain, bias, shift):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("nirvana::triggerapply_backward", mutates_args=())
+def _apply_gradients(
+    h_bar: Tensor,
+    x: Tensor,
+    fast: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and fast, z_bar, and the parts of gain's, bias' and shift's."""
+    outputs = _apply_gradients_like(x, fast, weight, gain)
+    inputs = (h_bar, x, x.stride(0), fast, weight, gain, bias, shift)
+    _launch(apply_backward, _blocks(x), *inputs, *outputs, x.shape[0], **_constants(x, weight))
+    return outputs
+
+
+def _apply_gradients_like(x, fast, weight, gain):
+    x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x_bar, torch.empty_like(fast), _scratch(x, weight), _bank_parts(x, gain)
+
+
+@_apply_gradients.register_fake
+def _(h_bar, x, fast, weight, gain, bias, shift):
+    return _apply_gradients_like(x, fast, weight, gain)
+
+
+@torch.library.custom_op("nirvana::trigger_gradient", mutates_args=())
+def _gradient(
+    k: Tensor,
+    v: Tensor,
+    fast: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    exact: bool,
+) -> Tensor:
+    g = torch.empty_like(fast)
+    inputs = (k, k.stride(0), v, v.stride(0), fast, weight, gain, bias, shift)
+    constants = {**_constants(k, weight), "EXACT": exact}
+    _launch(gradient_forward, _blocks(k), *inputs, g, k.shape[0], **constants)
+    return g
+
+
+@_gradient.register_fake
+def _(k, v, fast, weight, gain, bias, shift, exact):
+    return torch.empty_like(fast)
+
+
+@torch.library.custom_op("nirvana::triggergradient_backward", mutates_args=())
+def _gradient_gradients(
+    a: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fast: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, v and fast, then z_bar, dz, and the parts of gain's, bias' and shift's."""
+    outputs = _gradient_gradients_like(k, v, fast, weight, gain)
+    inputs = (a, k, k.stride(0), v, v.stride(0), fast, weight, gain, bias, shift)
+    constants = {**_constants(k, weight), "EXACT": exact}
+    _launch(gradient_backward, _blocks(k), *inputs, *outputs, k.shape[0], **constants)
+    return outputs
+
+
+def _gradient_gradients_like(k, v, fast, weight, gain):
+    k_bar, v_bar = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    z_bar, dz = _scratch(k, weight), _scratch(k, weight)
+    return k_bar, v_bar, torch.empty_like(fast), z_bar, dz, _bank_parts(k, gain)
+
+
+@_gradient_gradients.register_fake
+def _(a, k, v, fast, weight, gain, bias, shift, exact):
+    return _gradient_gradients_like(k, v, fast, weight, gain)
+
+
+@torch.library.custom_op("nirvana::triggerweight_backward", mutates_args=())
+def _weight_gradient(
+    x: Tensor, weight: Tensor, fast: Tensor, z_bar: Tensor, a: Tensor | None, dz: Tensor | None
+) -> Tensor:
+    """sum_t x_t (p_w[r] z_bar + a_w[r] dz)_t, `[R, C, C]`; a and dz go together, or are None."""
+    R, C, _ = weight.shape
+    parts = x.new_empty(WEIGHT_PARTS, R, C, C, dtype=torch.float32)
+    constants = {
+        "C": C,
+        "R": R,
+        "CP": _padded(C),
+        "BLOCK": WEIGHT_BLOCK,
+        "RANK": WEIGHT_RANK,
+        "TWO": a is not None,
+        **_precision(x, weight),
+        "num_warps": WEIGHT_WARPS,
+        "num_stages": WEIGHT_STAGES,
+    }
+    steps = -(-x.shape[0] // (WEIGHT_BLOCK * WEIGHT_PARTS))
+    grid = (-(-R // WEIGHT_RANK), WEIGHT_PARTS)
+    inputs = (x, x.stride(0), fast, z_bar, a, dz)
+    _launch(weight_backward, grid, *inputs, parts, x.shape[0], steps, **constants)
+    return parts.sum(0).to(weight.dtype)
+
+
+@_weight_gradient.register_fake
+def _(x, weight, fast, z_bar, a, dz):
+    return torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.exact = inputs if isinstance(inputs[-1], bool) else (*inputs, None)
+    ctx.save_for_backward(*tensors)
+
+
+def _bank_gradients(parts: Tensor, like: Tensor) -> list[Tensor]:
+    return list(parts.sum(0).to(like.dtype).unbind(0))
+
+
+def _apply_autograd(ctx, h_bar):
+    x, fast, weight, gain, bias, shift = ctx.saved_tensors
+    x_bar, fast_bar, z_bar, parts = _apply_gradients(
+        h_bar.contiguous(), x, fast, weight, gain, bias, shift
+    )
+    weight_bar = None
+    if ctx.needs_input_grad[2]:
+        weight_bar = _weight_gradient(x, weight, fast, z_bar, None, None)
+    return x_bar, fast_bar, weight_bar, *_bank_gradients(parts, gain)
+
+
+def _gradient_autograd(ctx, a):
+    k, v, fast, weight, gain, bias, shift = ctx.saved_tensors
+    a = a.contiguous()
+    k_bar, v_bar, fast_bar, z_bar, dz, parts = _gradient_gradients(
+        a, k, v, fast, weight, gain, bias, shift, ctx.exact
+    )
+    weight_bar = None
+    if ctx.needs_input_grad[3]:
+        weight_bar = _weight_gradient(k, weight, fast, z_bar, a, dz)
+    return k_bar, v_bar, fast_bar, weight_bar, *_bank_gradients(parts, gain), None
+
+
+_apply.register_autograd(_apply_autograd, setup_context=_save)
+_gradient.register_autograd(_gradient_autograd, setup_context=_save)
+
+
+def trigger_apply(
+    x: Tensor, fast: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shift: Tensor
+) -> Tensor:
+    """f(x; p).
+
+    Args:
+        x: `[..., C]`.
+        fast: p, `[..., 4, R]`.
+        weight: `[C, C, R]` (in, out, bank).
+        gain, bias, shift: `[C, R]`.
+
+    Returns: `[..., C]` in x's dtype.
+    """
+    bank = (_bank_first(weight), *(y.contiguous() for y in (gain, bias, shift)))
+    return _apply(_rows(x), _tokens(fast), *bank).view(x.shape)
+
+
+def trigger_gradient(
+    k: Tensor,
+    v: Tensor,
+    fast: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    exact: bool = True,
+) -> Tensor:
+    """Gradient of 1/2 ||f(k; p) - v||^2 with respect to p, in closed form.
+
+    Args: as of `trigger_apply`; v `[..., C]`; exact=False leaves out the normalisation's own
+        derivative, as the released code does.
+
+    Returns: `[..., 4, R]`, float32.
+    """
+    bank = (_bank_first(weight), *(y.contiguous() for y in (gain, bias, shift)))
+    return _gradient(_rows(k), _rows(v), _tokens(fast), *bank, exact).view(fast.shape)
+
+
+def _bank_first(weight: Tensor) -> Tensor:
+    """`[C, C, R]` to `[R, C, C]`, so that every matrix of the bank lies in one piece."""
+    return weight.permute(2, 0, 1).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[..., C]` to `[N, C]`: a view also of a slice of qkv, whose rows have gaps between them."""
+    x = x.flatten(0, -2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _tokens(fast: Tensor) -> Tensor:
+    return fast.float().flatten(0, -3).contiguous()

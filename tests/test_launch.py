@@ -1,0 +1,147 @@
+"""Other packages' programs on our models, as a user starts them: lm_eval and transformers serve."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from nirvana.evaluate.perplexity import score_files
+from nirvana.model.assets import load_language_model, resolve
+
+LAUNCH = [sys.executable, "-m", "nirvana.launch"]
+TINY = str(resolve("tiny"))
+TEXTS = [
+    "The court held that the defendant was liable, and that the damages were to be paid.\n" * 9,
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich; 日本語も。",
+    "a",
+    "It was a dark night, and no one was on the road. ",
+]
+TASK = """
+task: bits
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """No network, and no cache but one in the test's folder."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return {**os.environ, **offline, "HF_HOME": str(tmp_path / "hub")}
+
+
+def test_lm_eval_agrees_with_ours(tmp_path, environment):
+    pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'nirvana[eval]'")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (tmp_path / "bits.yaml").write_text(TASK.format(file=file))
+    model = f"pretrained={TINY},dtype=float32,add_bos_token=False,max_length=512"
+    command = [*LAUNCH, "lm_eval", "--model", "hf", "--model_args", model, "--tasks", "bits"]
+    where = ["--include_path", tmp_path, "--output_path", tmp_path / "out"]
+    done = subprocess.run(
+        [*command, *where, "--device", "cpu", "--batch_size", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(results.read_text())["results"]["bits"]["bits_per_byte,none"]
+    ours = score_files(*load_language_model("tiny"), [file])["total"]
+    assert ours.documents == len(TEXTS)
+    assert theirs == pytest.approx(ours.bits_per_byte, abs=1e-4)
+
+
+@pytest.fixture
+def server(tmp_path, environment):
+    """`transformers serve` with the packaged model on a free port; returns its address."""
+    for module in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(module, reason="needs the server: pip install 'transformers[serving]'")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [*LAUNCH, "transformers", "serve", TINY, "--device", "cpu", "--dtype", "float32"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(f"{address}/health", process, tmp_path / "log")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def wait_for(url, process, log, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+def ask(url, **body):
+    """The answer to a request in OpenAI's format; the list of its chunks when streaming."""
+    data = json.dumps({"model": TINY, "max_tokens": 8, "temperature": 0, **body}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        text = answer.read().decode()
+    if not body.get("stream"):
+        return json.loads(text)
+    lines = (line.removeprefix("data: ") for line in text.splitlines() if line.strip())
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def test_server_answers(server):
+    """Completions and chats, at once and streamed, are what `generate` writes."""
+    model, tokenizer = load_language_model("tiny")
+
+    def expected(text):
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        out = model.generate(tokens, max_new_tokens=8, do_sample=False)
+        return tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+
+    text, chat = "The court held that", ["You are a judge.", "The court held that"]
+    messages = [
+        {"role": role, "content": content}
+        for role, content in zip(("system", "user"), chat, strict=True)
+    ]
+    answer = ask(f"{server}/v1/completions", prompt=text)
+    assert answer["choices"][0]["text"] == expected(text)
+    assert answer["usage"]["completion_tokens"] == 8
+    parts = ask(f"{server}/v1/completions", prompt=text, stream=True)
+    assert "".join(part["choices"][0]["text"] or "" for part in parts) == expected(text)
+    answer = ask(f"{server}/v1/chat/completions", messages=messages)
+    assert answer["choices"][0]["message"]["content"] == expected("\n".join(chat))
+    parts = ask(f"{server}/v1/chat/completions", messages=messages, stream=True)
+    written = [part["choices"][0]["delta"].get("content") or "" for part in parts]
+    assert "".join(written) == expected("\n".join(chat))
+    assert sum(map(bool, written)) > 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-program", "--help"]], ids=["none", "unknown"])
+def test_no_program(arguments):
+    done = subprocess.run([*LAUNCH, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("nirvana.launch: ")
+    assert done.stderr.count("\n") == 1
