@@ -136,7 +136,7 @@ def main(
         "transformers": transformers.__version__,
         "commit": commit(),
     }
-    console.print(", ".join(f"{name} {value}" for name, value in results.items()))
+    console.print(", ".join(f"{name} {value}" for name, value in results.items()), soft_wrap=True)
 
     worst = max(disagreement(shape) for shape in SHAPES)
     results["disagreement"] = worst

@@ -23,8 +23,9 @@ def create_masks(
     Returns:
         segments: `[B, T]` or None, see `nirvana.ops`; padding is a sample of its own, so that it
             reaches nothing.
-        window: `[B, 1, T, S]`, true where a query sees a cached or new key; None when there are
-            only new keys, then window and segments say it all.
+        window: `[B, 1, T, S]`, true where a query sees a cached or new key; None where
+            `window_attention` finds that out itself: unless a static cache has empty places, or
+            padding and borders lie among cached keys.
         positions: `[B, T]` or `[1, T]`, for rotary embeddings.
 
     Raises:
@@ -44,10 +45,9 @@ def create_masks(
     new = torch.arange(past, past + T, device=device)
     segments = _segments(attention_mask, position_ids, cu_seqlens, B, T, past)
     window = None
-    all_seen = (
-        T == 1 and attention_mask is None and segments is None and num_keys == past - offset + 1
-    )
-    if not all_seen and (num_keys, offset) != (T, 0):
+    static = past_key_values is not None and past_key_values.is_compileable
+    bordered = attention_mask is not None or segments is not None
+    if static or (num_keys > T and bordered):
         keys = torch.arange(offset, offset + num_keys, device=device)
         window = keys <= new[:, None]
         if config.sliding_window is not None:

@@ -134,9 +134,9 @@ class Updater(nn.Module):
         if cache is not None:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if masks["window"] is None and k.shape[1] == q.shape[1]:
+        if masks["window"] is None:
             o = window_attention(q, k, v, self.window, masks["segments"])
-        else:  # without a mask: one new token, which sees all that the cache kept
+        else:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=masks["window"]).transpose(1, 2)
         return self.window_out(o.flatten(2))

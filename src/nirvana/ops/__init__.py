@@ -86,7 +86,8 @@ def causal_conv(
 
     Returns: y `[B, T, D]` and the last inputs, `[B, D, width - 1]`.
     """
-    return _backend(backend).causal_conv(x, weight.to(x.dtype), state, segments)
+    y, last = _backend(backend).causal_conv(x, at_least_float32(weight), state, segments)
+    return y.to(x.dtype), last
 
 
 def window_attention(
@@ -102,10 +103,17 @@ def window_attention(
     A token sees itself and the `window - 1` tokens before it; None means all before it.
 
     Args:
-        q, k, v: `[B, T, H, K]`.
+        q: `[B, T, H, K]`.
+        k, v: `[B, S, H, K]`; the last T of them are the queries' own, those before are the past.
+        segments: see the module; only where S = T.
 
     Returns: `[B, T, H, K]`.
+
+    Raises:
+        ValueError: for segments where S differs from T.
     """
+    if segments is not None and k.shape[1] != q.shape[1]:
+        raise ValueError("segments tell new tokens apart, not those of the past")
     return _backend(backend).window_attention(q, k, v, window, segments)
 
 

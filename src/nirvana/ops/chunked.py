@@ -148,7 +148,13 @@ def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Tensor | None
 ) -> Tensor:
     """Blocks of one window: a block of queries meets its own and the previous block of keys."""
-    T = q.shape[1]
+    T, S = q.shape[1], k.shape[1]
+    if T == 1:
+        k, v = (x if window is None else x[:, -window:] for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if T < S:  # rows without a question take the places of the earlier keys
+        return window_attention(F.pad(q, (0, 0, 0, 0, S - T, 0)), k, v, window, segments)[:, S - T :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window is None or window >= T:
         if segments is None:

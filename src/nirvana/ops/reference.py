@@ -53,11 +53,12 @@ def causal_conv(
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Tensor | None
 ) -> Tensor:
-    T, K = q.shape[1], q.shape[-1]
+    S, K = k.shape[1], k.shape[-1]
+    past = S - q.shape[1]
     outputs = []
-    for t in range(T):
+    for t in range(past, S):
         first = 0 if window is None else max(0, t - window + 1)
-        scores = torch.einsum("bhk,bshk->bhs", q[:, t], k[:, first : t + 1]) * K**-0.5
+        scores = torch.einsum("bhk,bshk->bhs", q[:, t - past], k[:, first : t + 1]) * K**-0.5
         if segments is not None:
             own = segments[:, first : t + 1] == segments[:, t, None]
             scores = scores.masked_fill(~own[:, None], float("-inf"))
