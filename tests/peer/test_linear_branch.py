@@ -15,8 +15,8 @@ from transformers import DynamicCache, Qwen3NextConfig
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from nirvana import NirvanaConfig
-from nirvana.model.updater import Updater, _unit
-from nirvana.ops import causal_conv, gated_delta_rule
+from nirvana.model.updater import Updater
+from nirvana.ops import causal_conv, gated_delta_rule, unit
 
 try:
     from fla.ops.gated_delta_rule import naive as fla_naive
@@ -75,7 +75,7 @@ def qwen3_next_rule(name):
 def fla_rule(name):
     def rule(q, k, v, log_alpha, beta, state):
         given = {"g": log_alpha, "beta": beta, "initial_state": state, "output_final_state": True}
-        return getattr(fla_naive, name)(_unit(q), _unit(k), v, **given)
+        return getattr(fla_naive, name)(unit(q), unit(k), v, **given)
 
     return rule
 
@@ -104,7 +104,7 @@ def test_gated_delta_rule(peer, length, with_state, backend, dtype, exact):
         inputs.append(torch.randn(B, H, K, V, dtype=dtype))
 
     def ours(q, k, v, log_alpha, beta, state=None):
-        return gated_delta_rule(_unit(q), _unit(k), v, log_alpha, beta, state, backend=backend)
+        return gated_delta_rule(unit(q), unit(k), v, log_alpha, beta, state, backend=backend)
 
     def theirs(q, k, v, log_alpha, beta, state=None):
         return exact(peer, q, k, v, log_alpha, beta, state)

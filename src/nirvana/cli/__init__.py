@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from nirvana.cli import convert, demo, language, mri
+from nirvana.cli import bench, convert, demo, language, mri
 from nirvana.errors import InputError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.add_typer(language.data_app, name="data")
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
 app.command("eval")(language.evaluate)
 app.command("generate")(language.generate)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

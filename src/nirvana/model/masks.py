@@ -26,6 +26,9 @@ def create_masks(
         window: `[B, 1, T, S]`, true where a query sees a cached or new key; None where
             `window_attention` finds that out itself: unless a static cache has empty places, or
             padding and borders lie among cached keys.
+        cu_seqlens: int32 `[samples + 1]`, the borders of `segments` and of rows for the kernels
+            that want them so; None without segments, and where a GPU has no use for it. Unless it
+            was given for one row, it is counted on the device, which the host waits for.
         positions: `[B, T]` or `[1, T]`, for rotary embeddings.
 
     Raises:
@@ -44,6 +47,7 @@ def create_masks(
         _refuse_padding_inside(attention_mask, T)
     new = torch.arange(past, past + T, device=device)
     segments = _segments(attention_mask, position_ids, cu_seqlens, B, T, past)
+    borders = _cu_seqlens(segments, cu_seqlens, B, T)
     window = None
     static = past_key_values is not None and past_key_values.is_compileable
     bordered = attention_mask is not None or segments is not None
@@ -63,7 +67,12 @@ def create_masks(
         # A padded query sees itself: a row that sees nothing would be NaN.
         window = (window | (keys == new[:, None]))[:, None].expand(B, 1, -1, -1)
     positions = new[None] if position_ids is None else position_ids
-    return {"segments": segments, "window": window, "positions": positions}
+    return {
+        "segments": segments,
+        "window": window,
+        "cu_seqlens": borders,
+        "positions": positions,
+    }
 
 
 def _may_look() -> bool:
@@ -109,3 +118,13 @@ def _segments(
     if _may_look() and not border.any():
         return None
     return border.cumsum(1)
+
+
+def _cu_seqlens(segments: Tensor | None, given: Tensor | None, B: int, T: int) -> Tensor | None:
+    if segments is None or not segments.is_cuda or torch.compiler.is_compiling():
+        return None
+    if given is not None and B == 1:
+        return given.int()
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=B * T).int()

@@ -17,9 +17,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from nirvana.model.config import NirvanaConfig
+from nirvana.model.decode import Decoder
 from nirvana.model.masks import Masks, create_masks
 from nirvana.model.trigger import Trigger, TriggerReport, WeightBank
 from nirvana.model.updater import RMSNorm, Updater
+from nirvana.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 
 @dataclass
@@ -215,6 +217,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> NirvanaCausalLMOutputWithPast:
         """As `NirvanaModel.forward`, and:
@@ -222,23 +225,34 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         Args:
             labels: `[B, T]`, -100 where nothing is asked; the loss shifts them by one.
             logits_to_keep: only the last so many positions get logits (0: all), or which ones.
+            skip_logits: the loss alone, from `nirvana.ops.linear_cross_entropy`: the logits of all
+                tokens never exist together. For training; needs labels, makes no cache.
 
-        Returns: logits `[B, T, vocab_size]`, the loss, the cache, hidden states when asked for.
+        Returns: logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, hidden states
+            when asked for.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits leaves nothing to compute without labels")
+        if isinstance(past_key_values, Decoder):
+            return self._decode(past_key_values, input_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=False if skip_logits else use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if skip_logits and labels is not None:
+            loss = self._loss(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+        else:
+            keep = slice(-logits_to_keep, None)
+            keep = keep if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return NirvanaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -246,6 +260,26 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             trigger=outputs.trigger,
         )
+
+    def _loss(self, h: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """The library's causal loss, without logits."""
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        if num_items is None:
+            num_items = (labels != IGNORE).sum()
+        total = linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, labels)
+        return total / torch.as_tensor(num_items, device=total.device)
+
+    def _decode(
+        self, decoder: Decoder, input_ids: Tensor | None, attention_mask: Tensor | Masks | None
+    ) -> NirvanaCausalLMOutputWithPast:
+        """The last token's logits, by the decoder's graph."""
+        if input_ids is None:
+            raise ValueError("a Decoder reads input_ids, not inputs_embeds")
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        if mask is not None and decoder.length == 0 and not mask.all():
+            raise ValueError("a Decoder takes rows of one length, without padding")
+        logits = decoder.read(input_ids)[:, None]
+        return NirvanaCausalLMOutputWithPast(logits=logits, past_key_values=decoder)
 
     @staticmethod
     def create_masks_for_generate(
@@ -255,9 +289,28 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> Masks:
+    ) -> Masks | Tensor | None:
         """The masks made outside a compiled forward; the library calls this by its name."""
+        if isinstance(past_key_values, Decoder):
+            return attention_mask
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles every block of `model` in place, one by one; blocks of a kind share the code."""
+    for module in model.modules():
+        if isinstance(module, NirvanaBlock):
+            module.compile(backend=_inductor, dynamic=False)
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """PyTorch's compiler, told to compute again in the backward what it would keep of the cheap
+    inputs of products (norms, SwiGLU's middle, the gated output): a third of the activations."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(ban_recompute_materialized_backward=False):
+        return compile_fx(graph, inputs)
 
 
 AutoModel.register(NirvanaConfig, NirvanaModel, exist_ok=True)

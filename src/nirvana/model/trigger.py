@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nirvana.model.config import NirvanaConfig
-from nirvana.ops import at_least_float32, decayed_sum, no_autocast
+from nirvana.ops import HAS_KERNELS, at_least_float32, decayed_sum, no_autocast
 
 EPS = 1e-6
 """Inside the root of the normalisation over C."""
@@ -36,6 +36,10 @@ class WeightBank(nn.Module):
     def start(self, x: Tensor) -> Tensor:
         """Fast parameters before the first step, all ones: `[B, T, 4, R]` for x `[B, T, ...]`."""
         return at_least_float32(x.new_ones(*x.shape[:2], 4, self.gain.shape[1]))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """weight, gain, bias and shift."""
+        return self.weight, self.gain, self.bias, self.shift
 
     def project(self, x: Tensor) -> Tensor:
         """x `[..., C]` through every weight of the bank: U = x . weight, `[..., C, R]`."""
@@ -97,7 +101,7 @@ class Trigger(nn.Module):
             (None without memory).
         """
         with no_autocast(qkv.device):
-            q, k, v = at_least_float32(qkv).chunk(3, dim=-1)
+            q, k, v = qkv.chunk(3, dim=-1)
             if self.enabled:
                 g = trigger_gradient(k, v, fast, bank, self.exact)
                 if self.has_memory:
@@ -105,7 +109,7 @@ class Trigger(nn.Module):
                     m, last = decayed_sum(g.flatten(2), self.decay, initial, segments)
                     g, state = m.view_as(g), last.view_as(g[:, 0])
                 fast = fast - self.lr * g
-            h_task = _apply(q, bank.project(q), fast, bank)[0]
+            h_task = trigger_apply(q, fast, bank)
         return h_task.to(qkv.dtype), fast, state
 
 
@@ -121,6 +125,11 @@ def trigger_gradient(
 
     Returns: `[..., 4, R]`.
     """
+    if fused(k):
+        from nirvana.ops import triton_trigger
+
+        return triton_trigger.trigger_gradient(k, v, fast, *bank.parts(), exact)
+    k, v = at_least_float32(k), at_least_float32(v)
     U = bank.project(k)
     f, n, s = _apply(k, U, fast, bank)
     gain, bias, shift = (x.to(k.dtype) for x in (bank.gain, bank.bias, bank.shift))
@@ -131,6 +140,23 @@ def trigger_gradient(
     dz = u / s
     g_w = (U * dz[..., None]).sum(-2)
     return torch.stack([g_w, (e * n) @ gain, dz @ bias, e @ shift], dim=-2)
+
+
+def trigger_apply(x: Tensor, fast: Tensor, bank: WeightBank) -> Tensor:
+    """f(x; p) `[..., C]`, for x `[..., C]` and p `[..., 4, R]`."""
+    if fused(x):
+        from nirvana.ops import triton_trigger
+
+        return triton_trigger.trigger_apply(x, fast, *bank.parts())
+    x = at_least_float32(x)
+    return _apply(x, bank.project(x), fast, bank)[0]
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the Trigger's kernels take x `[B, T, C]`: half precision on a GPU, and not one token,
+    for which PyTorch's products are the faster ones."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return HAS_KERNELS and x.is_cuda and half and x.shape[-2] > 1
 
 
 def _apply(x: Tensor, U: Tensor, fast: Tensor, bank: WeightBank) -> tuple[Tensor, Tensor, Tensor]:

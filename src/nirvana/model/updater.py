@@ -8,10 +8,14 @@ from transformers.cache_utils import Cache
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
 from nirvana.model.trigger import Trigger, TriggerReport, WeightBank, trigger_report
-from nirvana.ops import at_least_float32, causal_conv, gated_delta_rule, window_attention
-
-L2_EPS = 1e-6
-"""Inside the root of the normalisation of q and k along a head."""
+from nirvana.ops import (
+    at_least_float32,
+    linear_branch,
+    masked_attention,
+    moved_heads,
+    window_attention,
+    window_branch,
+)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -76,7 +80,7 @@ class Updater(nn.Module):
 
         A list given as `reports` receives what the Trigger did.
         """
-        state = _read(cache, self.layer_idx)
+        state = self._states(cache)
         qkv, gate, beta, alpha, *rest = self.in_proj(x).split(self.sections, dim=-1)
         b = self.linear(qkv, gate, beta, alpha, masks, state, cache)
         if not self.has_trigger:
@@ -91,6 +95,18 @@ class Updater(nn.Module):
             reports.append(trigger_report(task, fast, moved, gates, bank))
         return self.blend(a, b, h_task, gates), moved
 
+    def _states(self, cache: Cache | None) -> dict[str, Tensor | None]:
+        """The layer's states before this call; all are read before any is updated, because the
+        library's cache reports a layer as filled as soon as its convolution state is written."""
+        if cache is None:
+            return {"conv": None, "delta": None, "memory": None}
+        has_memory = self.has_trigger and self.trigger.has_memory
+        return {
+            "conv": cache.get_conv_state(self.layer_idx),
+            "delta": cache.get_recurrent_state(self.layer_idx),
+            "memory": cache.get_conv_state(self.layer_idx, state_idx=1) if has_memory else None,
+        }
+
     def linear(
         self,
         qkv: Tensor,
@@ -102,16 +118,23 @@ class Updater(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         """b: convolution, gated delta rule, gated norm, output projection."""
-        segments = masks["segments"]
-        mixed, recent = causal_conv(qkv, self.conv_weight, state["conv"], segments)
-        qk, v = mixed.unflatten(-1, (3, -1, self.head_dim)).split([2, 1], dim=2)
-        q, k = _unit(qk).unbind(2)
         rate, alpha, beta = (at_least_float32(y) for y in (self.A_log, alpha, beta))
         log_alpha = -rate.exp() * F.softplus(alpha + self.dt_bias)
-        o, S = gated_delta_rule(
-            q, k, v.squeeze(2), log_alpha, beta.sigmoid(), state["delta"], segments
+        o, recent, S = linear_branch(
+            qkv,
+            self.conv_weight,
+            log_alpha,
+            beta.sigmoid(),
+            self.head_dim,
+            state["conv"],
+            state["delta"],
+            masks["segments"],
+            masks["cu_seqlens"],
+            final=cache is not None,
         )
         if cache is not None:  # the cache writes in place: only now, after the old state was used
+            assert recent is not None
+            assert S is not None
             cache.update_conv_state(recent, self.layer_idx)
             cache.update_recurrent_state(S, self.layer_idx)
         o = self.out_norm(o) * F.silu(gate.unflatten(-1, (-1, self.head_dim)))
@@ -125,27 +148,30 @@ class Updater(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         """a: the window branch on q, k, v moved by a low-rank term."""
-        factors = low_rank.flatten(0, 1).unflatten(-1, (3, -1)).transpose(0, 1)  # [3, B T, r]
-        move = torch.bmm(factors, self.window_up.to(factors.dtype)).transpose(0, 1)
-        moved = qkv + move.reshape(qkv.shape)
-        q, k, v = moved.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        if cache is None and self.rope_theta is None and masks["window"] is None:
+            borders = masks["segments"], masks["cu_seqlens"]
+            o = window_branch(qkv, low_rank, self.window_up, self.head_dim, self.window, *borders)
+            return self.window_out(o.flatten(2))
+        q, k, v = moved_heads(qkv, low_rank, self.window_up, self.head_dim)
         if self.rope_theta is not None:
             q, k = (rotate(x, masks["positions"], self.rope_theta) for x in (q, k))
         if cache is not None:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         if masks["window"] is None:
-            o = window_attention(q, k, v, self.window, masks["segments"])
+            o = window_attention(q, k, v, self.window, masks["segments"], masks["cu_seqlens"])
         else:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=masks["window"]).transpose(1, 2)
+            o = masked_attention(q, k, v, masks["window"])
         return self.window_out(o.flatten(2))
 
     def blend(self, a: Tensor, b: Tensor, h_task: Tensor, gates: Tensor) -> Tensor:
         """The interpolation of both branches."""
         t, other = (gates, 1 - gates) if self.convex else gates.split(1, dim=-1)
-        zeta = self.zeta(torch.cat([b, a, h_task], dim=-1))
-        return t * a + other * b + t * other * zeta
+        together = torch.cat([b, a, h_task], dim=-1)
+        zeta = self.zeta(together)
+        # Read back from there, so that a compiled backward keeps one copy of each and not two.
+        b, a = together[..., : 2 * b.shape[-1]].chunk(2, dim=-1)
+        return t * (a + other * zeta) + other * b
 
 
 def rotate(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
@@ -157,24 +183,3 @@ def rotate(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
     first, second = at_least_float32(x).split(half, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-
-
-def _read(cache: Cache | None, layer_idx: int) -> dict[str, Tensor | None]:
-    """The layer's states before this call; all are read before any is updated, because the
-    library's cache reports a layer as filled as soon as its convolution state is written."""
-    if cache is None:
-        return {"conv": None, "delta": None, "memory": None}
-    memory = None
-    if getattr(cache.layers[layer_idx], "number_of_states", 1) > 1:
-        memory = cache.get_conv_state(layer_idx, state_idx=1)
-    return {
-        "conv": cache.get_conv_state(layer_idx),
-        "delta": cache.get_recurrent_state(layer_idx),
-        "memory": memory,
-    }
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Unit length along the last dimension, in float32."""
-    x = at_least_float32(x)
-    return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()

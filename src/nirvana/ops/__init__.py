@@ -1,23 +1,35 @@
 """The operations of Nirvana: one public function each, backends behind it.
 
-The backend is chosen per call by the device of the tensors, never at import; `backend=` overrides
-the choice (tests compare `reference` with `chunked`). Whatever the model's dtype, the recurrences
-and the Trigger compute in float32 (float64 stays float64) and return the dtype they were given.
+The backend is chosen per call by the tensors, never at import: `cuda` for half precision on a GPU
+(with fla-core and Triton installed), `chunked` for all else; `backend=` overrides the choice (tests
+compare `reference` with the others). Whatever the model's dtype, the recurrences and the Trigger
+compute in float32 (float64 stays float64) and return the dtype they were given.
 
 `segments` tells samples apart within one row: an integer `[B, T]` that grows by one wherever a new
 sample starts. No state crosses such a border. A state handed in belongs to segment 0; the state
-handed back belongs to the last token's segment. None means that the whole row is segment 0.
+handed back belongs to the last token's segment. None means that the whole row is segment 0. The
+kernels of `cuda` want the same borders as `cu_seqlens`, int32 `[samples + 1]`: where samples start
+and end in the batch laid out as one row (rows are samples, too). Segments without it are computed
+by `chunked`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nirvana.ops import chunked, reference
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+
+HAS_KERNELS = find_spec("fla") is not None and find_spec("triton") is not None
+"""Whether `cuda` can be imported; it is, when it is first needed."""
+
+UNIT_EPS = 1e-6
+"""Inside the root of the normalisation of q and k along a head."""
 
 MIN_LOG_ALPHA = -40.0
 """Forgets everything (exp of it is below float64's rounding); backends sum log_alpha over a chunk,
@@ -90,12 +102,106 @@ def causal_conv(
     return y.to(x.dtype), last
 
 
+def linear_branch(
+    qkv: Tensor,
+    conv_weight: Tensor,
+    log_alpha: Tensor,
+    beta: Tensor,
+    head_dim: int,
+    conv_state: Tensor | None = None,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    final: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`causal_conv` of q, k and v, unit length of q and k, then `gated_delta_rule`.
+
+    Args:
+        qkv: `[B, T, 3 H K]`, q, k and v side by side.
+        conv_weight: `[3 H K, width]`.
+        log_alpha, beta, state: as of `gated_delta_rule`, `[B, T, H]` and `[B, H, K, K]`.
+        head_dim: K.
+        conv_state: as of `causal_conv`.
+        final: whether the states after the last token are wanted.
+
+    Returns: o `[B, T, H, K]`; the last inputs of the convolution, `[B, 3 H K, width - 1]`, and the
+        delta rule's last state, `[B, H, K, K]`, both None unless `final`.
+    """
+    four = conv_weight.shape[1] == 4
+    if backend is None and four and _fused(qkv, head_dim, segments, cu_seqlens, conv_state, state):
+        from nirvana.ops import cuda
+
+        log_alpha = at_least_float32(log_alpha).clamp(min=MIN_LOG_ALPHA)
+        o, last = cuda.linear_branch(
+            qkv,
+            conv_weight,
+            log_alpha,
+            beta,
+            head_dim,
+            conv_state,
+            state,
+            segments,
+            cu_seqlens,
+            final,
+        )
+        width = conv_weight.shape[1]
+        recent = chunked.last_inputs(qkv, width, conv_state, segments) if final else None
+        return o, recent, last
+    mixed, recent = causal_conv(qkv, conv_weight, conv_state, segments, backend)
+    qk, v = mixed.unflatten(-1, (3, -1, head_dim)).split([2, 1], dim=2)
+    q, k = unit(qk).unbind(2)
+    o, last = gated_delta_rule(q, k, v.squeeze(2), log_alpha, beta, state, segments, backend)
+    return (o, recent, last) if final else (o, None, None)
+
+
+def window_branch(
+    qkv: Tensor,
+    low_rank: Tensor,
+    up: Tensor,
+    head_dim: int,
+    window: int | None,
+    segments: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`window_attention` on q, k and v, each moved by a low-rank term.
+
+    Args:
+        qkv: `[B, T, 3 H K]`, q, k and v side by side.
+        low_rank: `[B, T, 3 r]`.
+        up: `[3, r, H K]`.
+
+    Returns: `[B, T, H, K]`.
+    """
+    if backend is None and _fused(qkv, head_dim, segments, cu_seqlens):
+        from nirvana.ops import cuda
+
+        return cuda.window_branch(qkv, low_rank, up, head_dim, window, cu_seqlens)
+    q, k, v = moved_heads(qkv, low_rank, up, head_dim)
+    return window_attention(q, k, v, window, segments, cu_seqlens, backend)
+
+
+def moved_heads(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """q, k and v of `window_branch`, each `[B, T, H, K]`."""
+    factors = low_rank.flatten(0, 1).unflatten(-1, (3, -1)).transpose(0, 1)  # [3, B T, r]
+    move = torch.bmm(factors, up.to(factors.dtype)).transpose(0, 1)
+    return (qkv + move.reshape(qkv.shape)).unflatten(-1, (3, -1, head_dim)).unbind(2)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Unit length along the last dimension, in float32."""
+    x = at_least_float32(x)
+    return x * (x.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     window: int | None,
     segments: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Causal softmax attention within a window, scale 1/sqrt(K).
@@ -114,7 +220,31 @@ def window_attention(
     """
     if segments is not None and k.shape[1] != q.shape[1]:
         raise ValueError("segments tell new tokens apart, not those of the past")
+    differentiable = q.shape == k.shape or not torch.is_grad_enabled()
+    if backend is None and differentiable and _fused(q, q.shape[-1], segments, cu_seqlens):
+        from nirvana.ops import cuda
+
+        return cuda.window_attention(q, k, v, window, cu_seqlens)
     return _backend(backend).window_attention(q, k, v, window, segments)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention where `mask` is true, scale 1/sqrt(K).
+
+    Args:
+        q: `[B, T, H, K]`.
+        k, v: `[B, S, H, K]`.
+        mask: bool, broadcasts to `[B, H, T, S]`.
+
+    Returns: `[B, T, H, K]`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.shape[2] > 1 or not torch.compiler.is_compiling() or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    # One token: two sums over the keys, which a compiler spreads over the device.
+    scores = (at_least_float32(q) * at_least_float32(k)).sum(-1) * q.shape[-1] ** -0.5
+    p = scores.masked_fill(~mask[:, :, 0], float("-inf")).softmax(-1)
+    return (p[..., None] * at_least_float32(v)).sum(2)[:, None].to(v.dtype)
 
 
 def decayed_sum(
@@ -135,6 +265,23 @@ def decayed_sum(
     """
     with no_autocast(g.device):
         return _backend(backend).decayed_sum(at_least_float32(g), decay, state, segments)
+
+
+def _fused(
+    x: Tensor,
+    head_dim: int,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *states: Tensor | None,
+) -> bool:
+    """Whether `cuda` computes this: more than one token, and borders that its kernels can take."""
+    if not (x.is_cuda and HAS_KERNELS and x.shape[1] > 1):
+        return False
+    if segments is not None and (cu_seqlens is None or any(s is not None for s in states)):
+        return False
+    from nirvana.ops import cuda
+
+    return cuda.fits(x, head_dim)
 
 
 def _backend(name: str | None) -> ModuleType:

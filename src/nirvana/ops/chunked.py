@@ -129,9 +129,8 @@ def causal_conv(
         inputs = F.pad(x, (0, 0, width - 1, 0))
     else:
         inputs = torch.cat([state.mT.to(x.dtype), x], dim=1)
-    last = inputs[:, T:]
     if T == 1 and segments is None:
-        return F.silu((inputs * weight.mT).sum(1, keepdim=True)), last.mT
+        return F.silu((inputs * weight.mT).sum(1, keepdim=True)), inputs[:, 1:].mT
     y = x * weight[:, -1]
     owner = None if segments is None else F.pad(segments, (width - 1, 0))
     for j in range(width - 1):
@@ -139,9 +138,24 @@ def causal_conv(
         if owner is not None:
             tap = tap * (owner[:, j : j + T] == segments)[..., None]
         y = y + tap * weight[:, j]
-    if owner is not None:
-        last = last * (owner[:, T:] == owner[:, -1:])[..., None]
-    return F.silu(y), last.mT
+    return F.silu(y), last_inputs(x, width, state, segments)
+
+
+def last_inputs(x: Tensor, width: int, state: Tensor | None, segments: Tensor | None) -> Tensor:
+    """What the convolution of the next token reads: the last `width - 1` inputs, `[B, D, width -
+    1]`, as far as they are of the last token's sample."""
+    T = x.shape[1]
+    missing = max(0, width - 1 - T)
+    last = x[:, max(0, T - width + 1) :]
+    if missing:
+        old = x.new_zeros(len(x), missing, x.shape[2])
+        if state is not None:
+            old = state.mT[:, -missing:].to(x.dtype)
+        last = torch.cat([old, last], dim=1)
+    if segments is not None:
+        owner = F.pad(segments, (missing, 0))[:, 1 - width :]
+        last = last * (owner == segments[:, -1:])[..., None]
+    return last.mT
 
 
 def window_attention(
@@ -154,7 +168,9 @@ def window_attention(
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     if T < S:  # rows without a question take the places of the earlier keys
-        return window_attention(F.pad(q, (0, 0, 0, 0, S - T, 0)), k, v, window, segments)[:, S - T :]
+        return window_attention(F.pad(q, (0, 0, 0, 0, S - T, 0)), k, v, window, segments)[
+            :, S - T :
+        ]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window is None or window >= T:
         if segments is None:

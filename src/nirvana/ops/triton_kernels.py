@@ -83,8 +83,19 @@ def _to_bank(out, ptr, x, t, N, C: tl.constexpr, R: tl.constexpr, CP: tl.constex
 @triton.jit
 def _outer(x, ptr, t, N, R: tl.constexpr, RP: tl.constexpr, DOT: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
-    """x^T p, summed over the block, `[CP, RP]`."""
-    return _dot(tl.trans(x), _load(ptr, t, N, 4 * R, R, RP), DOT, PRECISION)
+    """p^T x, summed over the block, `[RP, CP]`. p is loaded transposed: the product of a transposed
+    register tile came out wrong in bf16 (Triton 3.6, sm_90)."""
+    r = tl.arange(0, RP)[:, None]
+    p = tl.load(ptr + t[None, :] * (4 * R) + r, (t[None, :] < N) & (r < R), 0.0)
+    return _dot(p, x, DOT, PRECISION)
+
+
+@triton.jit
+def _store_transposed(ptr, x, C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr,
+                      RP: tl.constexpr):  # fmt: skip
+    """x `[RP, CP]` as `[C, R]`."""
+    c, r = tl.arange(0, CP)[None, :], tl.arange(0, RP)[:, None]
+    tl.store(ptr + c * R + r, x, (c < C) & (r < R))
 
 
 @triton.jit
@@ -158,13 +169,12 @@ def apply_backward(
     _to_bank(fast_bar + 2 * R, bias, z_bar, t, N, C, R, CP, RP, PRECISION)
     _to_bank(fast_bar + 3 * R, shift, h_bar, t, N, C, R, CP, RP, PRECISION)
     bank_bar += tl.program_id(0) * (3 * C * R)
-    c = tl.arange(0, CP)
     gain_bar = _outer(gamma_bar, fast + R, t, N, R, RP, DOT, PRECISION)
-    _store(bank_bar, gain_bar, c, C, R, R, RP)
+    _store_transposed(bank_bar, gain_bar, C, R, CP, RP)
     bias_bar = _outer(z_bar, fast + 2 * R, t, N, R, RP, DOT, PRECISION)
-    _store(bank_bar + C * R, bias_bar, c, C, R, R, RP)
+    _store_transposed(bank_bar + C * R, bias_bar, C, R, CP, RP)
     shift_bar = _outer(h_bar, fast + 3 * R, t, N, R, RP, DOT, PRECISION)
-    _store(bank_bar + 2 * C * R, shift_bar, c, C, R, R, RP)
+    _store_transposed(bank_bar + 2 * C * R, shift_bar, C, R, CP, RP)
 
     x_bar = h_bar
     for r in range(R):
@@ -246,16 +256,15 @@ def gradient_backward(
     _to_bank(fast_bar + 2 * R, bias, z_bar, t, N, C, R, CP, RP, PRECISION)
     _to_bank(fast_bar + 3 * R, shift, e_bar, t, N, C, R, CP, RP, PRECISION)
     bank_bar += tl.program_id(0) * (3 * C * R)
-    c = tl.arange(0, CP)
     gain_bar = _outer(gamma_bar, fast + R, t, N, R, RP, DOT, PRECISION)
     gain_bar += _outer(e * n, a + R, t, N, R, RP, DOT, PRECISION)
-    _store(bank_bar, gain_bar, c, C, R, R, RP)
+    _store_transposed(bank_bar, gain_bar, C, R, CP, RP)
     bias_bar = _outer(z_bar, fast + 2 * R, t, N, R, RP, DOT, PRECISION)
     bias_bar += _outer(dz, a + 2 * R, t, N, R, RP, DOT, PRECISION)
-    _store(bank_bar + C * R, bias_bar, c, C, R, R, RP)
+    _store_transposed(bank_bar + C * R, bias_bar, C, R, CP, RP)
     shift_bar = _outer(e_bar, fast + 3 * R, t, N, R, RP, DOT, PRECISION)
     shift_bar += _outer(e, a + 3 * R, t, N, R, RP, DOT, PRECISION)
-    _store(bank_bar + 2 * C * R, shift_bar, c, C, R, R, RP)
+    _store_transposed(bank_bar + 2 * C * R, shift_bar, C, R, CP, RP)
 
     k_bar = e_bar
     for r in range(R):

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from nirvana.ops.launch import blocks, launch
 from nirvana.ops.triton_kernels import (
     apply_backward,
     apply_forward,
@@ -34,13 +35,8 @@ TUNING = (
 """What `benchmarks/trigger.py` can change, to try on another GPU."""
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **constants)
-
-
 def _blocks(x: Tensor) -> tuple[int]:
-    return (-(-x.shape[0] // BLOCK),)
+    return (blocks(x.shape[0], BLOCK),)
 
 
 def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
@@ -90,7 +86,7 @@ def _apply(
 ) -> Tensor:
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inputs = (x, x.stride(0), fast, weight, gain, bias, shift)
-    _launch(apply_forward, _blocks(x), *inputs, h, x.shape[0], **_constants(x, weight))
+    launch(apply_forward, _blocks(x), *inputs, h, x.shape[0], **_constants(x, weight))
     return h
 
 
@@ -112,7 +108,7 @@ def _apply_gradients(
     """Gradients of x and fast, z_bar, and the parts of gain's, bias' and shift's."""
     outputs = _apply_gradients_like(x, fast, weight, gain)
     inputs = (h_bar, x, x.stride(0), fast, weight, gain, bias, shift)
-    _launch(apply_backward, _blocks(x), *inputs, *outputs, x.shape[0], **_constants(x, weight))
+    launch(apply_backward, _blocks(x), *inputs, *outputs, x.shape[0], **_constants(x, weight))
     return outputs
 
 
@@ -140,7 +136,7 @@ def _gradient(
     g = torch.empty_like(fast)
     inputs = (k, k.stride(0), v, v.stride(0), fast, weight, gain, bias, shift)
     constants = {**_constants(k, weight), "EXACT": exact}
-    _launch(gradient_forward, _blocks(k), *inputs, g, k.shape[0], **constants)
+    launch(gradient_forward, _blocks(k), *inputs, g, k.shape[0], **constants)
     return g
 
 
@@ -165,7 +161,7 @@ def _gradient_gradients(
     outputs = _gradient_gradients_like(k, v, fast, weight, gain)
     inputs = (a, k, k.stride(0), v, v.stride(0), fast, weight, gain, bias, shift)
     constants = {**_constants(k, weight), "EXACT": exact}
-    _launch(gradient_backward, _blocks(k), *inputs, *outputs, k.shape[0], **constants)
+    launch(gradient_backward, _blocks(k), *inputs, *outputs, k.shape[0], **constants)
     return outputs
 
 
@@ -198,10 +194,10 @@ def _weight_gradient(
         "num_warps": WEIGHT_WARPS,
         "num_stages": WEIGHT_STAGES,
     }
-    steps = -(-x.shape[0] // (WEIGHT_BLOCK * WEIGHT_PARTS))
-    grid = (-(-R // WEIGHT_RANK), WEIGHT_PARTS)
+    steps = blocks(x.shape[0], WEIGHT_BLOCK * WEIGHT_PARTS)
+    grid = (blocks(R, WEIGHT_RANK), WEIGHT_PARTS)
     inputs = (x, x.stride(0), fast, z_bar, a, dz)
-    _launch(weight_backward, grid, *inputs, parts, x.shape[0], steps, **constants)
+    launch(weight_backward, grid, *inputs, parts, x.shape[0], steps, **constants)
     return parts.sum(0).to(weight.dtype)
 
 

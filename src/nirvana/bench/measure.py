@@ -1,0 +1,154 @@
+"""Time, memory and the machine they were measured on."""
+
+import gc
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from nirvana import ops
+
+WARM_UP = 3
+"""Rounds before the first that counts: compilation and autotuning happen there."""
+
+PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-linear-attention", "flash-qla")
+
+
+class Cost(NamedTuple):
+    """What one call takes."""
+
+    ms: float
+    peak_bytes: int | None  # most memory held at once; None where the device does not count it
+
+
+def costs(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, Cost]:
+    """The median time and the peak memory of each run, in turns: a disturbance meets all alike."""
+    for run in runs.values():
+        for _ in range(WARM_UP):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, list[int]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times[name].append(milliseconds(run, device))
+            if device.type == "cuda":
+                peaks[name].append(torch.cuda.max_memory_allocated(device))
+    return {name: Cost(median(times[name]), max(peaks[name], default=None)) for name in runs}
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device has finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def clean_room() -> Iterator[None]:
+    """Begins and ends without other models' memory and compiled code.
+
+    Inside, a block that is compiled too often is an error, not a block that quietly runs slowly.
+    """
+    limits: dict[str, Any] = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
+    _sweep()
+    try:
+        with torch._dynamo.config.patch(limits | {"fail_on_recompile_limit_hit": True}):
+            yield
+    finally:
+        _sweep()
+
+
+def _sweep() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, versions, commit and date."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit that this file belongs to, if it lies in a git checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git here
+        return None
+    return done.stdout.strip() or None
+
+
+@contextmanager
+def recorded_backends() -> Iterator[dict[str, list[str]]]:
+    """Yields, for every operation, the names of the backends that computed it in the block."""
+    operations = (
+        *("gated_delta_rule", "causal_conv", "window_attention", "decayed_sum"),
+        *("linear_branch", "window_branch", "trigger_gradient", "trigger_apply"),
+    )
+    modules = dict(ops.BACKENDS)
+    if ops.HAS_KERNELS and torch.cuda.is_available():
+        from nirvana.ops import cuda, triton_trigger
+
+        modules |= {"cuda": cuda, "triton": triton_trigger}
+    used: dict[str, list[str]] = {}
+    replaced = []
+
+    def recording(operation: str, backend: str, function: Callable) -> Callable:
+        def call(*arguments: Any, **more: Any) -> Any:
+            names = used.setdefault(operation, [])
+            if backend not in names:
+                names.append(backend)
+            return function(*arguments, **more)
+
+        return call
+
+    try:
+        for backend, module in modules.items():
+            for operation in operations:
+                function = getattr(module, operation, None)
+                if function is not None:
+                    replaced.append((module, operation, function))
+                    setattr(module, operation, recording(operation, backend, function))
+        yield used
+    finally:
+        for module, operation, function in replaced:
+            setattr(module, operation, function)

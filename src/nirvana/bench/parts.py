@@ -1,0 +1,211 @@
+"""What is measured of one model: training, the Trigger's share, prefill, decoding."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from nirvana.bench.measure import Cost, costs, milliseconds
+from nirvana.bench.peers import OURS
+from nirvana.model.nirvana import compile_blocks
+from nirvana.model.trigger import Trigger, without_trigger
+
+if TYPE_CHECKING:
+    from nirvana.bench.run import Options
+
+Row = dict[str, Any]
+
+FLOOR_TRAIN = 95_000
+"""Tokens a second that no 1.3b model exceeds on one H200 (its FLOP at the measured peak)."""
+FLOOR_DECODE_MS = 0.66
+"""Milliseconds a token there at batch 1: the weights are read once."""
+
+TRIGGER_OFF = {
+    "step off": "without gradient, memory and step; the task vector, from fast parameters of "
+    "ones, its projection and the gates remain",
+    "no trigger": "nor the task vector: the gates read the task query; the projection remains",
+}
+
+
+def train(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
+    """Forward + backward, without an optimiser and without activation checkpointing."""
+    step = _training_step(model, name, options, batch, length)
+    cost = costs({name: step}, options.device, options.steps)[name]
+    return [_training_row(cost, options, batch * length)]
+
+
+def trigger(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
+    """The same step with every Trigger switched off, and without any, in turns."""
+    step = _training_step(model, name, options, batch, length)
+
+    def step_off() -> None:
+        with without_trigger(model):
+            step()
+
+    def no_trigger() -> None:
+        with _bypassed(model):
+            step()
+
+    runs = {"on": step, "step off": step_off, "no trigger": no_trigger}
+    measured = costs(runs, options.device, options.steps)
+    rows = [{"how": "on"} | _training_row(measured["on"], options, batch * length)]
+    for how, meaning in TRIGGER_OFF.items():
+        row = {"how": how} | _training_row(measured[how], options, batch * length)
+        row["time_share_of_trigger"] = 1 - measured[how].ms / measured["on"].ms
+        on, off = measured["on"].peak_bytes, measured[how].peak_bytes
+        if on and off:
+            row["memory_share_of_trigger"] = 1 - off / on
+        rows.append(row | {"meaning": meaning})
+    return rows
+
+
+def prefill(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
+    """A context read into the states; logits of its last token."""
+    tokens, run = options.tokens(batch, length), _prefill(model.eval(), name, options)
+    with torch.no_grad():
+        cost = costs({name: lambda: run(tokens)}, options.device, options.steps)[name]
+    return [_row(cost, length)]
+
+
+def decode(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
+    """Greedy tokens after a context: plain `generate`, and for ours the fast loop."""
+    tokens, rows = options.tokens(batch, length), []
+    model.eval()
+    with torch.no_grad():
+        if name == OURS:
+            rows.append({"how": "Decoder"} | _decoder_row(model, tokens, options))
+        rows.append({"how": "generate"} | _generate_row(model, name, tokens, options))
+    return rows
+
+
+PARTS: dict[str, Callable[..., list[Row]]] = {
+    "train": train,
+    "trigger": trigger,
+    "prefill": prefill,
+    "decode": decode,
+}
+
+
+def _training_step(
+    model: nn.Module, name: str, options: "Options", batch: int, length: int
+) -> Callable[[], None]:
+    ids = options.tokens(batch, length)
+    how = {"skip_logits": True} if name == OURS else {"use_cache": False}
+    if name == OURS and options.compiled:
+        compile_blocks(model)
+    model.train()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, **how).loss.backward()
+
+    return step
+
+
+class _NoTrigger(nn.Module):
+    """The task query as the task vector; fast parameters pass."""
+
+    def forward(
+        self, qkv: Tensor, fast: Tensor, bank: nn.Module, state: Any = None, segments: Any = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        return qkv.chunk(3, dim=-1)[0], fast, state
+
+
+@contextmanager
+def _bypassed(model: nn.Module) -> Iterator[None]:
+    """Inside the block `model` has no Trigger."""
+    owners = [
+        (module, module.trigger)
+        for module in model.modules()
+        if isinstance(getattr(module, "trigger", None), Trigger)
+    ]
+    try:
+        for owner, _ in owners:
+            owner.trigger = _NoTrigger()
+        yield
+    finally:
+        for owner, module in owners:
+            owner.trigger = module
+
+
+def _prefill(model: nn.Module, name: str, options: "Options") -> Callable[[Tensor], object]:
+    if name != OURS:
+        return lambda tokens: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
+    from nirvana.model.decode import Decoder
+
+    return Decoder(model, compiled=options.compiled).prefill
+
+
+def _decoder_row(model: nn.Module, tokens: Tensor, options: "Options") -> Row:
+    from nirvana.model.decode import Decoder
+
+    decoder = Decoder(model, compiled=options.compiled)
+    logits = decoder.prefill(tokens)
+
+    def write() -> None:
+        nonlocal logits
+        for _ in range(options.new_tokens):
+            logits = decoder.step(logits.argmax(-1, keepdim=True))
+
+    write()  # compiles
+    takes = [milliseconds(write, options.device) for _ in range(3)]
+    return _decode_row(median(takes) / options.new_tokens, options)
+
+
+def _generate_row(model: Any, name: str, tokens: Tensor, options: "Options") -> Row:
+    """From the second token on; the first carries the context."""
+    clock = _Clock()
+    how = {}
+    if name == OURS:
+        from nirvana.model.decode import Decoder
+
+        how["past_key_values"] = Decoder(model, compiled=options.compiled)
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        min_new_tokens=options.new_tokens + 1,
+        max_new_tokens=options.new_tokens + 1,
+        pad_token_id=0,
+        streamer=clock,
+        **how,
+    )
+    ticks = clock.ticks[1:]  # the first tick is the prompt's
+    taken = [1e3 * (after - before) for before, after in pairwise(ticks)]
+    return _decode_row(median(taken), options)
+
+
+class _Clock(BaseStreamer):
+    """When each token came; `generate` brings it to the CPU first, so the device has finished."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.ticks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _row(cost: Cost, tokens: int) -> Row:
+    row: Row = {"tokens_per_second": 1e3 * tokens / cost.ms, "ms": cost.ms}
+    return row | ({} if cost.peak_bytes is None else {"peak_bytes": cost.peak_bytes})
+
+
+def _training_row(cost: Cost, options: "Options", tokens: int) -> Row:
+    row = _row(cost, tokens)
+    if options.has_floor:
+        row["share_of_floor"] = row["tokens_per_second"] / FLOOR_TRAIN
+    return row
+
+
+def _decode_row(ms: float, options: "Options") -> Row:
+    row: Row = {"tokens_per_second": 1e3 / ms, "ms": ms}
+    return row | ({"share_of_floor": FLOOR_DECODE_MS / ms} if options.has_floor else {})

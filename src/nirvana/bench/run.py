@@ -1,0 +1,95 @@
+"""The benchmark's options, and its rows: every part, with ours and the peers."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nirvana.bench.measure import clean_room
+from nirvana.bench.parts import PARTS, Row
+from nirvana.bench.peers import OURS, build, parameters
+from nirvana.model.config import NirvanaConfig, preset
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured; sizes are batch x tokens."""
+
+    preset: str
+    parts: tuple[str, ...]
+    train: tuple[tuple[int, int], ...]
+    context: int
+    decode_contexts: tuple[int, ...]
+    new_tokens: int
+    steps: int
+    peers: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    layers: int | None = None
+    compiled: bool = True
+
+    @property
+    def config(self) -> NirvanaConfig:
+        depth = {} if self.layers is None else {"num_hidden_layers": self.layers}
+        return preset(self.preset, **depth)
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether SPEC's floors are about this model and machine."""
+        known = self.preset == "1.3b" and self.layers is None and self.dtype == torch.bfloat16
+        return (
+            known
+            and self.device.type == "cuda"
+            and "H200" in torch.cuda.get_device_name(self.device)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "dtype": str(self.dtype), "device": str(self.device)}
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.config.vocab_size, (batch, length), generator=generator)
+        return ids.to(self.device)
+
+
+def measure(options: Options) -> Iterator[Row]:
+    """One row for every part, size and model. What cannot be measured says why in "failed"."""
+    for part in options.parts:
+        for name in (OURS,) if part == "trigger" else (OURS, *options.peers):
+            for batch, length in _sizes(part, options):
+                about = {"part": part, "model": name, "batch": batch, "tokens": length}
+                for row in _attempt(PARTS[part], name, options, batch, length):
+                    yield about | row
+
+
+def _sizes(part: str, options: Options) -> list[tuple[int, int]]:
+    if part == "prefill":
+        return [(1, options.context)]
+    if part == "decode":
+        return [(1, context) for context in options.decode_contexts]
+    return list(options.train)
+
+
+def _attempt(
+    part: Callable[..., list[Row]], name: str, options: Options, batch: int, length: int
+) -> list[Row]:
+    """The part's rows, or one row with the reason why there are none."""
+    if name == "llama_compiled" and not options.compiled:
+        return [{"failed": "not compiled on request"}]
+    with clean_room():
+        try:
+            model = build(name, options.config, options.device, options.dtype, options.compiled)
+            rows = part(model, name, options, batch, length)
+            return [{"parameters": parameters(model)} | row for row in rows]
+        except torch.OutOfMemoryError:
+            return [{"failed": "out of memory"}]
+        except ImportError as error:
+            return [{"failed": f"not installed: {error}"}]
+        except Exception as error:  # a peer's own fault must not cost the figures of the others
+            traceback.print_exc()
+            return [
+                {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+            ]

@@ -1,0 +1,281 @@
+"""Decoding as one graph: the states in fixed places, a whole step replayed by the device.
+
+    decoder = Decoder(model)
+    logits = decoder.prefill(prompt)              # [B, vocab_size], any length, bounded memory
+    for _ in range(100):
+        logits = decoder.step(logits.argmax(-1, keepdim=True))
+
+A `Decoder` is a cache of the library, too:
+
+    model.generate(prompt, past_key_values=Decoder(model))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from nirvana.model.config import NirvanaConfig
+from nirvana.model.masks import Masks
+
+PREFILL_CHUNK = 16384
+"""Tokens read at once; what a prefill holds beside the weights grows with it, not with the text."""
+
+
+class _States:
+    """One layer's states, under the methods of the library's cache that a layer calls."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.conv: Tensor | None = None  # [B, 3 D, width - 1]
+        self.delta: Tensor | None = None  # [B, H, K, K]
+        self.memory: Tensor | None = None  # [B, 4, R]
+        self.keys: Tensor | None = None  # [B, H, places, K]
+        self.values: Tensor | None = None
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.memory if state_idx else self.conv
+
+    def get_recurrent_state(self, layer_idx: int) -> Tensor | None:
+        return self.delta
+
+
+class _Reading(_States):
+    """States of a text that is read in pieces: each replaces the one before, keys in order."""
+
+    def update_conv_state(self, x: Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        if state_idx:
+            self.memory = x
+        else:
+            self.conv = x.clone()  # not a view, which would keep the piece's projections alive
+
+    def update_recurrent_state(self, x: Tensor, layer_idx: int) -> None:
+        self.delta = x
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys], dim=2)
+            values = torch.cat([self.values, values], dim=2)
+        kept = slice(None) if self.window is None else slice(1 - self.window, None)
+        self.keys, self.values = keys[:, :, kept].clone(), values[:, :, kept].clone()
+        return keys, values
+
+
+class _Writing(_States):
+    """States of tokens that come one by one, written in place. Keys lie in a ring: token t at place
+    t modulo its length, which attention without order may do (rotary keys carry their own)."""
+
+    def __init__(self, read: _Reading, length: int, places: int, place: Tensor) -> None:
+        super().__init__(read.window)
+        assert read.conv is not None
+        assert read.delta is not None
+        self.place = place  # of the token that comes next, [1]
+        self.conv, self.delta = read.conv.contiguous(), read.delta.contiguous()
+        self.memory = None if read.memory is None else read.memory.contiguous()
+        if read.keys is not None and read.values is not None:
+            kept = read.keys.shape[2]
+            slots = torch.arange(length - kept, length, device=place.device) % places
+            self.keys, self.values = (
+                x.new_zeros(*x.shape[:2], places, x.shape[3]).index_copy_(2, slots, x)
+                for x in (read.keys, read.values)
+            )
+
+    def refill(self, other: "_Writing") -> None:
+        """Takes over the values of `other`; a graph goes on reading them here."""
+        for name in ("conv", "delta", "memory", "keys", "values"):
+            mine = getattr(self, name)
+            if mine is not None:
+                mine.copy_(getattr(other, name))
+
+    def update_conv_state(self, x: Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        mine = self.memory if state_idx else self.conv
+        assert mine is not None
+        mine.copy_(x)
+
+    def update_recurrent_state(self, x: Tensor, layer_idx: int) -> None:
+        assert self.delta is not None
+        self.delta.copy_(x)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, self.place, keys)
+        self.values.index_copy_(2, self.place, values)
+        return self.keys, self.values
+
+
+def _block(
+    block: nn.Module, h: Tensor, fast: Tensor, bank: nn.Module, masks: Masks, states: _States
+) -> tuple[Tensor, Tensor]:
+    # Not block(...): that may be compiled for training.
+    return block.forward(h, fast, bank, masks, past_key_values=states)
+
+
+def _head(model: Any, h: Tensor) -> Tensor:
+    return model.lm_head(model.model.norm(h[:, -1]))
+
+
+class Decoder(Cache):
+    """Reads a text and then token after token, each step one replayed CUDA graph.
+
+    On a CPU, and with `compiled=False`, the same without graph and compilation.
+
+    Args:
+        model: a `NirvanaForCausalLM`; its weights may change between texts, in place.
+        max_length: without a window, the most tokens that text and continuation have together.
+        compiled: compile the steps, and the pieces of a text that are `PREFILL_CHUNK` long.
+    """
+
+    def __init__(self, model: Any, max_length: int | None = None, compiled: bool = True) -> None:
+        super().__init__(layers=[])
+        config: NirvanaConfig = model.config
+        places = config.sliding_window or max_length
+        if places is None:
+            raise ValueError("a model without a window needs max_length: room for all its keys")
+        self.model, self.config, self.places = model, config, places
+        self.compiled = compiled and model.device.type == "cuda"
+        self.length = 0
+        self.states: list[_Writing] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far."""
+        return self.length
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Forgets what was before and reads `[B, T]`; logits of the last token, `[B, V]`.
+
+        Raises:
+            ValueError: for a text that leaves no room for a token (without a window).
+        """
+        length = tokens.shape[1]
+        if self.config.sliding_window is None and length >= self.places:
+            raise ValueError(f"a text of {length} tokens needs a max_length above {self.places}")
+        blocks = self.model.model.layers
+        states = [_Reading(self.config.sliding_window) for _ in blocks]
+        h = None
+        for first in range(0, length, PREFILL_CHUNK):
+            piece = tokens[:, first : first + PREFILL_CHUNK]
+            whole = self.compiled and piece.shape[1] == PREFILL_CHUNK
+            positions = torch.arange(first, first + piece.shape[1], device=tokens.device)
+            masks = _no_masks(positions[None])
+            h = self._run(piece, masks, states, _compiled_reading() if whole else _block)
+        self._keep(states, length, tokens.shape[0])
+        assert h is not None
+        return _head(self.model, h)
+
+    @torch.no_grad()
+    def step(self, token: Tensor) -> Tensor:
+        """Reads one more token of each row, `[B, 1]`; its logits, `[B, V]`, which the next step
+        overwrites."""
+        if self.config.sliding_window is None and self.length >= self.places:
+            raise ValueError(f"all of max_length = {self.places} tokens are read")
+        self.token.copy_(token)
+        self.length += 1
+        if not self.compiled:
+            return self._step()
+        if self.graph is None:
+            self._capture()
+        assert self.graph is not None
+        self.graph.replay()
+        return self.logits
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """`prefill` where nothing was read, else `step` by `step`: logits of the last token."""
+        if self.length == 0:
+            return self.prefill(tokens)
+        for token in tokens.split(1, dim=1):
+            logits = self.step(token)
+        return logits
+
+    def _run(
+        self, tokens: Tensor, masks: Masks, states: list[Any], block: Callable[..., Any]
+    ) -> Tensor:
+        trunk = self.model.model
+        h = trunk.embed_tokens(tokens)
+        fast = trunk.bank.start(h)
+        for layer, state in zip(trunk.layers, states, strict=True):
+            h, fast = block(layer, h, fast, trunk.bank, masks, state)
+        return h
+
+    def _keep(self, read: list[_Reading], length: int, batch: int) -> None:
+        """Moves the states of the text to where the steps write them."""
+        device = self.model.device
+        if self.length == 0 or self.token.shape[0] != batch:
+            self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+            self.place = torch.zeros(1, dtype=torch.long, device=device)
+            self.count = torch.zeros(1, dtype=torch.long, device=device)
+            self.states, self.graph = [], None
+        self.count.fill_(length)
+        self.place.fill_(length % self.places)
+        new = [_Writing(state, length, self.places, self.place) for state in read]
+        if self.states:
+            for mine, other in zip(self.states, new, strict=True):
+                mine.refill(other)
+        else:
+            self.states = new
+        self.length = length
+
+    def _step(self) -> Tensor:
+        masks = _no_masks(self.count[None])
+        places = torch.arange(self.places, device=self.count.device)
+        masks["window"] = (places <= self.count)[None, None, None]
+        h = self._run(
+            self.token, masks, self.states, _compiled_writing() if self.compiled else _block
+        )
+        head = _compiled_head() if self.compiled else _head
+        self.count += 1
+        self.place.copy_(self.count % self.places)
+        return head(self.model, h)
+
+    def _capture(self) -> None:
+        """Compiles and records a step, on copies of what it changes."""
+        saved = [self.count.clone(), self.place.clone()]
+        names = ("conv", "delta", "memory", "keys", "values")
+        values = [
+            {n: x.clone() for n in names if (x := getattr(s, n)) is not None} for s in self.states
+        ]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._step()
+        for state, old in zip(self.states, values, strict=True):
+            for name, x in old.items():
+                getattr(state, name).copy_(x)
+        self.count.copy_(saved[0])
+        self.place.copy_(saved[1])
+
+
+def _no_masks(positions: Tensor) -> Masks:
+    return {"segments": None, "cu_seqlens": None, "window": None, "positions": positions}
+
+
+_COMPILED: dict[str, Callable[..., Any]] = {}
+
+
+def _compiled(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """One compiled function for all models: the blocks of a kind share the code."""
+    if name not in _COMPILED:
+        _COMPILED[name] = torch.compile(function, dynamic=False, fullgraph=True, options=options)
+    return _COMPILED[name]
+
+
+def _compiled_reading() -> Callable[..., Any]:
+    return _compiled("reading", _block)
+
+
+def _compiled_writing() -> Callable[..., Any]:
+    # This option also makes products with one row plain reductions, which is what they are.
+    return _compiled("writing", _block, coordinate_descent_tuning=True)
+
+
+def _compiled_head() -> Callable[..., Any]:
+    return _compiled("head", _head, coordinate_descent_tuning=True)

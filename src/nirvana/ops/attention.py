@@ -1,0 +1,203 @@
+"""Sliding-window attention of half-precision CUDA tensors: cuDNN where its frontend is installed,
+else PyTorch's own FlashAttention. Both take the window as a bound, not as a mask."""
+
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+HAS_CUDNN = find_spec("cudnn") is not None
+"""Whether nvidia-cudnn-frontend is installed."""
+ROUND = 256
+"""Rows whose length is a multiple of this go to cuDNN."""
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """o `[B, T, H, K]`, and the logarithms of the softmax's sums, `[B H T]`, for `backward`.
+
+    Args:
+        q: `[B, T, H, K]`; k, v: `[B, S, H, K]`, the last T of them the queries' own.
+        window: tokens that a token sees, itself included; None means all before it.
+        cu_seqlens: `[documents + 1]`, int32, where documents start and end in the batch laid out
+            as one row; then S = T.
+    """
+    if _cudnn_fits(q, k, cu_seqlens):
+        o = q.new_empty(q.shape)
+        lse = q.new_empty(q.shape[:3].numel(), dtype=torch.float32)
+        graph = _forward_graph(_shape(q, k, v), window)
+        graph.run({"q": q, "k": k, "v": v, "o": o, "lse": lse})
+        return o, lse
+    q_, k_, v_ = (x if cu_seqlens is None else x.flatten(0, 1) for x in (q, k, v))
+    how, more = _flash_arguments(q, k, window, cu_seqlens)
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(q_, k_, v_, *how, False, **more)
+    return o.view(q.shape), lse.flatten()
+
+
+def backward(
+    o_bar: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Gradients of q, k and v side by side, `[B, T, 3, H, K]`; S = T, o and o_bar have no gaps."""
+    if _cudnn_fits(q, k, cu_seqlens):
+        B, T, H, K = q.shape
+        bars = q.new_empty(B, T, 3, H, K)
+        graph = _backward_graph(_shape(q, k, v), window)
+        given = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "o_bar": o_bar}
+        graph.run(given | dict(zip(("q_bar", "k_bar", "v_bar"), bars.unbind(2), strict=True)))
+        return bars
+    rows = [x if cu_seqlens is None else x.flatten(0, 1) for x in (o_bar, q, k, v, o)]
+    how, more = _flash_arguments(q, k, window, cu_seqlens)
+    B, T, H, _ = q.shape
+    lse = lse.view(B, H, T) if cu_seqlens is None else lse.view(H, B * T)
+    random = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none
+    bars = torch.ops.aten._flash_attention_backward(*rows, lse, *how, random, random, **more)
+    return torch.stack([bar.view(q.shape) for bar in bars], dim=2)
+
+
+def _flash_arguments(
+    q: Tensor, k: Tensor, window: int | None, cu_seqlens: Tensor | None
+) -> tuple[tuple[Any, ...], dict[str, int | float]]:
+    left = -1 if window is None else window - 1
+    how = (cu_seqlens, cu_seqlens, q.shape[1], k.shape[1], 0.0, True)
+    more = {"scale": q.shape[-1] ** -0.5, "window_size_left": left, "window_size_right": 0}
+    return how, more
+
+
+def _cudnn_fits(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """A graph is built for one shape in up to a second: not for packed rows, nor for the lengths
+    of texts as they come."""
+    return HAS_CUDNN and cu_seqlens is None and q.shape[1] % ROUND == 0 and q.shape[-1] in (64, 128)
+
+
+class _Shape(NamedTuple):
+    """What a graph is built for."""
+
+    dims: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _shape(*tensors: Tensor) -> _Shape:
+    return _Shape(
+        tuple(tuple(x.shape) for x in tensors),
+        tuple(x.stride() for x in tensors),
+        tensors[0].dtype,
+        tensors[0].device,
+    )
+
+
+@cache
+def _handle(device: torch.device) -> Any:
+    with torch.cuda.device(device):
+        return import_module("cudnn").create_handle()
+
+
+class _Graph:
+    """A cuDNN graph, and its tensors by name, each `[B, T, H, K]` here and `[B, H, T, K]` there."""
+
+    def __init__(self, shape: _Shape) -> None:
+        cudnn = import_module("cudnn")
+        self.cudnn, self.shape = cudnn, shape
+        half = cudnn.data_type.BFLOAT16 if shape.dtype == torch.bfloat16 else cudnn.data_type.HALF
+        self.graph = cudnn.pygraph(
+            io_data_type=half,
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            handle=_handle(shape.device),
+        )
+        self.half = half
+        self.tensors: dict[str, Any] = {}
+
+    def input(self, name: str, dims: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        (b, t, h, c), (sb, st, sh, sc) = dims, strides
+        self.tensors[name] = self.graph.tensor(
+            name=name, dim=[b, h, t, c], stride=[sb, sh, st, sc], data_type=self.half
+        )
+        return self.tensors[name]
+
+    def output(self, name: str, tensor: Any, beside: int = 1) -> None:
+        """Of the queries' shape, in rows that hold `beside` such tensors."""
+        b, t, h, c = self.shape.dims[0]
+        row = beside * h * c
+        tensor.set_output(True).set_dim([b, h, t, c]).set_stride([t * row, c, row, 1])
+        self.tensors[name] = tensor
+
+    def statistics(self) -> tuple[list[int], list[int]]:
+        b, t, h, _ = self.shape.dims[0]
+        return [b, h, t, 1], [h * t, t, 1, 1]
+
+    def band(self, window: int | None) -> dict[str, Any]:
+        queries, keys = self.shape.dims[0][1], self.shape.dims[1][1]
+        corner = self.cudnn.diagonal_alignment
+        band = {
+            "attn_scale": self.shape.dims[0][-1] ** -0.5,
+            "diagonal_alignment": corner.TOP_LEFT if queries == keys else corner.BOTTOM_RIGHT,
+            "diagonal_band_right_bound": 0,
+        }
+        return band if window is None else {**band, "diagonal_band_left_bound": window}
+
+    def finish(self) -> "_Graph":
+        modes = self.cudnn.heur_mode
+        self.graph.validate()
+        self.graph.build_operation_graph()
+        self.graph.create_execution_plans([modes.A, modes.FALLBACK])
+        self.graph.check_support()
+        self.graph.build_plans()
+        self.workspace_bytes = max(1, self.graph.get_workspace_size())
+        return self
+
+    def run(self, given: dict[str, Tensor]) -> None:
+        device = self.shape.device
+        handle, stream = _handle(device), torch.cuda.current_stream(device)
+        self.cudnn.set_stream(handle=handle, stream=stream.cuda_stream)
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+        pack = {
+            self.tensors[name]: x if name == "lse" else x.transpose(1, 2)
+            for name, x in given.items()
+        }
+        self.graph.execute(pack, workspace, handle=handle)
+
+
+@lru_cache(maxsize=32)
+def _forward_graph(shape: _Shape, window: int | None) -> _Graph:
+    made = _Graph(shape)
+    q, k, v = (made.input(*x) for x in zip("qkv", shape.dims, shape.strides, strict=True))
+    o, lse = made.graph.sdpa(name="window", q=q, k=k, v=v, generate_stats=True, **made.band(window))
+    made.output("o", o)
+    dims, strides = made.statistics()
+    lse.set_output(True).set_dim(dims).set_stride(strides)
+    lse.set_data_type(made.cudnn.data_type.FLOAT)
+    made.tensors["lse"] = lse
+    return made.finish()
+
+
+@lru_cache(maxsize=32)
+def _backward_graph(shape: _Shape, window: int | None) -> _Graph:
+    made = _Graph(shape)
+    q, k, v = (made.input(*x) for x in zip("qkv", shape.dims, shape.strides, strict=True))
+    _, t, h, c = shape.dims[0]
+    dense = (t * h * c, h * c, c, 1)
+    o, o_bar = (made.input(name, shape.dims[0], dense) for name in ("o", "o_bar"))
+    dims, strides = made.statistics()
+    lse = made.graph.tensor(
+        name="lse", dim=dims, stride=strides, data_type=made.cudnn.data_type.FLOAT
+    )
+    made.tensors["lse"] = lse
+    bars = made.graph.sdpa_backward(
+        name="window_backward", q=q, k=k, v=v, o=o, dO=o_bar, stats=lse, **made.band(window)
+    )
+    for name, bar in zip(("q_bar", "k_bar", "v_bar"), bars, strict=True):
+        made.output(name, bar, beside=3)
+    return made.finish()

@@ -1,0 +1,155 @@
+"""`nirvana bench`, as a user calls it: figures, files, exit codes."""
+
+import json
+import sys
+
+import pytest
+
+from nirvana.cli import main
+
+SMALL = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--eager", "--steps", 1)
+SIZES = ("--train", "2x24", "--train", "1x16", "--context", 40, "--decode-contexts", "8,20")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Calls the program in an empty folder; returns exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nirvana", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_every_part_has_its_figures(run, tmp_path):
+    arguments = (*SMALL, *SIZES, "--new-tokens", 4, "--peers", "llama,llama_compiled")
+    code, out, err = run(*arguments, "--json", "figures.json")
+    assert code == 0, err
+    assert "tokens/s" in out
+    results = json.loads((tmp_path / "figures.json").read_text())
+    assert results["gate"]["passed"]
+    assert set(results["gate"]["backends"]) == {
+        "gated_delta_rule",
+        "causal_conv",
+        "window_attention",
+        "decayed_sum",
+    }
+    assert results["environment"]["versions"]["torch"]
+    assert results["options"]["train"] == [[2, 24], [1, 16]]
+    sizes = {
+        (r["part"], r["model"], r.get("how"), r["batch"], r["tokens"]) for r in results["rows"]
+    }
+    expected = set()
+    for model in ("nirvana", "llama", "llama_compiled"):
+        expected |= {("train", model, None, 2, 24), ("train", model, None, 1, 16)}
+        expected |= {("prefill", model, None, 1, 40)}
+        how = None if model == "llama_compiled" else "generate"
+        expected |= {("decode", model, how, 1, length) for length in (8, 20)}
+    expected |= {("decode", "nirvana", "Decoder", 1, length) for length in (8, 20)}
+    for how in ("on", "step off", "no trigger"):
+        expected |= {("trigger", "nirvana", how, 2, 24), ("trigger", "nirvana", how, 1, 16)}
+    assert sizes == expected
+    for row in results["rows"]:
+        if row["model"] == "llama_compiled":
+            assert row["failed"] == "not compiled on request"
+            continue
+        assert "failed" not in row
+        assert row["parameters"] > 1e6
+        tokens = 1 if row["part"] == "decode" else row["batch"] * row["tokens"]
+        assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["ms"])
+        off = row.get("how") in ("step off", "no trigger")
+        assert ("time_share_of_trigger" in row) == off
+
+
+def test_a_model_that_fails_keeps_its_row(run, monkeypatch, tmp_path):
+    from nirvana.bench import peers
+
+    def missing(config):
+        raise ImportError("No module named 'fla.models'")
+
+    monkeypatch.setitem(peers.PEERS, "gated_deltanet", missing)
+    arguments = (*SMALL, *SIZES, "--parts", "prefill", "--peers", "gated_deltanet")
+    assert run(*arguments, "--json", "figures.json")[0] == 0
+    ours, peer = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert ours["ms"] > 0
+    assert peer["failed"] == "not installed: No module named 'fla.models'"
+
+
+def test_our_own_failure_is_listed_and_ends_in_1(run, monkeypatch, tmp_path):
+    import torch
+
+    from nirvana.bench import parts
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setitem(parts.PARTS, "prefill", full)
+    code, out, _ = run(*SMALL, "--parts", "prefill", "--peers", "none", "--json", "figures.json")
+    assert code == 1
+    assert "memory" in out
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert row["failed"] == "out of memory"
+
+
+def test_a_wrong_gradient_stops_before_any_figure(run, monkeypatch, tmp_path):
+    """The scale is right and the direction too, in all parameters but one, which is off by half."""
+    from nirvana.bench import gate
+
+    def wrong(model, ids, skip_logits):
+        logits, loss, gradients = right(model, ids, skip_logits)
+        if skip_logits:
+            gradients["model.layers.2.updater.in_proj.weight"] *= 1.5
+        return logits, loss, gradients
+
+    right = gate.outcome
+    monkeypatch.setattr(gate, "outcome", wrong)
+    code, out, err = run(*SMALL, *SIZES, "--json", "figures.json")
+    assert code == 1
+    assert "no figures" in err
+    assert "layers.2.updater.in_proj.weight" in err
+    assert "tokens/s" not in out
+    assert not (tmp_path / "figures.json").exists()
+
+
+def test_the_trigger_is_back_after_its_absence():
+    from nirvana import preset
+    from nirvana.bench.parts import _bypassed
+    from nirvana.model.nirvana import NirvanaForCausalLM
+    from nirvana.model.trigger import Trigger
+
+    model = NirvanaForCausalLM(preset("tiny", num_hidden_layers=3))
+    before = [module for module in model.modules() if isinstance(module, Trigger)]
+    assert len(before) == 1
+    with _bypassed(model):
+        assert not any(isinstance(module, Trigger) for module in model.modules())
+    assert [module for module in model.modules() if isinstance(module, Trigger)] == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--preset", "13b"), "unknown preset"),
+        (("--parts", "train,fly"), "--parts 'fly'"),
+        (("--train", "4096"), "4x4096"),
+        (("--train", "0x64"), "4x4096"),
+        (("--context", "0"), "--context = 0"),
+        (("--decode-contexts", "1k"), "1024,65536"),
+        (("--steps", "0"), "--steps = 0"),
+        (("--peers", "gpt"), "--peers 'gpt'"),
+        (("--dtype", "int8"), "bfloat16, float32"),
+        (("--layers", "2"), "num_prelude_layers"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--json", "."), "is a folder"),
+    ],
+)
+def test_wrong_options_get_one_line(run, wrong, told):
+    code, out, err = run("--preset", "tiny", *wrong)
+    assert code == 2
+    assert not out
+    assert told in err
+    assert err.count("\n") == 1
