@@ -26,7 +26,7 @@ def create_masks(
         window: `[B, 1, T, S]`, true where a query sees a cached or new key; None where
             `window_attention` finds that out itself: unless a static cache has empty places, or
             padding and borders lie among cached keys.
-        positions: `[B, T]` or `[1, T]`, for rotary embeddings.
+        positions: `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0 again.
 
     Raises:
         ValueError: when padding would come to stand between a sample's cached and new tokens.
@@ -43,10 +43,12 @@ def create_masks(
     if attention_mask is not None and past_key_values is not None and _may_look():
         _refuse_padding_inside(attention_mask, T)
     new = torch.arange(past, past + T, device=device)
-    segments = _segments(attention_mask, position_ids, cu_seqlens, B, T, past)
+    border = _borders(attention_mask, position_ids, cu_seqlens, B, T, past)
+    segments = None if border is None else border.cumsum(1)
+    began = _began(position_ids, new) if num_keys > T else None
     window = None
     static = past_key_values is not None and past_key_values.is_compileable
-    bordered = attention_mask is not None or segments is not None
+    bordered = any(x is not None for x in (attention_mask, segments, began))
     if static or (num_keys > T and bordered):
         keys = torch.arange(offset, offset + num_keys, device=device)
         window = keys <= new[:, None]
@@ -60,9 +62,13 @@ def create_masks(
             before = past - offset
             owner = F.pad(segments, (before, num_keys - before - T))
             window = window & (owner[:, None] == segments[:, :, None])
+        if began is not None:
+            window = window & (keys >= began[..., None])
         # A padded query sees itself: a row that sees nothing would be NaN.
         window = (window | (keys == new[:, None]))[:, None].expand(B, 1, -1, -1)
     positions = new[None] if position_ids is None else position_ids
+    if position_ids is None and cu_seqlens is not None and border is not None:
+        positions = new - (new * border).cummax(1).values
     return {"segments": segments, "window": window, "positions": positions}
 
 
@@ -82,7 +88,16 @@ def _refuse_padding_inside(attention_mask: Tensor, T: int) -> None:
         )
 
 
-def _segments(
+def _began(position_ids: Tensor | None, new: Tensor) -> Tensor | None:
+    """The column in which each new token's sample began `[B, T]`; None if all began the row. The
+    cached keys before it are of other samples."""
+    if position_ids is None:
+        return None
+    began = new - position_ids
+    return None if _may_look() and not (began > 0).any() else began
+
+
+def _borders(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -90,7 +105,7 @@ def _segments(
     T: int,
     past: int,
 ) -> Tensor | None:
-    """A count of the sample borders before and at every token; None where there are none."""
+    """True where a token starts a sample, or padding begins `[B, T]`; None where none does."""
     given = [x for x in (attention_mask, position_ids, cu_seqlens) if x is not None]
     if not given or (T == 1 and past == 0):
         return None
@@ -106,6 +121,4 @@ def _segments(
     if attention_mask is not None:
         local = attention_mask[:, -T:]
         border[:, 1:] |= local[:, 1:] != local[:, :-1]
-    if _may_look() and not border.any():
-        return None
-    return border.cumsum(1)
+    return None if _may_look() and not border.any() else border
