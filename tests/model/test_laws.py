@@ -3,7 +3,12 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+)
 
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, ops, preset
 from nirvana.model.config import PRESETS
@@ -96,6 +101,17 @@ def test_packed_by_borders_is_separate(small_model, variant, backend, name, rows
     packed = model(tokens.view(rows, -1), **{name: borders}).logits
     separate = [model(piece).logits for piece in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(packed.view(1, len(tokens[0]), -1), torch.cat(separate, dim=1))
+
+
+def test_the_librarys_flattening_collator_packs(small_model):
+    model, lengths = small_model(), [5, 20, 1, 17]
+    rows = [{"input_ids": tokens_of(1, n, seed=n)[0].tolist()} for n in lengths]
+    for told in ({}, {"return_flash_attn_kwargs": True, "return_position_ids": False}):
+        batch = DataCollatorWithFlattening(return_tensors="pt", **told)(rows)
+        assert ("position_ids" in batch) != bool(told)
+        packed = model(**batch).logits
+        separate = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
+        torch.testing.assert_close(packed, torch.cat(separate, dim=1))
 
 
 @variants
