@@ -51,3 +51,12 @@ def test_only_results_may_be_replaced(tmp_path):
         replaceable_folder(tmp_path, patterns)
     with pytest.raises(InputError, match="is a file"):
         replaceable_folder(tmp_path / "thesis.tex", patterns)
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match="file/out cannot be written: "),
+        atomic_folder(tmp_path / "file" / "out"),
+    ):
+        pass

@@ -35,10 +35,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty temporary folder; it becomes `path` when the block succeeds.
 
     An existing folder at `path` is replaced as a whole, and only then.
+
+    Raises:
+        InputError: where no folder can be made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
         for file in temporary.rglob("*"):

@@ -224,6 +224,20 @@ def test_what_the_authors_code_cannot_express_is_not_reversed(tmp_path, change):
         convert(tmp_path / "ours", tmp_path / "out", reverse=True)
 
 
+def test_the_source_is_never_replaced(tmp_path):
+    state = released_folder(tmp_path)
+    for destination in (tmp_path / "src", tmp_path / "ours" / ".." / "src"):
+        with pytest.raises(InputError, match="src is what is converted; give another folder"):
+            convert(tmp_path / "src", destination)
+    assert load_file(tmp_path / "src" / "model.safetensors").keys() == state.keys()
+
+
+def test_a_model_of_ours_asks_for_reverse(tmp_path):
+    released_folder(tmp_path)
+    with pytest.raises(InputError, match="this is a model of ours; --reverse converts those"):
+        convert(tmp_path / "ours", tmp_path / "out")
+
+
 def test_the_window_can_be_chosen(tmp_path):
     released_folder(tmp_path)
     for window, expected in (("configured", 8), (5, 5), (None, None)):

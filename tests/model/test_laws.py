@@ -3,9 +3,14 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+)
 
-from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
+from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, ops, preset
 from nirvana.model.config import PRESETS
 
 VARIANTS = [
@@ -78,6 +83,87 @@ def test_packed_is_separate(small_model, variant):
     packed = model(tokens, position_ids=positions).logits
     separate = [model(piece).logits for piece in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(packed, torch.cat(separate, dim=1))
+
+
+@pytest.mark.usefixtures("device")
+@variants
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_packed_by_borders_is_separate(small_model, variant, backend, name, rows, monkeypatch):
+    """The borders count through the batch laid out as one row; a row ends a sample anyway."""
+    monkeypatch.setattr(ops, "_backend", lambda _: ops.BACKENDS[backend])
+    model = small_model(**variant)
+    lengths = [1, 20, 10, 2, 26, 3]  # the third ends with the first row, if there are two
+    tokens = tokens_of(1, sum(lengths))
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    packed = model(tokens.view(rows, -1), **{name: borders}).logits
+    separate = [model(piece).logits for piece in tokens.split(lengths, dim=1)]
+    torch.testing.assert_close(packed.view(1, len(tokens[0]), -1), torch.cat(separate, dim=1))
+
+
+def test_the_librarys_flattening_collator_packs(small_model):
+    model, lengths = small_model(), [5, 20, 1, 17]
+    rows = [{"input_ids": tokens_of(1, n, seed=n)[0].tolist()} for n in lengths]
+    for told in ({}, {"return_flash_attn_kwargs": True, "return_position_ids": False}):
+        batch = DataCollatorWithFlattening(return_tensors="pt", **told)(rows)
+        assert ("position_ids" in batch) != bool(told)
+        packed = model(**batch).logits
+        separate = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
+        torch.testing.assert_close(packed, torch.cat(separate, dim=1))
+
+
+@variants
+@pytest.mark.parametrize("by", ["position_ids", "cu_seqlens"])
+@torch.no_grad()
+def test_reading_packed_samples_in_pieces_is_separate(small_model, variant, by):
+    """Cached keys of samples before the current one are not seen, whatever the window."""
+    model = small_model(**variant)
+    lengths = [7, 23, 5, 15]
+    tokens = tokens_of(1, 50)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    separate = [model(piece).logits for piece in tokens.split(lengths, dim=1)]
+    first = {"position_ids": positions[:, :33]}
+    if by == "cu_seqlens":
+        first = {"cu_seqlens": torch.tensor([0, 7, 30, 33])}
+    out = model(tokens[:, :33], use_cache=True, **first)
+    parts = [out.logits]
+    for start, end in ((33, 34), (34, 38), (38, 39), (39, 50)):
+        where = {"position_ids": positions[:, start:end]}
+        out = model(tokens[:, start:end], past_key_values=out.past_key_values, **where)
+        parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), torch.cat(separate, dim=1))
+
+
+@variants
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_generation_goes_on_with_the_last_packed_sample(small_model, variant, cache):
+    model, tokens = small_model(**variant), tokens_of(2, 25)
+    positions = torch.cat([torch.arange(20), torch.arange(5)]).expand(2, -1)
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    settings["cache_implementation"] = cache
+    packed = model.generate(tokens, position_ids=positions, **settings)[:, 25:]
+    torch.testing.assert_close(packed, model.generate(tokens[:, 20:], **settings)[:, 5:])
+
+
+@variants
+def test_gradients_of_packed_samples_are_their_sum(small_model, variant):
+    model = small_model(**variant)
+    lengths = [1, 40, 66, 2, 13]
+    tokens = tokens_of(1, sum(lengths))
+
+    def gradients(*runs):
+        model.zero_grad()
+        for piece, settings in runs:
+            model(piece, **settings).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    packed = gradients((tokens, {"cu_seqlens": borders}))
+    separate = gradients(*((piece, {}) for piece in tokens.split(lengths, dim=1)))
+    torch.testing.assert_close(packed, separate)
 
 
 @torch.no_grad()

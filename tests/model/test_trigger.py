@@ -131,3 +131,79 @@ def test_works_in_inference_mode(small_model):
     expected = model(tokens).logits
     with torch.inference_mode():
         torch.testing.assert_close(model(tokens).logits, expected)
+
+
+@pytest.fixture
+def seen_steps():
+    """Makes a model note what its Triggers are given and return: one entry a layer."""
+
+    def watch(model) -> list[tuple]:
+        steps = []
+        for module in model.modules():
+            if isinstance(module, Trigger):
+                module.register_forward_hook(lambda _, given, out: steps.append((given, out)))
+        return steps
+
+    return watch
+
+
+@pytest.mark.parametrize("interpolation", ["convex", "independent"])
+def test_the_report_says_what_the_triggers_did(small_model, seen_steps, interpolation):
+    model = small_model(interpolation=interpolation)
+    steps, tokens = seen_steps(model), torch.randint(0, 61, (2, 30))
+    out = model(tokens, output_trigger=True)
+    assert len(out.trigger) == len(steps) == 2
+    updaters = [layer.updater for layer in model.model.layers[2:]]
+    for report, updater, step in zip(out.trigger, updaters, steps, strict=True):
+        (qkv, before, bank, *_), (h_task, after, _) = step
+        _, k, v = qkv.chunk(3, dim=-1)
+        for at in [(0, 0), (0, 29), (1, 13)]:
+            expected = loss_of_one_token(k[at], v[at], before[at], bank)
+            torch.testing.assert_close(report.loss_before[at], expected)
+            expected = loss_of_one_token(k[at], v[at], after[at], bank)
+            torch.testing.assert_close(report.loss_after[at], expected)
+            torch.testing.assert_close(report.change[at], (after[at] - before[at]).norm())
+        torch.testing.assert_close(report.gates, updater.gate_proj(h_task).sigmoid())
+        assert report.gates.shape == (2, 30, 1 if interpolation == "convex" else 2)
+        assert report.loss_before.shape == report.change.shape == (2, 30)
+        assert not any(x.requires_grad for x in report)
+
+
+def test_a_report_changes_nothing_and_comes_only_when_asked_for(small_model):
+    model, tokens = small_model(), torch.randint(0, 61, (2, 30))
+    plain, out = model(tokens, labels=tokens), model(tokens, labels=tokens, output_trigger=True)
+    assert plain.trigger is None
+    assert torch.equal(out.logits, plain.logits)
+    assert torch.equal(out.loss, plain.loss)
+    trunk = model.model(tokens, output_trigger=True).trigger
+    in_tuple = model(tokens, use_cache=False, output_trigger=True, return_dict=False)[-1]
+    for reports in (trunk, in_tuple):
+        torch.testing.assert_close(reports, out.trigger, rtol=0, atol=0)
+    with without_trigger(model):
+        for report in model(tokens, output_trigger=True).trigger:
+            assert not report.change.any()
+            assert torch.equal(report.loss_before, report.loss_after)
+
+
+@torch.no_grad()
+def test_reports_of_pieces_are_those_of_the_whole(small_model):
+    model, tokens = small_model(), torch.randint(0, 61, (2, 30))
+    whole, cache, parts = model(tokens, output_trigger=True).trigger, None, []
+    for piece in tokens.split([20, 1, 9], dim=1):
+        out = model(piece, past_key_values=cache, use_cache=True, output_trigger=True)
+        cache = out.past_key_values
+        parts.append(out.trigger)
+    for layer, expected in enumerate(whole):
+        joined = [
+            torch.cat(pieces, dim=1) for pieces in zip(*(p[layer] for p in parts), strict=True)
+        ]
+        torch.testing.assert_close(joined, list(expected))
+
+
+def test_checkpointed_training_reports_each_layer_once(small_model):
+    model, tokens = small_model().train(), torch.randint(0, 61, (2, 30))
+    expected = model(tokens, output_trigger=True).trigger
+    model.gradient_checkpointing_enable()
+    out = model(tokens, labels=tokens, use_cache=False, output_trigger=True)
+    out.loss.backward()
+    torch.testing.assert_close(out.trigger, expected)

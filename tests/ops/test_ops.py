@@ -91,6 +91,33 @@ def test_window_attention_is_step_by_step(window, packed):
     assert_same(ops.window_attention, {"q": q, "k": k, "v": v}, window=window, segments=segments)
 
 
+# The past has 30 tokens; windows end within it, at its border, at its start and before it.
+@pytest.mark.parametrize("window", [1, 4, 8, 30, 31, 33, 100, None])
+@pytest.mark.parametrize("T", [1, 2, 9, 40])
+def test_window_attention_over_past_keys_is_step_by_step(T, window):
+    q = torch.randn(2, T, 2, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 30 + T, 2, 4, dtype=torch.float64)
+    assert_same(ops.window_attention, {"q": q, "k": k, "v": v}, window=window)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("window", [1, 4, 30, 100, None])
+@pytest.mark.parametrize("T", [1, 9])
+def test_window_attention_goes_on_from_its_past(T, window, backend):
+    """The last queries over all keys are the last rows of the whole."""
+    q, k, v = torch.randn(3, 2, 30 + T, 2, 4, dtype=torch.float64)
+    whole = ops.window_attention(q, k, v, window, backend=backend)
+    last = ops.window_attention(q[:, 30:], k, v, window, backend=backend)
+    torch.testing.assert_close(last, whole[:, 30:])
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_window_attention_refuses_segments_over_past_keys(backend):
+    q, k = torch.randn(1, 3, 1, 4), torch.randn(1, 5, 1, 4)
+    with pytest.raises(ValueError, match="segments tell new tokens apart, not those of the past"):
+        ops.window_attention(q, k, k, 4, torch.zeros(1, 3, dtype=torch.long), backend=backend)
+
+
 @given(T=st.integers(1, 150), cut=st.integers(1, 149), seed=st.integers(0, 99))
 @settings(
     max_examples=25,

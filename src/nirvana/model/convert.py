@@ -99,9 +99,12 @@ def convert(
 
     Raises:
         InputError: for what is not such a model; names all tensors that are missing, left over or
-            of another shape. With `reverse`, for a model that the authors' code cannot express.
+            of another shape. With `reverse`, for a model that the authors' code cannot express. For
+            a destination that is the source, holds other things or cannot be written.
     """
     source, destination = Path(source), replaceable_folder(destination, RESULTS)
+    if destination == source.resolve():
+        raise InputError(f"{source} is what is converted; give another folder to write")
     given = _read_config(source)
     if reverse:
         config = _own_config(given, source, window)
@@ -126,6 +129,8 @@ def released_config(
     given: dict[str, Any], where: str, window: int | str | None = "configured"
 ) -> NirvanaConfig:
     """Our configuration for one in the authors' words; `where` names it in errors."""
+    if given.get("model_type") == NirvanaConfig.model_type:
+        raise InputError(f"{where}: this is a model of ours; --reverse converts those")
     missing = sorted(set(CONFIG_KEYS) - set(given) - {"window_size", "tie_word_embeddings"})
     if missing:
         raise InputError(

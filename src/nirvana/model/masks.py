@@ -26,10 +26,10 @@ def create_masks(
         window: `[B, 1, T, S]`, true where a query sees a cached or new key; None where
             `window_attention` finds that out itself: unless a static cache has empty places, or
             padding and borders lie among cached keys.
-        cu_seqlens: int32 `[samples + 1]`, the borders of `segments` and of rows for the kernels
-            that want them so; None without segments, and where a GPU has no use for it. Unless it
-            was given for one row, it is counted on the device, which the host waits for.
-        positions: `[B, T]` or `[1, T]`, for rotary embeddings.
+        cu_seqlens: int32 `[samples + 1]`, the same borders and those of rows for the GPU's kernels;
+            None without segments, and on other devices. What was given for one row is taken as it
+            is; otherwise it is counted on the device, and the host waits for that.
+        positions: `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0 again.
 
     Raises:
         ValueError: when padding would come to stand between a sample's cached and new tokens.
@@ -46,11 +46,12 @@ def create_masks(
     if attention_mask is not None and past_key_values is not None and _may_look():
         _refuse_padding_inside(attention_mask, T)
     new = torch.arange(past, past + T, device=device)
-    segments = _segments(attention_mask, position_ids, cu_seqlens, B, T, past)
-    borders = _cu_seqlens(segments, cu_seqlens, B, T)
+    border = _borders(attention_mask, position_ids, cu_seqlens, B, T, past)
+    segments = None if border is None else border.cumsum(1)
+    began = _began(position_ids, new) if num_keys > T else None
     window = None
     static = past_key_values is not None and past_key_values.is_compileable
-    bordered = attention_mask is not None or segments is not None
+    bordered = any(x is not None for x in (attention_mask, segments, began))
     if static or (num_keys > T and bordered):
         keys = torch.arange(offset, offset + num_keys, device=device)
         window = keys <= new[:, None]
@@ -64,13 +65,18 @@ def create_masks(
             before = past - offset
             owner = F.pad(segments, (before, num_keys - before - T))
             window = window & (owner[:, None] == segments[:, :, None])
+        if began is not None:
+            window = window & (keys >= began[..., None])
         # A padded query sees itself: a row that sees nothing would be NaN.
         window = (window | (keys == new[:, None]))[:, None].expand(B, 1, -1, -1)
     positions = new[None] if position_ids is None else position_ids
+    if position_ids is None and cu_seqlens is not None and border is not None:
+        positions = new - (new * border).cummax(1).values
+    alone = attention_mask is None and position_ids is None
     return {
         "segments": segments,
+        "cu_seqlens": _cu_seqlens(border, cu_seqlens if alone and B == 1 else None),
         "window": window,
-        "cu_seqlens": borders,
         "positions": positions,
     }
 
@@ -91,7 +97,16 @@ def _refuse_padding_inside(attention_mask: Tensor, T: int) -> None:
         )
 
 
-def _segments(
+def _began(position_ids: Tensor | None, new: Tensor) -> Tensor | None:
+    """The column in which each new token's sample began `[B, T]`; None if all began the row. The
+    cached keys before it are of other samples."""
+    if position_ids is None:
+        return None
+    began = new - position_ids
+    return None if _may_look() and not (began > 0).any() else began
+
+
+def _borders(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -99,7 +114,7 @@ def _segments(
     T: int,
     past: int,
 ) -> Tensor | None:
-    """A count of the sample borders before and at every token; None where there are none."""
+    """True where a token starts a sample, or padding begins `[B, T]`; None where none does."""
     given = [x for x in (attention_mask, position_ids, cu_seqlens) if x is not None]
     if not given or (T == 1 and past == 0):
         return None
@@ -115,16 +130,14 @@ def _segments(
     if attention_mask is not None:
         local = attention_mask[:, -T:]
         border[:, 1:] |= local[:, 1:] != local[:, :-1]
-    if _may_look() and not border.any():
-        return None
-    return border.cumsum(1)
+    return None if _may_look() and not border.any() else border
 
 
-def _cu_seqlens(segments: Tensor | None, given: Tensor | None, B: int, T: int) -> Tensor | None:
-    if segments is None or not segments.is_cuda or torch.compiler.is_compiling():
+def _cu_seqlens(border: Tensor | None, given: Tensor | None) -> Tensor | None:
+    if border is None or not border.is_cuda or torch.compiler.is_compiling():
         return None
-    if given is not None and B == 1:
+    if given is not None:
         return given.int()
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=B * T).int()
+    starts = border.clone()
+    starts[:, 0] = True
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).int()

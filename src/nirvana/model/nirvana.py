@@ -163,6 +163,8 @@ class NirvanaModel(NirvanaPreTrainedModel):
             past_key_values: the library's cache.
             cu_seqlens: `[documents + 1]`, where packed documents start and end in the batch laid
                 out as one row; says the same without positions. `cu_seq_lens_q` is taken, too.
+                Whoever goes on from a packed row's cache hands on `position_ids` that count
+                within the sample.
             output_trigger: return `trigger`, a `TriggerReport` for each layer with a Trigger.
 
         Raises:
