@@ -41,20 +41,27 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes for the owner alone
-                _flush(file)
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Gives a finished folder its name, in place of what was there; both lie in one folder."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors writes for the owner alone
+        _flush(file)
+    temporary.chmod(0o755)
+    _flush(temporary)
+    if path.exists():
+        old = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        os.replace(path, old / "old")
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    _flush(path.parent)
 
 
 def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
@@ -82,7 +89,10 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _flush(file: Path) -> None:
-    """Forces a file's content to the disk, so that the rename cannot outrun it."""
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
+def _flush(path: Path) -> None:
+    """Forces a file's content, or a folder's names, to the disk, so that no rename outruns it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import OPTIM, StandIn, run_config, stop, train
+from stand_in import OPTIM, StandIn, stop, train
 
 from nirvana.errors import InputError
 from nirvana.train import checkpoint
-from nirvana.train.loop import choose_device, fit
+from nirvana.train.step import seed_generators
+from nirvana.train.world import choose_device
 
 
 def tensors(task):
@@ -44,7 +45,11 @@ def test_resume_is_bitwise(tmp_path, n):
     assert not torch.equal(stopped.model[0].weight, whole.model[0].weight)
     timeless = [
         [
-            {k: v for k, v in line.items() if k not in ("samples_per_second", "valid")}
+            {
+                k: v
+                for k, v in line.items()
+                if k not in ("samples_per_second", "memory_gib", "valid")
+            }
             for line in each
         ]
         for each in (lines(tmp_path / "whole"), lines(tmp_path / "parts"))
@@ -88,7 +93,10 @@ def test_log_interval_means(tmp_path):
 def test_accumulation_and_clipping(tmp_path, monkeypatch):
     """A step sees the mean gradient of its micro batches, scaled down to the largest norm."""
     task = StandIn()
-    losses = [task.loss(0, micro)[0] for micro in range(OPTIM.accumulation)]
+    losses = []
+    for micro in range(OPTIM.accumulation):
+        seed_generators(0, 0, micro)
+        losses.append(task.loss(task.batch(0, micro))[0])
     (sum(losses) / len(losses)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in task.trainable()])
     assert norm > OPTIM.clip
@@ -137,11 +145,17 @@ def test_a_run_folder_in_use_is_refused(tmp_path):
     assert "beginning at step 0" in said[0]
 
 
-def test_resume_tells_what_changed(tmp_path):
-    train(tmp_path, {2: stop})
-    said = []
-    fit(StandIn(), OPTIM, run_config(tmp_path), {"a": 2}, True, said.append)
+def test_another_configuration_is_refused_unless_accepted(tmp_path):
+    train(tmp_path, {2: stop}, config={"a": 1, "run": {"out": "x"}})
+    other = {"a": 2, "run": {"out": "y"}}
+    with pytest.raises(InputError, match=r"a: 1 -> 2 .*--accept-changes"):
+        train(tmp_path, resume=True, config=other)
+    assert json.loads((tmp_path / "config.json").read_text())["a"] == 1
+    _, outcome, said = train(tmp_path, resume=True, config=other, accept_changes=True)
+    assert outcome.finished
     assert "note: changed since the checkpoint: a: 1 -> 2" in said
+    # Where a run lies is no part of what it computes.
+    train(tmp_path, resume=True, config={"a": 2, "run": {"out": "z"}})
 
 
 def test_settings_that_have_no_effect_are_told(tmp_path):

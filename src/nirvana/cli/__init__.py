@@ -35,6 +35,7 @@ app.command("convert")(convert.convert)
 app.add_typer(mri.app, name="mri")
 app.add_typer(language.data_app, name="data")
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
+app.command("export")(language.export)
 app.command("eval")(language.evaluate)
 app.command("generate")(language.generate)
 

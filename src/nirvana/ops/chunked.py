@@ -154,7 +154,9 @@ def window_attention(
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     if T < S:  # rows without a question take the places of the earlier keys
-        return window_attention(F.pad(q, (0, 0, 0, 0, S - T, 0)), k, v, window, segments)[:, S - T :]
+        return window_attention(F.pad(q, (0, 0, 0, 0, S - T, 0)), k, v, window, segments)[
+            :, S - T :
+        ]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window is None or window >= T:
         if segments is None:
