@@ -1,5 +1,7 @@
 """Files that are either whole or absent."""
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -64,6 +66,26 @@ def publish_folder(temporary: Path, path: Path) -> None:
     _flush(path.parent)
 
 
+@contextmanager
+def sole_use(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes that ask for the same out of a folder while the block runs; a process
+    that is killed gives it back.
+
+    Raises:
+        InputError: when another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another process is at work there; wait or end it"
+            ) from None
+        yield
+
+
 def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
     """The folder `path`, absolute, if `atomic_folder` may replace it.
 
@@ -81,6 +103,12 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
     if others:
         raise InputError(f"{path} holds {others[0]}; give a new or empty folder to write")
     return path
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 sum of a file, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """The loop: resume is bitwise (law 11), signals save, bad steps change nothing."""
 
+import errno
 import json
 import math
 import signal
@@ -13,7 +14,9 @@ import torch
 from stand_in import OPTIM, StandIn, stop, train
 
 from nirvana.errors import InputError
+from nirvana.files import sole_use
 from nirvana.train import checkpoint
+from nirvana.train.metrics import MetricsLog
 from nirvana.train.step import seed_generators
 from nirvana.train.world import choose_device
 
@@ -143,6 +146,44 @@ def test_a_run_folder_in_use_is_refused(tmp_path):
     _, outcome, said = train(tmp_path / "new", {0: stop}, resume=True)
     assert outcome.step == 1
     assert "beginning at step 0" in said[0]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    train(tmp_path, {2: stop})
+    with sole_use(tmp_path), pytest.raises(InputError, match="another process is at work there"):
+        train(tmp_path, resume=True)
+    assert train(tmp_path, resume=True)[1].finished
+
+
+def test_data_that_cannot_be_read_end_the_run_with_a_checkpoint(tmp_path, monkeypatch):
+    original = StandIn.batch
+
+    def batch(task, step, micro):
+        if (step, micro) == (5, 1):
+            raise InputError("shard 3 has vanished")
+        return original(task, step, micro)
+
+    whole, _, _ = train(tmp_path / "whole")
+    monkeypatch.setattr(StandIn, "batch", batch)
+    with pytest.raises(InputError, match=r"shard 3 has vanished; saved in .*step-00000005"):
+        train(tmp_path / "parts")
+    monkeypatch.undo()
+    resumed, _, _ = train(tmp_path / "parts", resume=True)
+    assert_same(whole, resumed)
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    with pytest.raises(InputError, match=r"metrics.jsonl cannot be written: No space left"):
+        train(tmp_path)
+
+
+def test_wandb_is_asked_for_by_name(tmp_path):
+    with pytest.raises(InputError, match="needs the package wandb"):
+        train(tmp_path, wandb=True)
 
 
 def test_another_configuration_is_refused_unless_accepted(tmp_path):

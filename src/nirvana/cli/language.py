@@ -1,5 +1,6 @@
 """Commands about text: tokenize, train, evaluate, generate."""
 
+import os
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,12 @@ data_app = typer.Typer(help="Text to token shards.", no_args_is_help=True)
 # Settings are checked against the configuration, not by the command line's parser.
 TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-Files = Annotated[list[Path], typer.Argument(help=".txt, .jsonl (also .xz, .gz, .zst), .parquet")]
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        help=".txt, .jsonl (also .xz, .gz, .zst), .parquet, or hub:NAME[:CONFIGURATION[:SPLIT]]"
+    ),
+]
 
 
 @data_app.command("tokenize")
@@ -29,11 +35,15 @@ def tokenize(
         typer.Option(help="Folder of a tokenizer or of token shards; else one is made."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer that is made.")] = 8192,
+    workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
 ) -> None:
-    """Writes the documents of text files as token shards."""
+    """Writes the documents of text files or hub data sets as token shards.
+
+    Give the command again after an interruption: it goes on with what is not done yet.
+    """
     from nirvana.train.tokenize import tokenize as write_shards
 
-    counts = write_shards(files, out, tokenizer, vocab_size)
+    counts = write_shards(files, out, tokenizer, vocab_size, workers or os.cpu_count() or 1)
     print(
         f"{out}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes, "
         f"{counts.bytes / counts.tokens:.3f} bytes per token"

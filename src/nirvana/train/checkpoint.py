@@ -31,8 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from nirvana.errors import InputError
-from nirvana.files import publish_folder, write_json
-from nirvana.train.tokenize import sha256
+from nirvana.files import publish_folder, sha256, write_json
 from nirvana.train.world import World
 
 _NAME = re.compile(r"step-(\d{8,})")

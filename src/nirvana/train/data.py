@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nirvana.errors import InputError
-from nirvana.train.tokenize import sha256
+from nirvana.files import sha256
 
 IGNORE = -100  # the label of a position that is not trained on
 PERIOD = 4096  # rows over which the shares of the sources are exact

@@ -1,7 +1,6 @@
 """A checkpoint of a language model's training as a folder of the transformers library."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,12 @@ from nirvana.model.config import NirvanaConfig, preset
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.train.checkpoint import Checkpoint, latest, read, restore
 from nirvana.train.config import LanguageConfig, from_dict
-from nirvana.train.tokenize import TOKENIZER_FILES, load_tokenizer, tokenizer_folder
+from nirvana.train.tokenize import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    load_tokenizer,
+    tokenizer_folder,
+)
 
 RESULTS = (
     "config.json",
@@ -116,14 +120,6 @@ def model_config(config: LanguageConfig, tokenizer: Any) -> NirvanaConfig:
             f"tokenizer's {len(tokenizer)}"
         )
     return found
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files of a tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def _card(

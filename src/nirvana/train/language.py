@@ -16,11 +16,11 @@ from nirvana.text import text_encoder
 from nirvana.train.config import LanguageConfig, load_config, to_dict
 from nirvana.train.data import IGNORE, PackedLoader, ReadAhead, TokenShards
 from nirvana.train.estimate import flops_per_token, memory_bytes, peak_flops
-from nirvana.train.export import copy_tokenizer, export, model_config
+from nirvana.train.export import export, model_config
 from nirvana.train.loop import Outcome, fit
 from nirvana.train.parallel import make_mesh, parallelize
 from nirvana.train.task import Task
-from nirvana.train.tokenize import load_tokenizer, tokenizer_folder
+from nirvana.train.tokenize import copy_tokenizer, load_tokenizer, tokenizer_folder
 from nirvana.train.world import World, join
 
 ASSUMED_MFU = 0.4  # of the estimates before a run

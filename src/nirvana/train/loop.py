@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nirvana.errors import InputError
-from nirvana.files import write_json
+from nirvana.files import sole_use, write_json
 from nirvana.train import checkpoint
 from nirvana.train.config import OptimConfig, RunConfig, changed_keys
 from nirvana.train.metrics import MetricsLog
@@ -91,7 +91,7 @@ def fit(
             "folder as --run.out"
         )
     world.wait()  # until all have looked: the first will write there
-    with _disk_errors(out):
+    with sole_use(out) if world.first else contextlib.nullcontext(), _disk_errors(out):
         return _fit(task, optim, run, config, resume, world, log, accept_changes)
 
 
