@@ -22,7 +22,7 @@ app = typer.Typer(
 # Which extra brings a module that a command may miss.
 EXTRAS = {
     **dict.fromkeys(("h5py", "matplotlib", "monai", "nibabel", "sigpy", "skimage"), "mri"),
-    **dict.fromkeys(("pyarrow", "tensorboard", "zstandard"), "train"),
+    **dict.fromkeys(("datasets", "pyarrow", "tensorboard", "zstandard"), "train"),
 }
 
 # Typer carries a click of its own; an installed click's exceptions would not be these.

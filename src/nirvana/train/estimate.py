@@ -72,12 +72,12 @@ def memory_bytes(
 
     Returns:
         "state": float32 weights, gradients and two moments, 16 bytes a parameter;
-        "activations": in bfloat16 what the blocks keep for the backward pass, about 24 D + 3 F
+        "activations": in bfloat16 what the blocks keep for the backward pass, about 12 D + 2 F
         numbers a token and layer (F: SwiGLU), and of a recomputed block its input alone; and the
         logits and their gradient.
     """
     D, F = config.hidden_size, config.intermediate_size or 0
-    kept, whole = 4 * D + 16 * config.bank_size, 2 * (24 * D + 3 * F)
+    kept, whole = 4 * D + 16 * config.bank_size, 2 * (12 * D + 2 * F)
     layers = config.num_hidden_layers
     recomputed = -(-layers // recompute) if recompute else 0
     per_token = recomputed * kept + (layers - recomputed) * whole + (whole if recomputed else 0)

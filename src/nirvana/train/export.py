@@ -1,11 +1,14 @@
 """A checkpoint of a language model's training as a folder of the transformers library."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, replaceable_folder
@@ -93,7 +96,8 @@ def export(
     restore(checkpoint, model, model.named_parameters())
     nn.Module.to(model, torch.bfloat16 if chosen == "bf16" else torch.float32)
     with atomic_folder(replaceable_folder(out, RESULTS)) as folder:
-        model.save_pretrained(folder)
+        with _quiet():
+            model.save_pretrained(folder)
         copy_tokenizer(place, folder)
         card = _card(checkpoint, config, model, chosen, run)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -120,6 +124,18 @@ def model_config(config: LanguageConfig, tokenizer: Any) -> NirvanaConfig:
             f"tokenizer's {len(tokenizer)}"
         )
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's own progress bars, beside which ours would be torn."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _card(
