@@ -80,9 +80,9 @@ def sole_use(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"{folder}: another process is at work there; wait or end it"
-            ) from None
+            raise InputError(f"{folder}: another process works there; wait or end it") from None
+        except OSError:
+            pass  # a file system without locks
         yield
 
 

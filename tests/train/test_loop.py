@@ -150,7 +150,7 @@ def test_a_run_folder_in_use_is_refused(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     train(tmp_path, {2: stop})
-    with sole_use(tmp_path), pytest.raises(InputError, match="another process is at work there"):
+    with sole_use(tmp_path), pytest.raises(InputError, match="another process works there"):
         train(tmp_path, resume=True)
     assert train(tmp_path, resume=True)[1].finished
 

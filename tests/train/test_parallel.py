@@ -115,6 +115,21 @@ def test_data_that_one_process_cannot_read_end_both_with_a_checkpoint(config, tm
     assert weights(tmp_path / "run") == weights(config.parent / "alone")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here")
+def test_two_gpus_are_one_to_rounding(config, tmp_path):
+    """In bfloat16, each block compiled: what the real runs do."""
+    options = ["--run.device=auto", "--run.precision=bf16", "--run.compile=true"]
+    train(config, [*options, f"--run.out={tmp_path / 'one'}"])
+    code, said = together(config, tmp_path / "two", *options, kind="sigterm", at=3)
+    assert code == 0, said
+    code, said = together(config, tmp_path / "two", *options, "--resume", "--parallel.shard=1")
+    assert code == 0, said
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=5e-2)
+
+
 def test_recomputed_blocks_have_the_same_gradients():
     config = NirvanaConfig(**MODEL, vocab_size=31, intermediate_size=32)
     model = NirvanaForCausalLM(config)

@@ -133,7 +133,7 @@ def _fit(
     if world.first:
         task.begin(out)
     task.model.train()
-    with writer, log.open(done), _signals() as stopped:
+    with _signals() as stopped, log.open(done), writer:
         while done < run.steps:
             batches, failure = _read(task, done, trainer.mine)
             verdict = world.worst(UNREADABLE if failure else STOP if stopped() else 0)
