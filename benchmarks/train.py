@@ -3,7 +3,7 @@
     python benchmarks/train.py --preset 1.3b --out benchmarks/results/train-1.3b [--key value ...]
 
 Documents are random words whose number is log-normal, as in web text (a median of 400, a mean of
-800 words); what they say does not matter to the time. The folder OUT gets `metrics.jsonl` of the run
+800 words); what they say does not matter to the time. OUT gets `metrics.jsonl` of the run
 and `summary.json`: median tokens per second, MFU and peak memory, without the first tenth of the
 steps, in which blocks are compiled. Whatever else is given overrides a setting of
 `configs/PRESET.toml`.
