@@ -1,5 +1,7 @@
 """Files that are either whole or absent."""
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -47,20 +49,47 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes for the owner alone
-                _flush(file)
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Gives a finished folder its name, in place of what was there; both lie in one folder."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors writes for the owner alone
+        _flush(file)
+    temporary.chmod(0o755)
+    _flush(temporary)
+    if path.exists():
+        old = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        os.replace(path, old / "old")
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    _flush(path.parent)
+
+
+@contextmanager
+def sole_use(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes that ask for the same out of a folder while the block runs; a process
+    that is killed gives it back.
+
+    Raises:
+        InputError: when another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process works there; wait or end it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
@@ -82,13 +111,22 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
     return path
 
 
+def sha256(path: str | Path) -> str:
+    """The SHA-256 sum of a file, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _flush(file: Path) -> None:
-    """Forces a file's content to the disk, so that the rename cannot outrun it."""
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
+def _flush(path: Path) -> None:
+    """Forces a file's content, or a folder's names, to the disk, so that no rename outruns it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from tokenizers import Tokenizer
 
 from nirvana.errors import InputError
+from nirvana.hub import is_hub, read_hub
 
 KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
 PIECE_CHARACTERS = 2**12  # longer texts are encoded in pieces: short ones go three times faster
@@ -22,11 +23,13 @@ _PACKED = (".xz", ".gz", ".zst")
 
 
 def kind_of(path: str | Path) -> str:
-    """The kind of a text file, by its name: "txt", "jsonl" or "parquet".
+    """The kind of a source, by its name: "txt", "jsonl", "parquet" or "hub".
 
     Raises:
         InputError: when the file does not exist or is of no known kind.
     """
+    if is_hub(path):
+        return "hub"
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -46,14 +49,17 @@ def read_documents(path: str | Path) -> Iterator[str]:
     """The documents of a file in their order, read as a stream.
 
     A .txt file is one document; a .jsonl file has one on each line, in the field "text"; a
-    .parquet file has a column "text". Documents of nothing but white space are left out; a warning
-    counts them at the end of the file.
+    .parquet file has a column "text", as has a data set of the hub (`nirvana.hub`). Documents of
+    nothing but white space are left out; a warning counts them at the end of the file.
 
     Raises:
         InputError: for an unknown or damaged file, or a record without text.
     """
     kind = kind_of(path)
-    documents = {"txt": _txt, "jsonl": _jsonl, "parquet": _parquet}[kind](Path(path))
+    if kind == "hub":
+        documents = read_hub(str(path))
+    else:
+        documents = {"txt": _txt, "jsonl": _jsonl, "parquet": _parquet}[kind](Path(path))
     empty: list[str] = []
     found = 0
     for where, text in documents:

@@ -84,6 +84,25 @@ def test_from_text_to_figures(run, tmp_path):
     code, _, err = run("train", "config.toml", *settings, "--resume")
     assert code == 0
     assert "continuing after step 2" in err
+    other = [*settings, "--optim.lr", "1e-3", "--resume"]
+    code, _, err = run("train", "config.toml", *other)
+    assert code == 2
+    assert "optim.lr: 0.01 -> 0.001" in err
+    assert run("train", "config.toml", *other, "--accept-changes")[0] == 0
+    code, out, _ = run("export", "run", "exported", "--precision", "bf16")
+    assert code == 0
+    assert "step-00000002" in out
+    assert run("eval", "exported", "--data", "a.txt", "--device", "cpu")[0] == 0
+
+
+def test_dry_run(run, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT * 20)
+    assert run("data", "tokenize", "a.txt", "--out", "shards", "--vocab-size", 280)[0] == 0
+    (tmp_path / "config.toml").write_text('[data.train]\na="shards"\n[run]\nout="run"\nsteps=3\n')
+    code, out, _ = run("train", "config.toml", "--dry-run")
+    assert code == 0
+    assert "parameters" in out
+    assert not (tmp_path / "run").exists()
 
 
 def test_generate_repeats_itself_for_the_same_seed(run, model):
@@ -118,6 +137,9 @@ def test_generate_repeats_itself_for_the_same_seed(run, model):
         ("data tokenize full.txt --out o --vocab-size 3", "at least 266"),
         ("train none.toml", "none.toml: no such configuration file"),
         ("train config.toml --run.stepz 3", "did you mean run.steps?"),
+        ("train config.toml --dry-run", "none: not token shards"),
+        ("train config.toml --parallel.tensor 2", "parallel.tensor = 2 must be 1"),
+        ("export . out", "neither a run"),
         ("train config.toml more", "unexpected argument 'more'"),
     ],
 )

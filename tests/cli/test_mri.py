@@ -177,4 +177,4 @@ def test_train_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(nirvana.mri.train, "train", lambda *arguments: calls.append(arguments))
     _run("train", "codec.toml", "--optim.lr", "1e-3", "--resume")
-    assert calls == [(Path("codec.toml"), ["--optim.lr", "1e-3"], True)]
+    assert calls == [(Path("codec.toml"), ["--optim.lr", "1e-3"], True, False)]

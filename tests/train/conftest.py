@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nirvana.files import write_json
+from nirvana.files import sha256, write_json
 from nirvana.train.data import TokenShards
-from nirvana.train.tokenize import sha256
 
 BOS, EOS = 0, 1
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.loop import fit
+from nirvana.train.task import Task
+from nirvana.train.world import World
 
 OPTIM = OptimConfig(lr=0.05, min_lr=0.01, warmup_steps=2, accumulation=2)
 
 
-class StandIn:
+class StandIn(Task):
     """Regression with dropout, batch norm (buffers) and a frozen part."""
 
     unit = "samples"
@@ -33,10 +35,13 @@ class StandIn:
     def trainable(self):
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
-    def loss(self, step, micro):
-        factor = self.hooks[step]() if micro == 0 and step in self.hooks else None
+    def batch(self, step, micro):
         generator = torch.Generator().manual_seed(100 * step + micro)
-        x = torch.randn(4, 3, generator=generator)
+        return step, micro, torch.randn(4, 3, generator=generator)
+
+    def loss(self, batch):
+        step, micro, x = batch
+        factor = self.hooks[step]() if micro == 0 and step in self.hooks else None
         loss = (self.model(x) - x.sum(1, keepdim=True)).square().mean()
         loss = loss if factor is None else loss * factor
         return loss, {"twice": 2 * loss.detach()}
@@ -45,8 +50,8 @@ class StandIn:
         assert not self.model.training
         return {"noise": float(torch.rand(()))}
 
-    def compile(self):
-        self.compiled += 1
+    def prepare(self, world, compiled):
+        self.compiled += compiled
 
     def export(self, folder):
         folder.mkdir(exist_ok=True)
@@ -60,10 +65,14 @@ def run_config(out, **more):
     return replace(config, **more)
 
 
-def train(out, hooks=None, resume=False, **more):
+ALONE = World(torch.device("cpu"))
+
+
+def train(out, hooks=None, resume=False, config=None, accept_changes=False, **more):
     """Trains a stand-in; returns it, the outcome, and what was said."""
     task, said = StandIn(hooks), []
-    outcome = fit(task, OPTIM, run_config(out, **more), {"a": 1}, resume, said.append)
+    run, config = run_config(out, **more), config or {"a": 1}
+    outcome = fit(task, OPTIM, run, config, resume, ALONE, said.append, accept_changes)
     return task, outcome, said
 
 

@@ -1,6 +1,9 @@
 """Configurations: overrides, types, and errors that name the right key."""
 
 import json
+import tomllib
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -105,16 +108,19 @@ def test_changed_keys():
     assert changed_keys(old, new) == ["a.c: 2 -> 5"]
 
 
-def test_shipped_configuration_names_every_setting():
-    """The shipped file documents each setting: none of them is left to a default."""
-    from dataclasses import fields
-    from pathlib import Path
-    from tomllib import loads
-
-    from nirvana.train.config import DataSection, OptimConfig, RunConfig
-
-    shipped = Path(__file__).parents[2] / "configs" / "tiny.toml"
-    load_config(LanguageConfig, shipped)
-    tree = loads(shipped.read_text())
-    for name, section in (("data", DataSection), ("optim", OptimConfig), ("run", RunConfig)):
-        assert set(tree[name]) == {item.name for item in fields(section)}
+@pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b"])
+def test_shipped_configurations_name_and_explain_every_setting(name):
+    """None of them is left to a default, and each line says what it means."""
+    shipped = Path(__file__).parents[2] / "configs" / f"{name}.toml"
+    config = load_config(LanguageConfig, shipped)
+    tree = tomllib.loads(shipped.read_text())
+    for section in fields(LanguageConfig):
+        if section.name != "model":
+            known = {item.name for item in fields(type(getattr(config, section.name)))}
+            assert set(tree[section.name]) == known
+            for line in shipped.read_text().splitlines():
+                assert "#" in line or line.partition(" = ")[0] not in known, line
+    if name != "tiny":
+        data, optim = config.data, config.optim
+        assert data.context_length * data.batch_size * optim.accumulation == 2**19
+        assert optim.warmup_steps == round(config.run.steps / 100)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nirvana.errors import InputError
-from nirvana.train.data import IGNORE, PERIOD, PackedLoader
+from nirvana.train.data import IGNORE, PERIOD, PackedLoader, ReadAhead
 
 EOS = 1
 
@@ -127,3 +127,45 @@ def test_sources_of_two_tokenizers_are_refused(make_shards):
     b.tokenizer_sha256 = "other"
     with pytest.raises(InputError, match="different tokenizers"):
         PackedLoader({"a": a, "b": b}, 8, 1, 0)
+
+
+def test_without_reset_a_row_is_one_sample(make_shards):
+    sources = {"a": make_shards([5, 9, 30])}
+    reset, through = (PackedLoader(sources, 16, 2, 0, reset=r).batch(1) for r in (True, False))
+    assert (through["position_ids"] == torch.arange(16)).all()
+    assert (reset["position_ids"] == 0).sum() > 2
+    for name in ("input_ids", "labels"):
+        assert torch.equal(reset[name], through[name])
+
+
+def test_reading_ahead_changes_no_batch(make_shards):
+    loader = PackedLoader({"a": make_shards([5, 9, 30])}, 8, 1, 0, parts=4)
+    ahead = ReadAhead(loader.batch, 3)
+    for step, part in [(0, 1), (0, 3), (1, 1), (1, 3), (2, 1), (9, 0), (3, 1)]:
+        found, expected = ahead.get(step, part), loader.batch(step, part)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_equal_positions_mean_equal_data(make_shards):
+    a, b = make_shards([5, 9, 30]), make_shards([5, 9, 31])
+
+    def position(shards, step=3, seed=0, **more):
+        return PackedLoader({"a": shards}, 8, 2, seed, **more).position(step)
+
+    assert position(a) == position(a)
+    assert position(a)["next_row"] == position(a, step=1, parts=3)["next_row"] == 6
+    others = [position(b), position(a, 4), position(a, seed=1), position(a, reset=False)]
+    assert position(a) not in others
+
+
+@pytest.mark.parametrize("what", ["vanished", "cut"])
+def test_a_shard_that_changes_under_way_is_named(make_shards, what):
+    shards = make_shards([5, 9, 30])
+    file = shards.folder / "tokens-00000.bin"
+    if what == "vanished":
+        file.unlink()
+    else:
+        shards.document(0)
+        file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"tokens-00000\.bin: (can no longer be read|was cut)"):
+        shards.document(2)

@@ -10,7 +10,8 @@ from stand_in import stop
 
 from nirvana.errors import InputError
 from nirvana.train.config import LanguageConfig, load_config
-from nirvana.train.language import LanguageTask, train
+from nirvana.train.export import export
+from nirvana.train.language import LanguageTask, estimate, train
 from nirvana.train.tokenize import tokenize
 
 SMALL = "hidden_size=16 num_hidden_layers=3 num_attention_heads=2 task_dim=4 bank_size=2"
@@ -78,15 +79,15 @@ def test_resume_is_bitwise(arguments, tmp_path, monkeypatch):
     train(*arguments)
     path, overrides = arguments
     overrides = [*overrides, f"--run.out={tmp_path / 'parts'}"]
-    original = LanguageTask.loss
+    original = LanguageTask.batch
 
-    def loss(task, step, micro):
+    def batch(task, step, micro):
         if (step, micro) == (2, 0):
             stop()
         return original(task, step, micro)
 
-    monkeypatch.setattr(LanguageTask, "loss", loss)
-    assert train(path, overrides).step == 3
+    monkeypatch.setattr(LanguageTask, "batch", batch)
+    assert train(path, overrides).step == 2
     monkeypatch.undo()
     assert train(path, overrides, resume=True).step == 6
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("run", "parts")]
@@ -104,7 +105,7 @@ def test_loss_is_that_of_the_documents_alone(arguments):
             logits = task.model(input_ids=ids[None, a:b], use_cache=False).logits[0]
             losses.append(F.cross_entropy(logits, labels[a:b], reduction="none", ignore_index=-100))
     expected = torch.cat(losses).sum() / (batch["labels"] != -100).sum()
-    assert torch.allclose(task.loss(4, 1)[0], expected, atol=1e-5)
+    assert torch.allclose(task.loss(batch)[0], expected, atol=1e-5)
 
 
 def test_long_validation_documents_are_cut(arguments):
@@ -145,3 +146,103 @@ def test_shards_of_another_tokenizer(arguments, shards, tmp_path):
     for kind in ("train", "valid"):
         with pytest.raises(InputError, match="tokenize both with the same"):
             train(path, [*overrides, f"--data.{kind}.c={tmp_path / 'other'}"])
+
+
+def test_export_of_any_checkpoint(arguments, tmp_path, capsys):
+    """A checkpoint becomes what transformers loads: the model that the run had then."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, overrides = arguments
+    train(path, [*overrides, "--run.checkpoint_interval=3", "--run.validation_interval=3"])
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000003"
+    assert export(checkpoint, tmp_path / "three").step == 3
+    assert export(run, tmp_path / "last", "bf16").step == 6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "three", dtype="auto")
+    assert model.dtype == torch.float32
+    saved = load_file(next(checkpoint.glob("*.safetensors")))
+    for name, value in model.named_parameters():
+        assert torch.equal(value.view(saved[name].shape), saved[name])
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "last", dtype="auto").dtype
+        == torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "three")
+    assert len(tokenizer) == model.config.vocab_size
+    card = (tmp_path / "three" / "README.md").read_text()
+    assert "step 3 of 6" in card
+    third = json.loads((run / "metrics.jsonl").read_text().splitlines()[2])
+    assert f"| a_bits_per_byte | {third['valid']['a_bits_per_byte']:.4f} |" in card
+    for source, message in ((tmp_path, "neither a run"), (tmp_path / "none", "neither a run")):
+        with pytest.raises(InputError, match=message):
+            export(source, tmp_path / "no")
+    with pytest.raises(InputError, match="must be float32 or bf16"):
+        export(run, tmp_path / "no", "fp8")
+    next(checkpoint.glob("*.safetensors")).write_bytes(b"")
+    with pytest.raises(InputError, match="step-00000003 is damaged"):
+        export(checkpoint, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_a_run_shows(arguments, tmp_path):
+    path, overrides = arguments
+    more = ["--data.sample_prompts=['the cat']", "--data.sample_tokens=5", "--run.log_interval=2"]
+    train(path, [*overrides, *more])
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        trigger = line["trigger"]
+        assert trigger["loss_before"] > 0
+        assert trigger["loss_after"] > 0
+        assert 0 < trigger["gate"] < 1
+        assert trigger["gate"] == pytest.approx(trigger["gate_layer_02"])
+        assert line["memory_gib"] > 0
+    (sample,) = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    assert list(json.loads(sample)["samples"]) == ["the cat"]
+
+
+def test_the_trigger_that_is_logged_is_the_models_own(arguments):
+    task = LanguageTask(load_config(LanguageConfig, *arguments), torch.device("cpu"))
+    batch = task.batch(0, 0)
+    task.model.eval()
+    with torch.no_grad():
+        (report,) = task.model(
+            input_ids=batch["input_ids"][:1],
+            position_ids=batch["position_ids"][:1],
+            output_trigger=True,
+        ).trigger
+        seen = task.observe(batch)["trigger"]
+    assert seen["loss_before"] == pytest.approx(float(report.loss_before.mean()))
+    assert seen["loss_after"] == pytest.approx(float(report.loss_after.mean()))
+
+
+def test_dry_run_writes_nothing(arguments, tmp_path, capsys):
+    path, overrides = arguments
+    figures = estimate(path, overrides)
+    assert not (tmp_path / "run").exists()
+    task = LanguageTask(load_config(LanguageConfig, path, overrides), torch.device("cpu"))
+    count = sum(p.numel() for p in task.model.parameters())
+    assert figures["parameters"] == count
+    assert figures["tokens per step"] == 24 * 2 * 2
+    assert figures["state per device, GiB"] == pytest.approx(16 * count / 2**30)
+    assert f"{count:,}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="not token shards"):
+        estimate(path, [*overrides, "--data.train.c=nowhere"])
+
+
+def test_resuming_with_another_tokenizer_or_other_data(arguments, shards, tmp_path, monkeypatch):
+    path, overrides = arguments
+    monkeypatch.setattr(LanguageTask, "export", lambda task, folder: None)
+    train(path, [*overrides, "--model.vocab_size=300"])
+    for vocab_size, key in (
+        (280, "position.(sources|tokenizer)"),
+        (300, "position.sources.0.content"),
+    ):
+        folder = tmp_path / str(vocab_size)
+        source = None if vocab_size == 280 else shards / "a"
+        tokenize([shards / "b.jsonl"], folder, source, vocab_size)
+        data = [f"--data.{kind}.{name}={folder}" for kind in ("train", "valid") for name in "ab"]
+        data += ["--model.vocab_size=300"]
+        with pytest.raises(InputError, match=key):
+            train(path, [*overrides, *data], resume=True)

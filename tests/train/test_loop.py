@@ -1,5 +1,6 @@
 """The loop: resume is bitwise (law 11), signals save, bad steps change nothing."""
 
+import errno
 import json
 import math
 import signal
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import OPTIM, StandIn, run_config, stop, train
+from stand_in import OPTIM, StandIn, stop, train
 
 from nirvana.errors import InputError
+from nirvana.files import sole_use
 from nirvana.train import checkpoint
-from nirvana.train.loop import choose_device, fit
+from nirvana.train.metrics import MetricsLog
+from nirvana.train.step import seed_generators
+from nirvana.train.world import choose_device
 
 
 def tensors(task):
@@ -44,7 +48,11 @@ def test_resume_is_bitwise(tmp_path, n):
     assert not torch.equal(stopped.model[0].weight, whole.model[0].weight)
     timeless = [
         [
-            {k: v for k, v in line.items() if k not in ("samples_per_second", "valid")}
+            {
+                k: v
+                for k, v in line.items()
+                if k not in ("samples_per_second", "memory_gib", "valid")
+            }
             for line in each
         ]
         for each in (lines(tmp_path / "whole"), lines(tmp_path / "parts"))
@@ -88,7 +96,10 @@ def test_log_interval_means(tmp_path):
 def test_accumulation_and_clipping(tmp_path, monkeypatch):
     """A step sees the mean gradient of its micro batches, scaled down to the largest norm."""
     task = StandIn()
-    losses = [task.loss(0, micro)[0] for micro in range(OPTIM.accumulation)]
+    losses = []
+    for micro in range(OPTIM.accumulation):
+        seed_generators(0, 0, micro)
+        losses.append(task.loss(task.batch(0, micro))[0])
     (sum(losses) / len(losses)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for _, p in task.trainable()])
     assert norm > OPTIM.clip
@@ -137,11 +148,55 @@ def test_a_run_folder_in_use_is_refused(tmp_path):
     assert "beginning at step 0" in said[0]
 
 
-def test_resume_tells_what_changed(tmp_path):
+def test_two_runs_in_one_folder_are_refused(tmp_path):
     train(tmp_path, {2: stop})
-    said = []
-    fit(StandIn(), OPTIM, run_config(tmp_path), {"a": 2}, True, said.append)
+    with sole_use(tmp_path), pytest.raises(InputError, match="another process works there"):
+        train(tmp_path, resume=True)
+    assert train(tmp_path, resume=True)[1].finished
+
+
+def test_data_that_cannot_be_read_end_the_run_with_a_checkpoint(tmp_path, monkeypatch):
+    original = StandIn.batch
+
+    def batch(task, step, micro):
+        if (step, micro) == (5, 1):
+            raise InputError("shard 3 has vanished")
+        return original(task, step, micro)
+
+    whole, _, _ = train(tmp_path / "whole")
+    monkeypatch.setattr(StandIn, "batch", batch)
+    with pytest.raises(InputError, match=r"shard 3 has vanished; saved in .*step-00000005"):
+        train(tmp_path / "parts")
+    monkeypatch.undo()
+    resumed, _, _ = train(tmp_path / "parts", resume=True)
+    assert_same(whole, resumed)
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    with pytest.raises(InputError, match=r"metrics.jsonl cannot be written: No space left"):
+        train(tmp_path)
+
+
+def test_wandb_is_asked_for_by_name(tmp_path):
+    with pytest.raises(InputError, match="needs the package wandb"):
+        train(tmp_path, wandb=True)
+
+
+def test_another_configuration_is_refused_unless_accepted(tmp_path):
+    train(tmp_path, {2: stop}, config={"a": 1, "run": {"out": "x"}})
+    other = {"a": 2, "run": {"out": "y"}}
+    with pytest.raises(InputError, match=r"a: 1 -> 2 .*--accept-changes"):
+        train(tmp_path, resume=True, config=other)
+    assert json.loads((tmp_path / "config.json").read_text())["a"] == 1
+    _, outcome, said = train(tmp_path, resume=True, config=other, accept_changes=True)
+    assert outcome.finished
     assert "note: changed since the checkpoint: a: 1 -> 2" in said
+    # Where a run lies is no part of what it computes.
+    train(tmp_path, resume=True, config={"a": 2, "run": {"out": "z"}})
 
 
 def test_settings_that_have_no_effect_are_told(tmp_path):

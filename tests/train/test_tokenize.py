@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -14,6 +15,7 @@ from pyarrow import parquet
 
 from nirvana.errors import InputError
 from nirvana.text import read_documents, split_text, text_encoder
+from nirvana.train import encode
 from nirvana.train.data import TokenShards
 from nirvana.train.tokenize import SPECIAL_TOKENS, load_tokenizer, tokenize, train_tokenizer
 
@@ -90,7 +92,7 @@ def test_same_files_give_the_same_bytes(corpus, tmp_path):
 
 def test_several_token_files(corpus, tmp_path, monkeypatch):
     tokenize([corpus], tmp_path / "one", None, 300)
-    monkeypatch.setattr("nirvana.train.tokenize.FILE_TOKENS", 30)
+    monkeypatch.setattr("nirvana.train.encode.FILE_TOKENS", 30)
     tokenize([corpus], tmp_path / "many", tmp_path / "one")
     one, many = TokenShards(tmp_path / "one"), TokenShards(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("tokens-*.bin"))) > 1
@@ -174,3 +176,93 @@ def test_wrong_tokenizer(corpus, tmp_path):
     with pytest.raises(InputError, match="no text file"):
         tokenize([], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def many(tmp_path, corpus):
+    """Four files, each a job of its own."""
+    files = []
+    for i in range(4):
+        files.append(tmp_path / f"{i}.jsonl")
+        files[-1].write_text("".join(json.dumps({"text": f"{i} {t}"}) + "\n" for t in TEXTS))
+    return files
+
+
+def content(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def test_workers_change_nothing(many, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("nirvana.train.encode.JOB_BYTES", 1)
+    place = Path(tokenizer.name_or_path)
+    tokenize(many, tmp_path / "one", place)
+    tokenize(many, tmp_path / "two", place, workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    shards = TokenShards(tmp_path / "one")
+    shards.verify()
+    texts = [text for file in many for text in read_documents(file)]
+    assert [tokenizer.decode(d[1:-1]) for d, _ in shards.documents()] == texts
+
+
+def test_interrupted_work_is_not_done_again(many, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("nirvana.train.encode.JOB_BYTES", 1)
+    place = Path(tokenizer.name_or_path)
+    tokenize(many, tmp_path / "whole", place)
+    original, seen = encode.encode, []
+
+    def interrupted(job):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(job.sources)
+        original(job)
+
+    monkeypatch.setattr(encode, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(many, tmp_path / "out", place)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(encode, "encode", lambda job: (seen.append(job.sources), original(job)))
+    # One of the two finished parts is damaged meanwhile: it is made anew.
+    (tmp_path / ".out.partial/part-00001/bytes.npy").write_bytes(b"")
+    tokenize(many, tmp_path / "out", place)
+    assert [Path(name).name for (name,) in seen[2:]] == ["1.jsonl", "2.jsonl", "3.jsonl"]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_finished_parts_of_other_input_are_not_used(many, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("nirvana.train.encode.JOB_BYTES", 1)
+    place = Path(tokenizer.name_or_path)
+    many[3].write_bytes(b"{")
+    with pytest.raises(InputError, match=r"3\.jsonl, line 1: not JSON"):
+        tokenize(many, tmp_path / "out", place)
+    assert (tmp_path / ".out.partial").is_dir()
+    many[3].unlink()
+    many[0].write_text('{"text": "all new"}\n')
+    tokenize(many[:3], tmp_path / "out", place)
+    assert tokenizer.decode(TokenShards(tmp_path / "out").document(0)[1:-1]) == "all new"
+
+
+def test_a_data_set_of_the_hub(many, tokenizer, tmp_path):
+    """`datasets` reads a local folder in the way in which it reads the hub."""
+    folder = tmp_path / "data set"
+    folder.mkdir()
+    for file in many[:3]:
+        file.rename(folder / file.name)
+    source = f"hub:{folder}"
+    counts = tokenize([source, many[3]], tmp_path / "out", Path(tokenizer.name_or_path))
+    shards = TokenShards(tmp_path / "out")
+    texts = [f"{i} {text}" for i in range(4) for text in TEXTS]
+    assert [tokenizer.decode(d[1:-1]) for d, _ in shards.documents()] == texts
+    assert counts.documents == 12
+    for wrong, message in (
+        (f"{source}:default:valid", "cannot be opened"),
+        (f"{source}:a:b:c", "must be hub:NAME"),
+        ("hub:", "must be hub:NAME"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tokenize([wrong], tmp_path / "none", Path(tokenizer.name_or_path))
+    (folder / "0.jsonl").write_text('{"body": "x"}\n')
+    (folder / "1.jsonl").unlink()
+    (folder / "2.jsonl").unlink()
+    with pytest.raises(InputError, match='no column "text", but body'):
+        tokenize([source], tmp_path / "none", Path(tokenizer.name_or_path))

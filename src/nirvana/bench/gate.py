@@ -66,7 +66,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
         with recorded_backends() as backends, torch.no_grad():
             fast(input_ids=ids.to(device))
         if compiled:
-            compile_blocks(fast)
+            compile_blocks(fast.model.layers)
         fast_logits, fast_loss, fast_gradients = outcome(fast, ids.to(device), skip_logits=True)
         del fast
     total = sum(g.square().sum().item() for g in gradients.values()) ** 0.5

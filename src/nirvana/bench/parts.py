@@ -98,7 +98,7 @@ def _training_step(
     ids = options.tokens(batch, length)
     how = {"skip_logits": True} if name == OURS else {"use_cache": False}
     if name == OURS and options.compiled:
-        compile_blocks(model)
+        compile_blocks(model.model.layers)  # type: ignore[union-attr,arg-type]
     model.train()
 
     def step() -> None:

@@ -22,7 +22,7 @@ app = typer.Typer(
 # Which extra brings a module that a command may miss.
 EXTRAS = {
     **dict.fromkeys(("h5py", "matplotlib", "monai", "nibabel", "sigpy", "skimage"), "mri"),
-    **dict.fromkeys(("pyarrow", "tensorboard", "zstandard"), "train"),
+    **dict.fromkeys(("datasets", "pyarrow", "tensorboard", "zstandard"), "train"),
 }
 
 # Typer carries a click of its own; an installed click's exceptions would not be these.
@@ -35,6 +35,7 @@ app.command("convert")(convert.convert)
 app.add_typer(mri.app, name="mri")
 app.add_typer(language.data_app, name="data")
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
+app.command("export")(language.export)
 app.command("eval")(language.evaluate)
 app.command("generate")(language.generate)
 app.command("bench")(bench.bench)

@@ -1,5 +1,6 @@
 """Commands about text: tokenize, train, evaluate, generate."""
 
+import os
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,12 @@ data_app = typer.Typer(help="Text to token shards.", no_args_is_help=True)
 # Settings are checked against the configuration, not by the command line's parser.
 TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-Files = Annotated[list[Path], typer.Argument(help=".txt, .jsonl (also .xz, .gz, .zst), .parquet")]
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        help=".txt, .jsonl (also .xz, .gz, .zst), .parquet, or hub:NAME[:CONFIGURATION[:SPLIT]]"
+    ),
+]
 
 
 @data_app.command("tokenize")
@@ -29,11 +35,15 @@ def tokenize(
         typer.Option(help="Folder of a tokenizer or of token shards; else one is made."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer that is made.")] = 8192,
+    workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
 ) -> None:
-    """Writes the documents of text files as token shards."""
+    """Writes the documents of text files or hub data sets as token shards.
+
+    Give the command again after an interruption: it goes on with what is not done yet.
+    """
     from nirvana.train.tokenize import tokenize as write_shards
 
-    counts = write_shards(files, out, tokenizer, vocab_size)
+    counts = write_shards(files, out, tokenizer, vocab_size, workers or os.cpu_count() or 1)
     print(
         f"{out}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes, "
         f"{counts.bytes / counts.tokens:.3f} bytes per token"
@@ -57,11 +67,36 @@ def train(
     ctx: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Resume with other settings or data than before."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print estimates only.")
+    ] = False,
 ) -> None:
     """Trains a language model. Any setting can follow: --optim.lr 1e-3 --run.out runs/one"""
-    from nirvana.train.language import train as train_language
+    from nirvana.train import language
 
-    train_language(config, list(ctx.args), resume)
+    if dry_run:
+        language.estimate(config, list(ctx.args))
+    else:
+        language.train(config, list(ctx.args), resume, accept_changes)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    precision: Annotated[str, typer.Option(help="float32 or bf16; else as the run says.")] = "",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer; else the run's own.")
+    ] = None,
+) -> None:
+    """Writes a checkpoint of a language model as a folder that transformers loads."""
+    from nirvana.train.export import export as write_model
+
+    checkpoint = write_model(source, out, precision, tokenizer)
+    print(f"{out}: the model of {checkpoint.folder}")
 
 
 def evaluate(
@@ -80,7 +115,7 @@ def evaluate(
     from nirvana.model.assets import load_language_model
     from nirvana.model.trigger import without_trigger
     from nirvana.text import read_documents
-    from nirvana.train.loop import choose_device
+    from nirvana.train.world import choose_device
 
     if limit is not None and limit < 1:
         raise InputError(f"--limit = {limit} must be at least 1")
@@ -130,7 +165,7 @@ def generate(
 ) -> None:
     """Continues a text, token by token as they come."""
     from nirvana.model.assets import load_language_model
-    from nirvana.train.loop import choose_device
+    from nirvana.train.world import choose_device
 
     if not prompt.strip():
         raise InputError("--prompt is empty: give some text to continue")

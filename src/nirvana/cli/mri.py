@@ -192,11 +192,15 @@ def train(
     ctx: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Resume with other settings or data than before."),
+    ] = False,
 ) -> None:
     """Trains a codec on a frozen backbone. Any setting can follow: --optim.lr 1e-3"""
     from nirvana.mri.train import train as train_codec
 
-    train_codec(config, list(ctx.args), resume)
+    train_codec(config, list(ctx.args), resume, accept_changes)
 
 
 def _settings(coils: int, noise: float | None) -> "Simulation":
@@ -257,7 +261,7 @@ def _masked(scan: "Scan", mask: "Tensor") -> "Tensor":
 
 def _load(codec: str, device: str) -> Any:
     from nirvana.mri.model import load_codec
-    from nirvana.train.loop import choose_device
+    from nirvana.train.world import choose_device
 
     return load_codec(codec, choose_device(device))
 

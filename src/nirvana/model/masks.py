@@ -136,8 +136,11 @@ def _borders(
 def _cu_seqlens(border: Tensor | None, given: Tensor | None) -> Tensor | None:
     if border is None or not border.is_cuda or torch.compiler.is_compiling():
         return None
-    if given is not None:
-        return given.int()
-    starts = border.clone()
-    starts[:, 0] = True
-    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).int()
+    if given is None:
+        starts = border.clone()
+        starts[:, 0] = True
+        given = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel())
+    borders = given.int()
+    # Blocks are compiled once for any number of documents, not again for each.
+    torch._dynamo.maybe_mark_dynamic(borders, 0)
+    return borders

@@ -1,6 +1,7 @@
 """The Nirvana language model."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,7 +249,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         )
         logits = loss = None
         if skip_logits and labels is not None:
-            loss = self._loss(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+            loss = self._loss(outputs.last_hidden_state, labels, **kwargs)
         else:
             keep = slice(-logits_to_keep, None)
             keep = keep if isinstance(logits_to_keep, int) else logits_to_keep
@@ -263,13 +264,22 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             trigger=outputs.trigger,
         )
 
-    def _loss(self, h: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _loss(
+        self,
+        h: Tensor,
+        labels: Tensor,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """The library's causal loss, without logits."""
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-        if num_items is None:
-            num_items = (labels != IGNORE).sum()
-        total = linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, labels)
-        return total / torch.as_tensor(num_items, device=total.device)
+        if shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        shift_labels = shift_labels.flatten()
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != IGNORE).sum()
+        total = linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, shift_labels)
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
     def _decode(
         self, decoder: Decoder, input_ids: Tensor | None, attention_mask: Tensor | Masks | None
@@ -298,11 +308,10 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles every block of `model` in place, one by one; blocks of a kind share the code."""
-    for module in model.modules():
-        if isinstance(module, NirvanaBlock):
-            module.compile(backend=_inductor, dynamic=False)
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compiles every block in place, one by one; those of a kind share the code."""
+    for block in blocks:
+        block.compile(backend=_inductor, dynamic=False)
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

@@ -4,6 +4,7 @@ import glob
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from nirvana.errors import InputError
 from nirvana.mri.baselines import zero_filled
 from nirvana.mri.codec import CodecConfig
-from nirvana.mri.data import SlicePool, simulate_batch
+from nirvana.mri.data import MriBatch, SlicePool, simulate_batch
 from nirvana.mri.io import read_volume
 from nirvana.mri.metrics import score
 from nirvana.mri.model import CodecModel, load_backbone, save_codec
 from nirvana.mri.physics import MaskKind, Sampling
 from nirvana.mri.simulate import Simulation, simulate_scan
 from nirvana.train.config import OptimConfig, RunConfig, load_config, require, to_dict
-from nirvana.train.loop import Outcome, choose_device, fit
+from nirvana.train.loop import Outcome, fit
+from nirvana.train.task import Task
+from nirvana.train.world import World, join
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class MriConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-class ReconstructionTask:
-    """A `nirvana.train.loop.Task`: undersampled k-space to the RSS image, 1 - SSIM and L1.
+class ReconstructionTask(Task):
+    """Undersampled k-space to the RSS image, 1 - SSIM and L1.
 
     Args:
         config: of the whole run.
@@ -79,7 +82,8 @@ class ReconstructionTask:
     def __init__(self, config: MriConfig, device: torch.device):
         self.config = config
         self.valid = [_validation_scan(path, config) for path in expand(config.data.valid)]
-        self.pool = SlicePool(expand(config.data.train), device)
+        self.files = expand(config.data.train)
+        self.pool = SlicePool(self.files, device)
         backbone = load_backbone(config.codec.backbone)
         self.model: nn.Module = CodecModel(config.codec, backbone).to(device)
         self.ssim = SSIMLoss(spatial_dims=2, data_range=1.0, kernel_type="uniform", win_size=7)
@@ -90,8 +94,12 @@ class ReconstructionTask:
         """Every parameter but the backbone's."""
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
-    def loss(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """1 - SSIM + L1 of a batch that is a function of seed, step and micro batch."""
+    def position(self, step: int) -> dict[str, Any]:
+        """The volumes, in their order, and the step."""
+        return {"step": step, "volumes": [file.name for file in self.files]}
+
+    def batch(self, step: int, micro: int) -> MriBatch:
+        """Slices scanned as seed, step and micro batch say."""
         data, accumulation = self.config.data, self.config.optim.accumulation
         generator = torch.Generator().manual_seed(
             (self.config.run.seed << 40) + step * accumulation + micro
@@ -104,7 +112,7 @@ class ReconstructionTask:
         sampling = Sampling(
             data.masks[draw(data.masks)], data.accelerations[which], data.center_fractions[which]
         )
-        batch = simulate_batch(
+        return simulate_batch(
             self.pool,
             data.batch_size,
             data.sizes[draw(data.sizes)],
@@ -113,6 +121,10 @@ class ReconstructionTask:
             self.config.simulation,
             generator,
         )
+
+    def loss(self, batch: MriBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """1 - SSIM + L1."""
+        data = self.config.data
         inputs = (batch.kspace, batch.mask, batch.calibration, batch.scale)
         image = self._callable(inputs)(*inputs)
         with torch.autocast(image.device.type, enabled=False):
@@ -138,13 +150,17 @@ class ReconstructionTask:
                     rows.setdefault(prefix + name, []).append(scores[name])
         return {name: float(np.mean(values)) for name, values in rows.items()}
 
-    def compile(self) -> None:
-        """Captures a CUDA graph for every shape of batch when it first comes: a step is thousands
-        of small kernels, and launching them takes longer than running them.
+    def prepare(self, world: World, compiled: bool) -> None:
+        """Compiled: captures a CUDA graph for every shape of batch when it first comes, for a step
+        is thousands of small kernels, and launching them takes longer than running them.
 
         Raises:
-            InputError: with accumulation, where replays would overwrite kept gradients.
+            InputError: with accumulation, where replays would overwrite kept gradients; for more
+                than one process.
         """
+        super().prepare(world, compiled)
+        if not compiled:
+            return
         if self.config.optim.accumulation > 1:
             raise InputError("run.compile needs optim.accumulation = 1 here; set one or the other")
         self.graphs = {}
@@ -179,7 +195,10 @@ class _Captured(nn.Module):
 
 
 def train(
-    config_path: str | Path, overrides: list[str] | None = None, resume: bool = False
+    config_path: str | Path,
+    overrides: list[str] | None = None,
+    resume: bool = False,
+    accept_changes: bool = False,
 ) -> Outcome:
     """Trains a codec as a configuration file (`MriConfig`) says; see `nirvana.train.language`.
 
@@ -187,10 +206,18 @@ def train(
         InputError: for whatever is wrong in the configuration, the volumes or the run's folder.
     """
     config = load_config(MriConfig, config_path, overrides)
-    device = choose_device(config.run.device)
-    torch.manual_seed(config.run.seed)
-    task = ReconstructionTask(config, device)
-    return fit(task, config.optim, config.run, to_dict(config), resume)
+    with join(config.run.device) as world:
+        torch.manual_seed(config.run.seed)
+        task = ReconstructionTask(config, world.device)
+        return fit(
+            task,
+            config.optim,
+            config.run,
+            to_dict(config),
+            resume,
+            world,
+            accept_changes=accept_changes,
+        )
 
 
 def expand(patterns: list[str]) -> list[Path]:

@@ -1,28 +1,43 @@
 """Checkpoints: folders that are whole or absent, and are known to be undamaged when read.
 
-`RUN/checkpoints/step-00001000/` holds `model.safetensors` (what is trained, and buffers),
-`optimizer.safetensors` (its moments), `random.safetensors` (states of the random generators) and
-`state.json` (step, resolved configuration, SHA-256 of the other files).
+`RUN/checkpoints/step-00001000/` holds a `shard-*.safetensors` of each process that wrote it (what
+is trained, buffers, and the optimiser's moments under "parameter:moment") and `state.json` (step,
+position in the data, resolved configuration, SHA-256 of the shards). A shard tells where its
+tensors lie in the whole ones, so that any number of processes reads what any other number wrote.
+Nothing in it is ever unpickled.
 """
 
+import errno
+import hashlib
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, write_json
-from nirvana.train.tokenize import sha256
+from nirvana.files import publish_folder, sha256, write_json
+from nirvana.train.world import World
 
 _NAME = re.compile(r"step-(\d{8,})")
+# A process alone is no mistake here.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what is written
 
 
 @dataclass(frozen=True)
@@ -32,47 +47,128 @@ class Checkpoint:
     folder: Path
     step: int  # updates done
     config: dict[str, Any]  # resolved configuration of the run that wrote it
+    position: dict[str, Any]  # which data follow, see `Task.position`
 
 
-def save(
-    run: str | Path,
-    step: int,
-    model: nn.Module,
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
-    config: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest `keep`.
+class Writer:
+    """Writes the checkpoints of a run while it goes on, one at a time; at its end, as a context
+    manager, it waits until the last one is whole.
 
     Args:
         run: the run's folder.
-        step: updates done.
         model: its trained parameters and its persistent buffers are saved; frozen parameters are
             not, because training leaves them as they were built.
-        parameters: the trained ones by name, in the order in which the optimiser got them.
+        parameters: the trained ones by name.
         config: resolved configuration.
-
-    Returns:
-        The checkpoint's folder.
+        keep: how many of the newest checkpoints stay.
+        world: all processes of it call every method together.
     """
-    named = list(parameters)
-    folder = Path(run) / "checkpoints" / f"step-{step:08d}"
-    with atomic_folder(folder) as temporary:
-        tensors = {name: t.contiguous() for name, t in _model_tensors(model, named).items()}
-        save_file(tensors, temporary / "model.safetensors")
-        save_file(_optimizer_tensors(optimizer, named), temporary / "optimizer.safetensors")
-        save_file(_random_states(), temporary / "random.safetensors")
-        sums = {file.name: sha256(file) for file in sorted(temporary.glob("*.safetensors"))}
-        write_json(temporary / "state.json", {"step": step, "config": config, "sha256": sums})
-    folders = _folders(run)
-    # A later step than this one was damaged, or the run would have resumed there.
-    whole = [each for each in folders if _step(each) <= step]
-    for old in set(folders).difference(whole[:keep]):
-        shutil.rmtree(old)
-    for remains in folder.parent.glob(".step-*"):  # of a save that was killed
-        shutil.rmtree(remains)
-    return folder
+
+    def __init__(
+        self,
+        run: str | Path,
+        model: nn.Module,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        keep: int,
+        world: World,
+    ) -> None:
+        self._run, self._config, self._keep = Path(run), config, keep
+        self._model, self._named = model, list(parameters)
+        self._optimizer, self._world = optimizer, world
+        self._writing: Future | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.wait()
+
+    def save(self, step: int, position: dict[str, Any]) -> Path:
+        """Copies the state of a step, writes it in the background, and tells its folder to be.
+
+        Raises:
+            InputError: when there is no room for this checkpoint or the one before.
+        """
+        self.wait()
+        folder = folder_of(self._run, step)
+        partial = folder.with_name(f".{folder.name}.partial")
+        if self._world.first:
+            for remains in folder.parent.glob(".step-*"):  # of a save that was killed
+                shutil.rmtree(remains)
+            partial.mkdir(parents=True)
+        self._world.wait()
+        state = {"step": step, "position": position, "config": self._config}
+        with _one_line(folder):
+            self._writing = async_save(
+                _tensors(self._model, self._named, self._optimizer),
+                storage_writer=_Storage(partial, folder, state, self._keep),
+                process_group=self._world.background,
+                no_dist=self._world.size == 1,
+            )  # type: ignore[assignment]
+        self._folder = folder
+        return folder
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is whole on the disk.
+
+        Raises:
+            InputError: when there was no room for it.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            with _one_line(self._folder):
+                writing.result()
+
+
+class _Storage(HuggingFaceStorageWriter):
+    """Safetensors shards in a temporary folder, which gets its name when all are written."""
+
+    def __init__(self, partial: Path, folder: Path, state: dict[str, Any], keep: int) -> None:
+        super().__init__(str(partial), save_distributed=True)
+        self._partial, self._folder, self._state, self._keep = partial, folder, state, keep
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Called in the first process alone, after every process has written its shard."""
+        sums = {file.name: sha256(file) for file in sorted(self._partial.glob("*.safetensors"))}
+        state = {**self._state, "sha256": sums}
+        write_json(self._partial / "state.json", {**state, "sum": _sum(state)})
+        publish_folder(self._partial, self._folder)
+        folders = _folders(self._folder.parents[1])
+        # A later step than this one was damaged, or the run would have resumed there.
+        whole = [each for each in folders if _step(each) <= self._state["step"]]
+        for old in set(folders).difference(whole[: self._keep]):
+            shutil.rmtree(old)
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Turns a full disk into one line to the user."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        reasons: list[BaseException] = [error]
+        if isinstance(error, CheckpointException):
+            reasons += [reason for reason, _ in error.failures.values()]
+        for reason in reasons:
+            if isinstance(reason, OSError) and reason.errno in FULL:
+                raise no_room(folder, reason) from error
+        # The library's exception is none that `except Exception` would catch.
+        raise RuntimeError(f"{folder} could not be written") from error
+
+
+def no_room(path: Path, reason: OSError) -> InputError:
+    """What a run says when it cannot write any more."""
+    return InputError(
+        f"{path} cannot be written: {reason.strerror}; the checkpoints that are whole stay. "
+        "Make room, then continue with --resume"
+    )
+
+
+def folder_of(run: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(run) / "checkpoints" / f"step-{step:08d}"
 
 
 def latest(run: str | Path) -> Checkpoint | None:
@@ -86,13 +182,9 @@ def latest(run: str | Path) -> Checkpoint | None:
     folders = _folders(run)
     for folder in folders:
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            for name, expected in state["sha256"].items():
-                if sha256(folder / name) != expected:
-                    raise ValueError(f"{name}: its SHA-256 is not the recorded one")
-            return Checkpoint(folder, state["step"], state["config"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"{folder} is damaged and passed over: {error}", stacklevel=2)
+            return read(folder)
+        except InputError as error:
+            warnings.warn(f"{error}; passed over", stacklevel=2)
     if folders:
         raise InputError(
             f"{Path(run) / 'checkpoints'}: every checkpoint is damaged; train into another folder"
@@ -100,35 +192,74 @@ def latest(run: str | Path) -> Checkpoint | None:
     return None
 
 
+def read(folder: str | Path) -> Checkpoint:
+    """The checkpoint in a folder, after every file was compared with its SHA-256.
+
+    Raises:
+        InputError: naming what is damaged.
+    """
+    folder = Path(folder)
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        checkpoint = Checkpoint(folder, state["step"], state["config"], state["position"])
+        if state.pop("sum") != _sum(state):
+            raise ValueError("state.json: its SHA-256 is not the recorded one")
+        for name, expected in state["sha256"].items():
+            if sha256(folder / name) != expected:
+                raise ValueError(f"{name}: its SHA-256 is not the recorded one")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} is damaged: {error}") from None
+    return checkpoint
+
+
+@torch.no_grad()
 def restore(
     checkpoint: Checkpoint,
     model: nn.Module,
     parameters: Iterable[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None = None,
+    alone: bool = True,
 ) -> None:
-    """Puts a checkpoint's values into model, optimiser and random generators, in place.
+    """Puts a checkpoint's values into a model and, if it is given, its optimiser, in place.
+
+    Args:
+        alone: False when all processes of a run call this together, each for its parts.
 
     Raises:
         InputError: when the checkpoint is of another model.
     """
     named = list(parameters)
-    saved = load_file(checkpoint.folder / "model.safetensors")
-    present = _model_tensors(model, named)
-    for name in sorted({*saved, *present}):
-        shapes = [tuple(each[name].shape) if name in each else None for each in (saved, present)]
-        if shapes[0] != shapes[1]:
+    reader = HuggingFaceStorageReader(str(checkpoint.folder))
+    saved = reader.read_metadata().state_dict_metadata
+    shapes = {name: tuple(value.size) for name, value in saved.items()}  # type: ignore[union-attr]
+    moments = [name for name in shapes if ":" in name]
+    present = {name: tuple(value.shape) for name, value in _tensors(model, named).items()}
+    for name in sorted({*shapes, *present}.difference(moments)):
+        there, here = shapes.get(name), present.get(name)
+        if there != here:
             raise InputError(
-                f"{checkpoint.folder}: {name} has shape {shapes[0]} there and {shapes[1]} in the "
+                f"{checkpoint.folder}: {name} has shape {there} there and {here} in the "
                 "model of this configuration; resume with the configuration it was saved with"
             )
-    for name, tensor in present.items():
-        tensor.copy_(saved[name])
-    _restore_optimizer(load_file(checkpoint.folder / "optimizer.safetensors"), optimizer, named)
-    random = load_file(checkpoint.folder / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda.{index}" in random:
-            torch.cuda.set_rng_state(random[f"cuda.{index}"], index)
+    if optimizer is not None:
+        parameter = dict(named)
+        for full in moments:
+            name, _, key = full.rpartition(":")
+            like = parameter[name].detach()
+            # The fused optimiser counts its steps beside each parameter.
+            optimizer.state[parameter[name]][key] = (
+                torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
+            )
+    load(
+        _tensors(model, named, optimizer),
+        storage_reader=reader,
+        no_dist=alone,
+    )
+
+
+def _sum(state: dict[str, Any]) -> str:
+    """The SHA-256 of what state.json says, whatever its spacing."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _folders(run: str | Path) -> list[Path]:
@@ -141,45 +272,20 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _model_tensors(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Trained parameters and persistent buffers, under one name each."""
-    tensors = {name: parameter.detach() for name, parameter in named}
-    taken = {id(parameter) for parameter in model.parameters()}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in taken:
-            tensors[name] = value
-    return tensors
-
-
-def _optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]
-) -> dict[str, Tensor]:
-    return {
-        f"{name}:{key}": value.contiguous()
-        for name, parameter in named
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _restore_optimizer(
-    saved: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+def _tensors(
+    model: nn.Module,
     named: list[tuple[str, nn.Parameter]],
-) -> None:
-    names = {id(parameter): name for name, parameter in named}
-    states: dict[str, dict[str, Tensor]] = {}
-    for full, value in saved.items():
-        name, _, key = full.rpartition(":")
-        states.setdefault(name, {})[key] = value
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    state = {i: states[name] for i, name in enumerate(order) if name in states}
-    # The library puts each tensor where its parameter lies.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Tensor]:
+    """Trained parameters, persistent buffers and moments by name; views, not copies."""
+    tensors = {name: parameter.detach() for name, parameter in named}
+    for prefix, module in model.named_modules():
+        for name, value in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                tensors[name] = value
+    if optimizer is not None:
+        for name, parameter in named:
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{name}:{key}"] = value
+    # The format's reader cannot address a tensor without a dimension.
+    return {name: t.reshape(1) if t.ndim == 0 else t for name, t in tensors.items()}

@@ -37,7 +37,7 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # on matrices; never on embeddings, norms, biases or scalars
     clip: float = 1.0  # largest norm of the whole gradient; 0 means no clipping
-    accumulation: int = 1  # micro batches whose gradients make one step
+    accumulation: int = 1  # micro batches of one step, shared out among all processes
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "above 0")
@@ -58,13 +58,15 @@ class RunConfig:
     steps: int  # optimiser steps from the beginning to the end
     seed: int = 0  # of the initial weights and of the order of the data
     device: str = "auto"  # "auto" takes a GPU when there is one; or "cpu", "cuda", "cuda:1"
-    precision: Literal["bf16", "float32"] = "bf16"  # bf16 autocast, on CUDA only
+    precision: Literal["bf16", "float32"] = "bf16"  # bf16 autocast (float32 state), on CUDA only
     compile: bool = True  # torch.compile, on CUDA only
     log_interval: int = 10  # steps between lines of metrics.jsonl
     validation_interval: int = 500  # steps between validations; 0 means only at the end
     checkpoint_interval: int = 500  # steps between checkpoints; 0 means only at the end
     keep_checkpoints: int = 2  # how many of the newest checkpoints stay on the disk
     export_precision: Literal["float32", "bf16"] = "float32"  # of the model written at the end
+    most_skipped: int = 5  # steps in a row without a finite loss and gradient that end the run
+    wandb: bool = False  # also log to Weights & Biases, which must be installed
 
     @property
     def export_dtype(self) -> torch.dtype:
@@ -78,9 +80,26 @@ class RunConfig:
         require(self.log_interval >= 1, "run.log_interval", self.log_interval, "at least 1")
         for name in ("validation_interval", "checkpoint_interval"):
             require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "at least 0")
-        require(
-            self.keep_checkpoints >= 1, "run.keep_checkpoints", self.keep_checkpoints, "at least 1"
+        for name in ("keep_checkpoints", "most_skipped"):
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """[parallel]: how many processes (torchrun) share the work; none of it changes the result."""
+
+    shard: int = 0  # processes over which one copy of the state is cut; 0: all of them
+    reshard: bool = True  # free gathered weights between forward and backward: less memory
+    recompute: int = 0  # recompute every n-th block in the backward pass: less memory; 0: none
+    tensor: int = 1  # processes that share one product; only 1, see docs/training.md
+
+    def __post_init__(self) -> None:
+        require(self.shard >= 0, "parallel.shard", self.shard, "at least 0")
+        require(self.recompute >= 0, "parallel.recompute", self.recompute, "at least 0")
+        right = (
+            "1: in_proj is one fused product, whose parts cannot be cut apart (docs/training.md)"
         )
+        require(self.tensor == 1, "parallel.tensor", self.tensor, right)
 
 
 @dataclass(frozen=True)
@@ -104,12 +123,22 @@ class DataSection:
     weights: dict[str, float] = field(default_factory=dict)
     context_length: int = 2048  # T, tokens in a row
     batch_size: int = 8  # rows in a micro batch; tokens per step = rows x T x accumulation
+    reset: bool = True  # every document starts with a fresh state; false: rows are read through
+    workers: int = 2  # threads that read batches ahead; changes no batch
     valid_documents: int = 16  # the first so many documents of every valid folder are scored
     valid_tokens: int = 4096  # and of each of them at most so many tokens
+    sample_prompts: list[str] = field(default_factory=list)  # continued at every validation
+    sample_tokens: int = 64  # tokens of each continuation
 
     def __post_init__(self) -> None:
         require(bool(self.train), "data.train", self.train, "a table: name = folder of shards")
-        for name in ("context_length", "batch_size", "valid_documents"):
+        for name in (
+            "context_length",
+            "batch_size",
+            "workers",
+            "valid_documents",
+            "sample_tokens",
+        ):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
         require(self.valid_tokens >= 2, "data.valid_tokens", self.valid_tokens, "at least 2")
         for name, weight in self.weights.items():
@@ -130,6 +159,7 @@ class LanguageConfig:
     run: RunConfig
     model: ModelSection = field(default_factory=ModelSection)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = None) -> T:

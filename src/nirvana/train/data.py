@@ -4,18 +4,23 @@ The loader has no state: a batch is a function of the seed and the step alone, s
 checkpoint is those two numbers, and any number of processes can share its work.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nirvana.errors import InputError
-from nirvana.train.tokenize import sha256
+from nirvana.files import sha256
 
 IGNORE = -100  # the label of a position that is not trained on
 PERIOD = 4096  # rows over which the shares of the sources are exact
@@ -30,6 +35,7 @@ class TokenShards:
         bytes: int64 [documents], UTF-8 bytes of each document's text.
         bos, eos, vocab_size: of the tokenizer.
         tokenizer_sha256: identifies the tokenizer.
+        fingerprint: identifies the content.
 
     Raises:
         InputError: for a folder that does not hold token shards, or files of the wrong size.
@@ -46,11 +52,10 @@ class TokenShards:
             self.vocab_size: int = meta["vocab_size"]
             self.tokenizer_sha256: str = meta["tokenizer_sha256"]
             self._sums: dict[str, str] = meta["sha256"]
+            self._dtype = np.dtype(meta["dtype"])
+            self._names: list[str] = meta["files"]
             sizes = meta["file_tokens"]
-            self._files = [
-                np.memmap(self.folder / name, dtype=np.dtype(meta["dtype"]), mode="r")
-                for name in meta["files"]
-            ]
+            present = [(self.folder / name).stat().st_size for name in self._names]
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder}: not token shards (no {Path(error.filename).name}); "
@@ -58,9 +63,13 @@ class TokenShards:
             ) from None
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{folder}: damaged token shards: {error}") from None
-        if [len(file) for file in self._files] != sizes or self.starts[-1] != sum(sizes):
+        expected = [size * self._dtype.itemsize for size in sizes]
+        if present != expected or self.starts[-1] != sum(sizes):
             raise InputError(f"{folder}: damaged token shards: files of the wrong size")
         self._file_starts = np.cumsum([0, *sizes])
+        self._handles: dict[int, BinaryIO] = {}
+        sums = json.dumps(self._sums, sort_keys=True)
+        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -78,7 +87,22 @@ class TokenShards:
         # A document never spans two files.
         file = int(np.searchsorted(self._file_starts, first, side="right")) - 1
         offset = first - int(self._file_starts[file])
-        return self._files[file][offset + start : offset + stop].astype(np.int64)
+        return self._read(file, offset + start, offset + stop)
+
+    def _read(self, file: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a file. Not through a memory map, where a file that was cut short
+        meanwhile would kill the process."""
+        path = self.folder / self._names[file]
+        size = self._dtype.itemsize
+        try:
+            if file not in self._handles:
+                self._handles[file] = open(path, "rb", buffering=0)  # noqa: SIM115  (stays open)
+            data = os.pread(self._handles[file].fileno(), (stop - start) * size, start * size)
+        except OSError as error:
+            raise InputError(f"{path}: can no longer be read: {error.strerror}") from None
+        if len(data) != (stop - start) * size:
+            raise InputError(f"{path}: was cut short since the training began")
+        return np.frombuffer(data, self._dtype).astype(np.int64)
 
     def documents(self, limit: int | None = None) -> Iterator[tuple[np.ndarray, int]]:
         """The first `limit` documents in order: tokens with BOS and EOS, and bytes of the text."""
@@ -111,7 +135,8 @@ class PackedLoader:
     Each epoch of a source lines its documents up in a new order, cuts that line into rows of T
     tokens and shuffles the rows. A document that does not fit is cut: each piece is a sample of
     its own, whose positions start at 0 and whose state starts anew; only the first piece has BOS.
-    The last row of an epoch may end in padding. Over each 4096 rows the sources have their shares
+    The last row of an epoch may end in padding. Without `reset` a row is one sample: its state is
+    carried from document to document. Over each 4096 rows the sources have their shares
     of rows exactly (to the whole row, at least one), evenly mixed.
 
     Args:
@@ -121,6 +146,7 @@ class PackedLoader:
         seed: of orders and mixing.
         weights: name -> share of the rows, at least 0; None: by number of tokens.
         parts: batches that make one step (micro batches of all processes).
+        reset: whether the state starts anew at every document.
 
     Raises:
         InputError: for sources of different tokenizers.
@@ -134,6 +160,7 @@ class PackedLoader:
         seed: int,
         weights: Mapping[str, float] | None = None,
         parts: int = 1,
+        reset: bool = True,
     ) -> None:
         first = next(iter(sources.values()))
         for shards in sources.values():
@@ -153,6 +180,8 @@ class PackedLoader:
         self._batch_size = batch_size
         self._seed = seed
         self._parts = parts
+        self._reset = reset
+        self._planning = Lock()  # threads that meet a new epoch plan it once
         # Bounded: a batch may straddle two epochs of every source.
         self._epoch = lru_cache(maxsize=2 * len(self._sources))(self._plan_epoch)
         self._period = lru_cache(maxsize=2)(self._plan_period)
@@ -176,6 +205,21 @@ class PackedLoader:
         stacked = (np.stack(column) for column in zip(*rows, strict=True))
         return {name: torch.from_numpy(s) for name, s in zip(names, stacked, strict=True)}
 
+    def position(self, step: int) -> dict[str, Any]:
+        """Where the data stand after `step` steps, as plain data: two loaders of equal positions
+        give equal batches from there on."""
+        return {
+            "seed": self._seed,
+            "next_row": step * self._parts * self._batch_size,
+            "context_length": self._context,
+            "reset": self._reset,
+            "tokenizer": self._sources[0].tokenizer_sha256,
+            "sources": {
+                str(i): {"content": shards.fingerprint, "rows_of_4096": int(rows)}
+                for i, (shards, rows) in enumerate(zip(self._sources, self._quota, strict=True))
+            },
+        }
+
     def _row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         period, place = divmod(index, PERIOD)
         source, before = (int(each[place]) for each in self._period(period))
@@ -186,7 +230,8 @@ class PackedLoader:
         T = self._context
         shards = self._sources[source]
         epoch, row = divmod(number, _ceil(shards.num_tokens, T))
-        plan = self._epoch(source, epoch)
+        with self._planning:
+            plan = self._epoch(source, epoch)
         inputs = np.full(T, shards.eos, dtype=np.int64)
         positions = np.empty(T, dtype=np.int64)
         labels = np.full(T, IGNORE, dtype=np.int64)
@@ -207,6 +252,8 @@ class PackedLoader:
             at += count
             slot += 1
         positions[end - begin :] = np.arange(begin + T - end)
+        if not self._reset:
+            positions = np.arange(T)
         return inputs, positions, labels
 
     def _plan_epoch(self, source: int, epoch: int) -> _Epoch:
@@ -226,6 +273,27 @@ class PackedLoader:
         for source, n in enumerate(self._quota):
             before[sources == source] = np.arange(n)
         return sources, before
+
+
+class ReadAhead:
+    """Batches that threads have ready when they are asked for: those of the step after.
+
+    Args:
+        batch: a function of step and part alone.
+        workers: number of threads.
+    """
+
+    def __init__(self, batch: Callable[[int, int], Any], workers: int) -> None:
+        self._batch = batch
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")
+        self._coming: dict[tuple[int, int], Future[Any]] = {}
+
+    def get(self, step: int, part: int) -> Any:
+        """The batch; what reading it raised is raised here."""
+        found = self._coming.pop((step, part), None)
+        batch = self._batch(step, part) if found is None else found.result()
+        self._coming[step + 1, part] = self._pool.submit(self._batch, step + 1, part)
+        return batch
 
 
 def _ceil(a: int, b: int) -> int:

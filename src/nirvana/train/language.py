@@ -1,31 +1,36 @@
 """Training a language model from token shards."""
 
-import copy
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
 from nirvana.evaluate.perplexity import Score, score_tokens
-from nirvana.files import atomic_folder
-from nirvana.model.config import preset
 from nirvana.model.nirvana import NirvanaForCausalLM
+from nirvana.text import text_encoder
 from nirvana.train.config import LanguageConfig, load_config, to_dict
-from nirvana.train.data import IGNORE, PackedLoader, TokenShards
-from nirvana.train.loop import Outcome, choose_device, fit
-from nirvana.train.tokenize import TOKENIZER_FILES, load_tokenizer, tokenizer_folder
+from nirvana.train.data import PackedLoader, ReadAhead, TokenShards
+from nirvana.train.estimate import flops_per_token, memory_bytes, peak_flops
+from nirvana.train.export import export, model_config
+from nirvana.train.loop import Outcome, fit
+from nirvana.train.parallel import make_mesh, parallelize
+from nirvana.train.task import Task
+from nirvana.train.tokenize import copy_tokenizer, load_tokenizer, tokenizer_folder
+from nirvana.train.world import World, join
+
+ASSUMED_MFU = 0.4  # of the estimates before a run
 
 
-class LanguageTask:
-    """A `nirvana.train.loop.Task`: next-token prediction on packed documents.
+class LanguageTask(Task):
+    """Next-token prediction on packed documents.
 
     Args:
         config: of the whole run.
-        device: where the model lies.
+        device: where the model lies; "meta" makes one without weights, for estimates.
 
     Raises:
         InputError: for unusable shards, shards of different tokenizers, or a model's
@@ -36,16 +41,19 @@ class LanguageTask:
 
     def __init__(self, config: LanguageConfig, device: torch.device) -> None:
         data = config.data
-        sources = {name: TokenShards(folder) for name, folder in data.train.items()}
+        self.config, self.data, self.device = config, data, device
+        self.sources = {name: TokenShards(folder) for name, folder in data.train.items()}
         self.loader = PackedLoader(
-            sources,
+            self.sources,
             data.context_length,
             data.batch_size,
             config.run.seed,
             data.weights or None,
             config.optim.accumulation,
+            data.reset,
         )
-        first = next(iter(sources.values()))
+        self.ahead = ReadAhead(self.loader.batch, data.workers)
+        first = next(iter(self.sources.values()))
         self.valid = {name: TokenShards(folder) for name, folder in data.valid.items()}
         for shards in self.valid.values():
             if shards.tokenizer_sha256 != first.tokenizer_sha256:
@@ -53,47 +61,87 @@ class LanguageTask:
                     f"{shards.folder} was written with another tokenizer than {first.folder}; "
                     "tokenize both with the same --tokenizer"
                 )
-        self.data = data
-        self.tokenizer = tokenizer_folder(first.folder)
+        self.tokenizer_folder = tokenizer_folder(first.folder)
+        self.tokenizer = load_tokenizer(self.tokenizer_folder)
         self.units_per_step = data.context_length * data.batch_size * config.optim.accumulation
-        self.export_dtype = config.run.export_dtype
-        self.device = device
-        self.model: nn.Module = _build_model(config, first)
-        self.model.to(device)
+        self.architecture = model_config(config, self.tokenizer)
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            self.model: nn.Module = NirvanaForCausalLM(self.architecture)
+        nn.Module.to(self.model, device)
+        per_token = flops_per_token(self.model, self.architecture, data.context_length)
+        self.flops_per_step = per_token * self.units_per_step
 
-    def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Every parameter."""
-        return self.model.named_parameters()
+    def prepare(self, world: World, compiled: bool) -> None:
+        """Recompute, compile, shard."""
+        blocks = list(self.model.model.layers)  # type: ignore[union-attr,arg-type]
+        parallelize(self.model, blocks, self.config.parallel, world, compiled)
 
-    def loss(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(self, folder: Path) -> None:
+        """The run carries its tokenizer, so that its checkpoints can be exported anywhere."""
+        copy_tokenizer(self.tokenizer_folder, folder / "tokenizer")
+
+    def position(self, step: int) -> dict[str, Any]:
+        """The loader's."""
+        return self.loader.position(step)
+
+    def batch(self, step: int, micro: int) -> dict[str, Tensor]:
+        """See `PackedLoader.batch`."""
+        return self.ahead.get(step, micro)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy, in nats, of the tokens that follow in the same document."""
-        batch = self.loader.batch(step, micro)
-        if self.device.type == "cuda":
-            batch = {
-                name: value.pin_memory().to(self.device, non_blocking=True)
-                for name, value in batch.items()
-            }
-        logits = self.model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits
-        labels = batch["labels"].flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE), {}
+        batch = self._on_device(batch)
+        output = self.model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            labels=batch["labels"],
+            shift_labels=batch["labels"],
+            skip_logits=True,
+        )
+        return output.loss, {}
+
+    def observe(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        """What the Triggers do on the first row: the mean of their loss before and after the step,
+        and of the window branch's gate, over all tokens and layers; and the gate layer by layer."""
+        first = self._on_device({name: value[:1] for name, value in batch.items()})
+        reports = self.model(
+            input_ids=first["input_ids"],
+            position_ids=first["position_ids"],
+            use_cache=False,
+            output_trigger=True,
+            logits_to_keep=1,
+        ).trigger
+        gates = torch.stack([report.gates[..., 0].mean() for report in reports])
+        means = torch.stack(
+            [
+                torch.stack([report.loss_before.mean() for report in reports]).mean(),
+                torch.stack([report.loss_after.mean() for report in reports]).mean(),
+                gates.mean(),
+                *gates,
+            ]
+        ).tolist()
+        prelude = self.architecture.num_prelude_layers
+        names = ["loss_before", "loss_after", "gate"]
+        names += [f"gate_layer_{prelude + i:02d}" for i in range(len(gates))]
+        # A loss that is not finite is counted by the loop; here it would only break the log.
+        values = {n: v for n, v in zip(names, means, strict=True) if abs(v) < float("inf")}
+        return {"trigger": values}
 
     def validate(self) -> dict[str, float]:
         """Bits per byte of the first documents of every domain, and their mean over domains.
 
         Of a long document the first `valid_tokens` tokens are read, and the bytes that they spell
-        are counted (a character that the cut divides may be miscounted by two bytes).
+        are counted (a character that the cut divides may be miscounted by two bytes). Every process
+        reads all of them, so that the figures do not depend on how many there are.
         """
         figures = {}
-        decode = load_tokenizer(self.tokenizer).decode
         for name, shards in self.valid.items():
             total = Score()
             for tokens, num_bytes in shards.documents(self.data.valid_documents):
                 tokens = tokens[:-1]  # EOS is not scored
                 if len(tokens) > self.data.valid_tokens:
                     tokens = tokens[: self.data.valid_tokens]
-                    num_bytes = len(decode(tokens[1:]).encode("utf-8"))
+                    num_bytes = len(self.tokenizer.decode(tokens[1:]).encode("utf-8"))
                 costs = score_tokens(self.model, torch.from_numpy(tokens))
                 total += Score(float(costs.sum()), len(costs), num_bytes, 1)
             figures[f"{name}_bits_per_byte"] = total.bits_per_byte
@@ -101,55 +149,114 @@ class LanguageTask:
             figures["mean_bits_per_byte"] = sum(figures.values()) / len(figures)
         return figures
 
-    def compile(self) -> None:
-        """Compiles every block in place: one graph for all, since all have the same shapes."""
-        for layer in self.model.model.layers:  # type: ignore[union-attr]
-            layer.compile(dynamic=False)
+    def samples(self) -> dict[str, str]:
+        """A continuation of every prompt, sampled."""
+        encode = text_encoder(self.tokenizer)
+        return {prompt: self._continue(encode([prompt])[0]) for prompt in self.data.sample_prompts}
+
+    def _continue(self, prompt: list[int]) -> str:
+        """Always the same number of tokens: processes that hold parts of one model must all call it
+        equally often."""
+        ids = torch.tensor([[self.tokenizer.bos_token_id, *prompt]], device=self.device)
+        length = ids.shape[1]
+        past, new = None, ids
+        for _ in range(self.data.sample_tokens):
+            output = self.model(input_ids=new, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            new = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
+            ids = torch.cat([ids, new], dim=1)
+        return self.tokenizer.decode(ids[0, length:])
 
     def export(self, folder: Path) -> None:
-        """Writes the model and its tokenizer as a transformers folder."""
-        model = copy.deepcopy(self.model).to(self.export_dtype)
-        with atomic_folder(folder) as temporary:
-            model.save_pretrained(temporary)  # type: ignore[operator]
-            for name in TOKENIZER_FILES:
-                if (self.tokenizer / name).is_file():
-                    shutil.copyfile(self.tokenizer / name, temporary / name)
+        """Writes the newest checkpoint as a transformers folder."""
+        export(self.config.run.out, folder)
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.device.type != "cuda":
+            return batch
+        return {
+            name: value.pin_memory().to(self.device, non_blocking=True)
+            for name, value in batch.items()
+        }
 
 
 def train(
-    config_path: str | Path, overrides: list[str] | None = None, resume: bool = False
+    config_path: str | Path,
+    overrides: list[str] | None = None,
+    resume: bool = False,
+    accept_changes: bool = False,
 ) -> Outcome:
-    """Trains a language model as a configuration file says.
+    """Trains a language model as a configuration file says, alone or under torchrun.
 
     Args:
         config_path: TOML of `LanguageConfig`, or the config.json that a run saved.
         overrides: `["--optim.lr", "1e-3", ...]`.
         resume: continue the newest checkpoint in `run.out`.
+        accept_changes: also when settings or data are not those of the checkpoint.
 
     Raises:
         InputError: for whatever is wrong in the configuration, the data or the run's folder.
     """
     config = load_config(LanguageConfig, config_path, overrides)
-    device = choose_device(config.run.device)
-    torch.manual_seed(config.run.seed)
-    task = LanguageTask(config, device)
-    return fit(task, config.optim, config.run, to_dict(config), resume)
-
-
-def _build_model(config: LanguageConfig, shards: TokenShards) -> nn.Module:
-    """The model of the preset; its vocabulary is the tokenizer's unless the file says otherwise."""
-    tokenizer = load_tokenizer(shards.folder)
-    fields = {
-        "vocab_size": shards.vocab_size,
-        "bos_token_id": shards.bos,
-        "eos_token_id": shards.eos,
-        "pad_token_id": tokenizer.pad_token_id,
-        **config.model.fields,
-    }
-    model_config = preset(config.model.preset, **fields)
-    if model_config.vocab_size < shards.vocab_size:
-        raise InputError(
-            f"configuration: model.vocab_size = {model_config.vocab_size} must be at least the "
-            f"tokenizer's {shards.vocab_size}"
+    with join(config.run.device) as world:
+        torch.manual_seed(config.run.seed)
+        task = LanguageTask(config, world.device)
+        return fit(
+            task,
+            config.optim,
+            config.run,
+            to_dict(config),
+            resume,
+            world,
+            accept_changes=accept_changes,
         )
-    return NirvanaForCausalLM(model_config)
+
+
+def estimate(config_path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Checks a configuration and its data, prints what the training will take, writes nothing.
+
+    Returns:
+        the printed figures.
+
+    Raises:
+        InputError: as `train`.
+    """
+    config = load_config(LanguageConfig, config_path, overrides)
+    with join(config.run.device) as world:
+        world.share(config.optim.accumulation)
+        task = LanguageTask(config, torch.device("meta"))
+        parts = make_mesh(config.parallel, world).size(-1) if world.size > 1 else 1
+        data, model = config.data, task.model
+        rows = memory_bytes(
+            model,
+            task.architecture,
+            data.batch_size * data.context_length,
+            parts,
+            config.parallel.recompute,
+        )
+        corpus = sum(shards.num_tokens for shards in task.sources.values())
+        peak = peak_flops(world.device, config.run.precision)
+        figures: dict[str, Any] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens per step": task.units_per_step,
+            "steps": config.run.steps,
+            "tokens of the run": task.units_per_step * config.run.steps,
+            "tokens of the data": corpus,
+            "epochs": task.units_per_step * config.run.steps / corpus,
+            "FLOP per token": task.flops_per_step / task.units_per_step,
+            "processes": world.size,
+            "state per device, GiB": rows["state"] / 2**30,
+            "activations per device, GiB, about": rows["activations"] / 2**30,
+        }
+        if peak:
+            seconds = task.flops_per_step / (ASSUMED_MFU * peak * world.size)
+            figures[f"seconds per step, at {ASSUMED_MFU:.0%} MFU"] = seconds
+            figures[f"days of the run, at {ASSUMED_MFU:.0%} MFU"] = (
+                seconds * config.run.steps / 86400
+            )
+        if world.first:
+            table = Table("", "", show_header=False)
+            for name, value in figures.items():
+                table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
+            Console().print(table)
+        return figures

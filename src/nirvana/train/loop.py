@@ -4,61 +4,46 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from nirvana.errors import InputError
-from nirvana.files import write_json
+from nirvana.files import sole_use, write_json
 from nirvana.train import checkpoint
 from nirvana.train.config import OptimConfig, RunConfig, changed_keys
 from nirvana.train.metrics import MetricsLog
-from nirvana.train.optim import build_optimizer, learning_rate
+from nirvana.train.optim import build_optimizer
+from nirvana.train.step import Trainer, seed_generators
+from nirvana.train.task import Task
+from nirvana.train.world import World
 
-MOST_SKIPPED = 5  # steps in a row without a finite loss that end a run
+ECHO = 3.0  # seconds in which a terminal, a scheduler and torchrun may all pass one signal on
+STOP, UNREADABLE = 1, 2  # what a process may tell the others before a step
 
-
-class Task(Protocol):
-    """What a training is about: a model, its data and its loss.
-
-    Attributes:
-        model: lies on its device; its trained parameters and buffers go into checkpoints.
-        unit: what throughput counts, in the plural: "tokens", "samples".
-        units_per_step: how many of them one optimiser step reads.
-    """
-
-    model: nn.Module
-    unit: str
-    units_per_step: int
-
-    def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The parameters to train, named as in `model`, in a fixed order."""
-        ...
-
-    def loss(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of one micro batch, and scalars to log (detached, on the device).
-
-        A function of `step` (from 0) and `micro` (0..accumulation-1), of the weights and of
-        torch's random generators alone: then a resumed run goes on as if it had not stopped.
-        """
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Figures to log; called in eval mode without gradients."""
-        ...
-
-    def compile(self) -> None:
-        """Compiles what is worth it; called once, on CUDA."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Writes the trained model into `folder`, which does not exist yet or is replaced."""
-        ...
+# Settings that change neither the weights nor what they are trained on; the data themselves are
+# compared by `Task.position`.
+FREE = (
+    "run.out",
+    "run.device",
+    "run.compile",
+    "run.log_interval",
+    "run.validation_interval",
+    "run.checkpoint_interval",
+    "run.keep_checkpoints",
+    "run.export_precision",
+    "run.most_skipped",
+    "run.wandb",
+    "parallel.",
+    "data.train",
+    "data.valid",
+    "data.workers",
+    "data.sample_",
+)
 
 
 @dataclass(frozen=True)
@@ -70,244 +55,221 @@ class Outcome:
     last: dict[str, Any]  # the last line of metrics.jsonl
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA when there is one, else the CPU.
-
-    Raises:
-        InputError: for a device that this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here: {reason}") from None
-    return device
-
-
 def fit(
     task: Task,
     optim: OptimConfig,
     run: RunConfig,
     config: dict[str, Any],
     resume: bool,
+    world: World,
     say: Callable[[str], None] | None = None,
+    accept_changes: bool = False,
 ) -> Outcome:
     """Trains `task` to `run.steps`; writes everything into the folder `run.out`.
 
     There: `config.json`, `metrics.jsonl` (a line for every log, validation and last step),
-    `tensorboard/` when tensorboard is installed, `checkpoints/`, and at the end `model/`.
-    SIGINT and SIGTERM end the run after the current step, with a checkpoint. A step whose loss or
-    gradient is not finite changes nothing and is counted.
+    `samples.jsonl`, `tensorboard/` when tensorboard is installed, `checkpoints/`, and at the end
+    `model/`. SIGINT and SIGTERM, to any process, end the run after the current step, with a
+    checkpoint. A step whose loss or gradient is not finite changes nothing and is counted.
 
     Args:
         config: resolved configuration, saved with the run and in its checkpoints.
         resume: go on from the newest checkpoint, or begin when there is none.
+        world: the processes that train together; all of them call this.
         say: takes each message to the user; None prints to standard error.
+        accept_changes: resume although settings or data are not those of the checkpoint.
 
     Raises:
-        InputError: for a run folder that is in use, a checkpoint of another model, or a loss that
-            was not finite for `MOST_SKIPPED` steps in a row.
+        InputError: for a run folder that is in use, a checkpoint of another run, data that vanish,
+            a full disk, or a loss that was not finite for `run.most_skipped` steps in a row.
     """
     out = Path(run.out)
-    log = MetricsLog(out, run.steps, task.unit, say)
+    log = MetricsLog(out, run.steps, task.unit, say, active=world.first, wandb=run.wandb)
     if not resume and out.exists() and any(out.iterdir()):
         raise InputError(
             f"{out}: holds a run already; give --resume to continue it, or another "
             "folder as --run.out"
         )
-    device = next(iter(task.model.parameters())).device
-    on_cuda = device.type == "cuda"
+    world.wait()  # until all have looked: the first will write there
+    with sole_use(out) if world.first else contextlib.nullcontext(), _disk_errors(out):
+        return _fit(task, optim, run, config, resume, world, log, accept_changes)
+
+
+def _fit(
+    task: Task,
+    optim: OptimConfig,
+    run: RunConfig,
+    config: dict[str, Any],
+    resume: bool,
+    world: World,
+    log: MetricsLog,
+    accept_changes: bool,
+) -> Outcome:
+    out = Path(run.out)
+    on_cuda = world.device.type == "cuda"
     if not on_cuda and run.precision == "bf16":
         log.say("note: bf16 is for CUDA; this run computes in float32")
-    if run.compile and on_cuda:
-        task.compile()
-    elif run.compile:
+    if run.compile and not on_cuda:
         log.say("note: compilation is for CUDA; this run is not compiled")
-    autocast = torch.autocast(
-        device.type, torch.bfloat16, enabled=on_cuda and run.precision == "bf16"
-    )
+    task.prepare(world, run.compile and on_cuda)
     parameters = list(task.trainable())
     optimizer = build_optimizer(parameters, optim)
-    start = _resume(out, task, parameters, optimizer, config, log) if resume else 0
-    write_json(out / "config.json", config)
-    trainer = _Trainer(task, optim, run, parameters, optimizer, autocast, device)
+    trainer = Trainer(task, optim, run, parameters, optimizer, world)
+    done = 0
+    if resume:
+        found = _newest(out, task, config, world, log, accept_changes)
+        if found is not None:
+            checkpoint.restore(found, task.model, parameters, optimizer, world.size == 1)
+            done = found.step
+    if world.first:
+        write_json(out / "config.json", config)
+    writer = checkpoint.Writer(
+        out, task.model, parameters, optimizer, config, run.keep_checkpoints, world
+    )
     last: dict[str, Any] = {}
-    done = start
+    saved = done if done else None
+    failure: InputError | None = None
+    verdict = 0
+    if world.first:
+        task.begin(out)
     task.model.train()
-    with log.open(start), _signals() as stopped:
-        for done in range(start + 1, run.steps + 1):
-            trainer.step(done - 1)
-            ending = done == run.steps or stopped()
-            validating = _due(done, run.validation_interval) or done == run.steps
-            if done % run.log_interval == 0 or validating or ending:
-                last = trainer.report(done)
-                _refuse_divergence(last, done, out)
-                if validating:
-                    log.status(f"step {done}: validating")
-                    last["valid"] = _validate(task, autocast, device)
-                    trainer.restart_clock()
-                log.write(last)
-            if _due(done, run.checkpoint_interval) or ending:
-                folder = checkpoint.save(
-                    out, done, task.model, parameters, optimizer, config, run.keep_checkpoints
-                )
-                trainer.restart_clock()
-            if ending:
+    with _signals() as stopped, log.open(done), writer:
+        while done < run.steps:
+            batches, failure = _read(task, done, trainer.mine)
+            verdict = world.worst(UNREADABLE if failure else STOP if stopped() else 0)
+            if verdict:
                 break
+            trainer.step(done, batches)
+            done += 1
+            validating = _due(done, run.validation_interval) or done == run.steps
+            if done % run.log_interval == 0 or validating:
+                last = _tell(task, trainer, log, done, batches[-1], validating)
+            if _due(done, run.checkpoint_interval) or done == run.steps:
+                writer.save(done, task.position(done))
+                saved = done
+                trainer.restart_clock()
+        if trainer.num_steps:
+            last = _tell(task, trainer, log, done, None, False)
+        if saved != done:
+            writer.save(done, task.position(done))
+        log.status(f"step {done}: writing the checkpoint")
+    folder = checkpoint.folder_of(out, done)
     if done < run.steps:
+        if failure is not None:
+            raise InputError(f"{failure}; saved in {folder}: mend it, then continue with --resume")
+        if verdict == UNREADABLE:
+            raise InputError(f"another process could not read its data; saved in {folder}")
         log.say(f"stopped after step {done}; saved in {folder}; continue with --resume")
         return Outcome(done, False, last)
-    task.model.eval()
-    task.export(out / "model")
+    if world.first:
+        task.model.eval()
+        task.export(out / "model")
+    world.wait()
     log.say(f"done: {done} steps; the model is in {out / 'model'}")
     return Outcome(done, True, last)
 
 
-class _Trainer:
-    """One optimiser step after another, and sums that stay on the device between reports."""
-
-    def __init__(
-        self,
-        task: Task,
-        optim: OptimConfig,
-        run: RunConfig,
-        parameters: list[tuple[str, nn.Parameter]],
-        optimizer: torch.optim.AdamW,
-        autocast: torch.autocast,
-        device: torch.device,
-    ) -> None:
-        self.task, self.optim, self.steps = task, optim, run.steps
-        self.parameters = [parameter for _, parameter in parameters]
-        self.optimizer, self.autocast = optimizer, autocast
-        self.zero = torch.zeros((), device=device)
-        self.skipped, self.in_row, self.most_in_row = self.zero, self.zero, self.zero
-        self._restart_sums()
-
-    def step(self, step: int) -> None:
-        """Update number `step`, from 0; the host waits for nothing."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.optim, self.steps)
-        loss = self.zero
-        metrics: dict[str, Tensor] = {}
-        for micro in range(self.optim.accumulation):
-            with self.autocast:
-                part, values = self.task.loss(step, micro)
-            part = part / self.optim.accumulation
-            part.backward()
-            loss = loss + part.detach()
-            for name, value in values.items():
-                metrics[name] = metrics.get(name, self.zero) + value / self.optim.accumulation
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.optim.clip > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip, norm)
-        finite = loss.isfinite() & norm.isfinite()
-        # The fused optimiser leaves the step out, moments and counts too, where this is one.
-        setattr(self.optimizer, "found_inf", (~finite).float())  # noqa: B010  (undeclared there)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._count(finite, {"loss": loss, **metrics, "gradient_norm": norm})
-
-    def _count(self, finite: Tensor, values: dict[str, Tensor]) -> None:
-        bad = (~finite).float()
-        self.skipped = self.skipped + bad
-        self.in_row = (self.in_row + bad) * bad
-        self.most_in_row = torch.maximum(self.most_in_row, self.in_row)
-        self.num_finite = self.num_finite + 1 - bad
-        for name, value in values.items():
-            kept = torch.where(finite, value.float(), self.zero)
-            self.sums[name] = self.sums.get(name, self.zero) + kept
-        self.num_steps += 1
-
-    def report(self, done: int) -> dict[str, Any]:
-        """Means over the finite steps since the last report; this waits for the device."""
-        names = list(self.sums)
-        counts = [self.num_finite, self.skipped, self.most_in_row]
-        fetched = torch.stack([*counts, *self.sums.values()]).tolist()
-        num_finite, skipped, most_in_row = fetched[:3]
-        seconds = time.perf_counter() - self.started
-        means = {
-            n: v / num_finite if num_finite else None
-            for n, v in zip(names, fetched[3:], strict=True)
-        }
-        line = {
-            "step": done,
-            **means,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            f"{self.task.unit}_per_second": self.task.units_per_step * self.num_steps / seconds,
-            "skipped": int(skipped),
-            "most_skipped_in_row": int(most_in_row),
-        }
-        self._restart_sums()
-        return line
-
-    def restart_clock(self) -> None:
-        """Leaves the time since the last report out of the throughput."""
-        self.started = time.perf_counter()
-
-    def _restart_sums(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.num_finite, self.num_steps = self.zero, 0
-        self.restart_clock()
+def _read(task: Task, step: int, mine: range) -> tuple[list[Any], InputError | None]:
+    """This process's batches of a step, or why there are none."""
+    try:
+        return [task.batch(step, micro) for micro in mine], None
+    except InputError as error:
+        return [], error
 
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _refuse_divergence(line: dict[str, Any], step: int, out: Path) -> None:
-    if line["most_skipped_in_row"] >= MOST_SKIPPED:
+def _tell(
+    task: Task, trainer: Trainer, log: MetricsLog, done: int, batch: Any, validating: bool
+) -> dict[str, Any]:
+    """Logs the steps since the last time, what the model does with `batch` (None: nothing), and a
+    validation."""
+    line = trainer.report(done)
+    if line["most_skipped_in_row"] >= trainer.run.most_skipped:
         raise InputError(
-            f"the loss was not finite for {line['most_skipped_in_row']} steps in a row before step "
-            f"{step}; nothing of them entered the weights. Lower optim.lr, lengthen "
-            f"optim.warmup_steps or use run.precision = float32, then --resume the run in {out}"
+            f"the loss or gradient was not finite for {line['most_skipped_in_row']} steps in a row "
+            f"before step {done}, {line['skipped']} in all; nothing of them entered the weights. "
+            "Lower optim.lr, lengthen optim.warmup_steps or use run.precision = float32, then "
+            f"continue the run in {trainer.run.out} with --resume --accept-changes"
         )
+    with _watching(task, trainer, done):
+        if batch is not None:
+            line |= task.observe(batch)
+        if validating:
+            log.status(f"step {done}: validating")
+            line["valid"] = task.validate()
+            log.write_samples(done, task.samples())
+    log.write(line)
+    trainer.restart_clock()
+    return line
 
 
-def _validate(task: Task, autocast: torch.autocast, device: torch.device) -> dict[str, float]:
-    """Validation leaves no trace in the random generators, so its interval changes no result."""
-    devices = [device] if device.type == "cuda" else []
+@contextlib.contextmanager
+def _watching(task: Task, trainer: Trainer, done: int) -> Iterator[None]:
+    """Eval mode without gradients; leaves no trace, so that no interval changes a result."""
     task.model.eval()
+    seed_generators(trainer.run.seed, done)
     # Documents have all lengths: compiled blocks would be compiled anew for every one of them.
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), autocast, eager:
-        figures = task.validate()
+    with torch.no_grad(), trainer.autocast(), torch.compiler.set_stance("force_eager"):
+        yield
     task.model.train()
-    return figures
 
 
-def _resume(
+def _newest(
     out: Path,
     task: Task,
-    parameters: list[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.AdamW,
     config: dict[str, Any],
+    world: World,
     log: MetricsLog,
-) -> int:
-    """Restores the newest checkpoint and tells the updates done so far."""
-    newest = checkpoint.latest(out)
-    if newest is None:
+    accept_changes: bool,
+) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint, if it is one of this configuration and these data."""
+    found = world.same(checkpoint.latest(out) if world.first else None)
+    if found is None:
         log.say(f"no checkpoint in {out} yet: beginning at step 0")
-        return 0
-    for change in changed_keys(newest.config, json.loads(json.dumps(config))):
-        log.say(f"note: changed since the checkpoint: {change}")
-    checkpoint.restore(newest, task.model, parameters, optimizer)
-    log.say(f"continuing after step {newest.step} from {newest.folder}")
-    return newest.step
+        return None
+    plain = json.loads(json.dumps([config, task.position(found.step)]))
+    changes = [
+        *changed_keys(found.config, plain[0]),
+        *changed_keys(found.position, plain[1], "position."),
+    ]
+    for change in changes:
+        if accept_changes or change.startswith(FREE):
+            log.say(f"note: changed since the checkpoint: {change}")
+        else:
+            raise InputError(
+                f"{found.folder} is of another run, {change} (there -> here); give the setting or "
+                "data of then, or --accept-changes to go on with those of now"
+            )
+    log.say(f"continuing after step {found.step} from {found.folder}")
+    return found
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """A full disk is told in one line, whichever file met it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in checkpoint.FULL:
+            raise checkpoint.no_room(Path(error.filename or out), error) from error
+        raise
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM came; a second one acts as always."""
-    received: list[int] = []
+    """Yields a function that tells whether SIGINT or SIGTERM came; one that comes later than
+    `ECHO` after the first acts as always."""
+    received: list[float] = []
     before: dict[int, Any] = {}
 
     def receive(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
+        received.append(time.monotonic())
+        if received[-1] - received[0] > ECHO:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.getsignal(number)

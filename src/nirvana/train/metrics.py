@@ -1,5 +1,7 @@
-"""What a run tells while it goes: a progress line, metrics.jsonl and TensorBoard."""
+"""What a run tells while it goes: a progress line, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nirvana.errors import InputError
 from nirvana.files import atomic_file
 
 
@@ -20,16 +23,30 @@ class MetricsLog:
         steps: updates of the whole run.
         unit: what throughput counts.
         say: takes each message to the user; None prints to standard error.
+        active: False in all but one of several processes: nothing is written or shown then.
+        wandb: log to Weights & Biases, too.
+
+    Raises:
+        InputError: when `wandb` is asked for and not installed.
     """
 
     def __init__(
-        self, folder: Path, steps: int, unit: str, say: Callable[[str], None] | None = None
+        self,
+        folder: Path,
+        steps: int,
+        unit: str,
+        say: Callable[[str], None] | None = None,
+        active: bool = True,
+        wandb: bool = False,
     ) -> None:
         self._file = folder / "metrics.jsonl"
+        self._samples = folder / "samples.jsonl"
+        self._active = active
+        self._wandb = _import_wandb() if wandb and active else None
         self._board_folder = folder / "tensorboard"
         self._steps, self._unit = steps, unit
         self._console = Console(stderr=True, highlight=False)
-        self.say = say or (lambda text: self._console.print(text, markup=False, soft_wrap=True))
+        self._take = say or (lambda text: self._console.print(text, markup=False, soft_wrap=True))
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
 
@@ -41,8 +58,19 @@ class MetricsLog:
             start: updates done before; lines of later steps, from a run that was killed after its
                 last checkpoint, are dropped.
         """
-        self._drop_after(start)
+        if not self._active:
+            yield
+            return
+        _drop_after(self._file, start)
+        _drop_after(self._samples, start)
         self._board = _tensorboard(self._board_folder, start)
+        self._run = None
+        if self._wandb is not None:
+            folder = self._file.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            # One folder is one run there, too, however often it is resumed.
+            name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            self._run = self._wandb.init(dir=folder, name=folder.name, id=name, resume="allow")
         self._bar = self._progress.add_task(f"step {start}", total=self._steps, completed=start)
         # Without a terminal a bar would print nothing until the end: there, a line per report.
         try:
@@ -53,14 +81,35 @@ class MetricsLog:
             self._progress.stop()
             if self._board is not None:
                 self._board.close()
+            if self._run is not None:
+                self._run.finish()
+
+    def say(self, text: str) -> None:
+        """Tells the user something."""
+        if self._active:
+            self._take(text)
+
+    def write_samples(self, step: int, samples: dict[str, str]) -> None:
+        """Appends prompts and what the model made of them to samples.jsonl."""
+        if not self._active or not samples:
+            return
+        with open(self._samples, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, "samples": samples}) + "\n")
+        if self._board is not None:
+            for number, (prompt, text) in enumerate(samples.items()):
+                self._board.add_text(f"sample/{number}", f"**{prompt}**{text}", step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and shows it."""
+        if not self._active:
+            return
         with open(self._file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in _flat(line):
                 self._board.add_scalar(name, value, line["step"])
+        if self._run is not None:
+            self._run.log(dict(_flat(line)), step=line["step"])
         self._progress.update(self._bar, completed=line["step"])
         self.status(self._describe(line))
         if not self._console.is_terminal or "valid" in line:
@@ -68,28 +117,41 @@ class MetricsLog:
 
     def status(self, text: str) -> None:
         """Replaces the text of the progress line."""
+        if not self._active:
+            return
         self._progress.update(self._bar, description=text)
 
     def _describe(self, line: dict[str, Any]) -> str:
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = f"step {line['step']}/{self._steps}  loss {loss}  lr {line['lr']:.2e}  "
         text += f"{line[f'{self._unit}_per_second']:,.0f} {self._unit}/s"
+        text += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
+        text += f"  {line['memory_gib']:.1f} GiB"
         text += f"  skipped {line['skipped']}" if line["skipped"] else ""
         figures = line.get("valid", {})
         return text + "".join(f"  {name} {value:.4f}" for name, value in figures.items())
 
-    def _drop_after(self, start: int) -> None:
-        if not self._file.exists():
-            return
-        kept = []
-        for line in self._file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= start:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue  # the last line of a run that was killed while it wrote
-        with atomic_file(self._file) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+
+def _drop_after(file: Path, start: int) -> None:
+    """Leaves out of a file of JSON lines those of steps after `start`."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue  # the last line of a run that was killed while it wrote
+    with atomic_file(file) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise InputError("run.wandb = true needs the package wandb: pip install wandb") from None
 
 
 def _tensorboard(folder: Path, start: int) -> Any:

@@ -26,8 +26,9 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over named parameters, in two groups: with and without weight decay.
 
-    The fused form is used on every device, because it can leave a step out under the control of a
-    tensor (`found_inf`), without the host looking at it.
+    On CUDA in its fused form, which can leave a step out under a tensor's control (`found_inf`),
+    without the host looking at it. Not on the CPU: there that form rounds the last few entries of a
+    tensor differently, so that the result would depend on how parameters are cut.
     """
     named = list(parameters)
     decayed = [p for name, p in named if is_decayed(name, p)]
@@ -41,7 +42,7 @@ def build_optimizer(
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=True,
+        fused=all(parameter.is_cuda for _, parameter in named),
     )
 
 

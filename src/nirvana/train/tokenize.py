@@ -1,6 +1,7 @@
 """Text to token shards: training a byte-level tokenizer, and encoding documents with it."""
 
-import hashlib
+import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder, write_json
-from nirvana.text import PIECE_CHARACTERS, kind_of, read_documents, split_text, text_encoder
+from nirvana.files import atomic_folder, replaceable_folder, sha256, write_json
+from nirvana.hub import is_hub, split_source
+from nirvana.text import PIECE_CHARACTERS, kind_of, read_documents, split_text
+from nirvana.train import encode
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 IMAGE_START, IMAGE_END = "<|image_start|>", "<|image_end|>"
@@ -23,8 +26,6 @@ RESERVED = tuple(f"<|reserved_{i}|>" for i in range(5))
 SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE_START, IMAGE_END, *RESERVED)
 
 SAMPLE_BYTES = 2**28  # a new tokenizer is trained on at most so much text
-BATCH_CHARACTERS = 2**22  # text encoded at a time, by all cores
-FILE_TOKENS = 2**28  # a token file is closed once it holds so many
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,7 +53,7 @@ def train_tokenizer(files: Iterable[str | Path], out: str | Path, vocab_size: in
     the documents is used. The same files give the same tokenizer.
 
     Args:
-        files: text files, see `nirvana.text.read_documents`.
+        files: text files and data sets of the hub, see `nirvana.text.read_documents`.
         out: folder to write; one that holds a tokenizer and nothing else is replaced as a whole.
         vocab_size: number of tokens at most, `SPECIAL_TOKENS` included; at least 266.
 
@@ -60,49 +61,76 @@ def train_tokenizer(files: Iterable[str | Path], out: str | Path, vocab_size: in
         InputError: for files without a document, unreadable files, a vocabulary too small.
     """
     out = replaceable_folder(out, TOKENIZER_FILES)
-    counts = _scan([Path(file) for file in files])
+    counts = _scan(_expand(files))
     with atomic_folder(out) as folder:
         _train(counts, folder, vocab_size)
     return _total(counts)
 
 
 def tokenize(
-    files: Iterable[str | Path],
+    sources: Iterable[str | Path],
     out: str | Path,
     tokenizer: str | Path | None = None,
     vocab_size: int = 8192,
+    workers: int = 1,
 ) -> Counts:
-    """Writes the documents of `files`, in order, as token shards into the folder `out`.
+    """Writes the documents of `sources`, in order, as token shards into the folder `out`.
 
     The folder holds `tokens-00000.bin` ... (uint16 or uint32, little endian), `documents.npy`
     (int64 [documents + 1], where each document starts, the end last), `bytes.npy` (int64
     [documents], UTF-8 bytes of each text), `tokenizer/`, and `meta.json` with counts and SHA-256
     sums. Each document is BOS, its tokens, EOS; text that spells a special token stays text.
-    The same files give the same bytes. Encoding uses all cores, or RAYON_NUM_THREADS of them.
+    The same sources give the same bytes, whatever the number of workers. When the work is
+    interrupted, what is finished stays beside `out`, and the same call goes on from there.
 
     Args:
-        files: text files, see `nirvana.text.read_documents`.
+        sources: text files and data sets of the hub, see `nirvana.text.read_documents`.
         out: folder to write; it appears when it is whole, in place of token shards there.
-        tokenizer: folder of a tokenizer or of token shards; None trains one on `files`.
+        tokenizer: folder of a tokenizer or of token shards; None trains one on `sources`.
         vocab_size: size of a tokenizer that is trained here.
+        workers: processes that encode; with more than one, the calling program must have the usual
+            `if __name__ == "__main__"`.
 
     Raises:
-        InputError: before anything is written, for files that are missing, unreadable, of unknown
-            kind, or hold no document, and for a folder without a usable tokenizer.
+        InputError: for sources that are missing, unreadable, of unknown kind, or hold no document,
+            and for a folder without a usable tokenizer.
     """
     out = replaceable_folder(out, SHARD_FILES)
-    source = None if tokenizer is None else tokenizer_folder(tokenizer)
-    counts = _scan([Path(file) for file in files])
-    with atomic_folder(out) as folder:
-        place = folder / "tokenizer"
-        place.mkdir()
-        if source is None:
-            _train(counts, place, vocab_size)
-        else:
-            for name in TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, place / name)
-        return _write_shards(counts, folder, place)
+    given = None if tokenizer is None else tokenizer_folder(tokenizer)
+    parts = _expand(sources)
+    plan = {
+        "sources": [[part, *_identity(part)] for part in parts],
+        "tokenizer": vocab_size if given is None else sha256(given / "tokenizer.json"),
+        "layout": [encode.FILE_TOKENS, encode.JOB_BYTES],
+    }
+    partial = out.with_name(f".{out.name}.partial")
+    if not _same_plan(partial, plan):
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        place = partial / "tokenizer"
+        if not place.is_dir():
+            counts = _scan(parts) if given is None else {}
+            with atomic_folder(place) as folder:
+                if given is None:
+                    _train(counts, folder, vocab_size)
+                else:
+                    copy_tokenizer(given, folder)
+            write_json(partial / "plan.json", plan)
+        jobs = encode.make_jobs(parts, partial, place)
+        with _progress(sum(job.size for job in jobs)) as advance:
+            encode.run_jobs(jobs, workers, advance)
+        return _assemble(jobs, partial, out)
+    finally:
+        if not any(partial.glob("part-*")):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the files of a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def tokenizer_folder(path: str | Path) -> Path:
@@ -136,30 +164,26 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def _scan(paths: list[Path]) -> dict[Path, Counts]:
-    """Reads all of the input once, so that nothing is written before it is known to be good."""
-    if not paths:
-        raise InputError("no text file given")
-    for path in paths:
-        kind_of(path)
+def _scan(paths: list[str]) -> dict[str, Counts]:
+    """Reads all of the input once: no tokenizer is trained before it is known to be good."""
     counts = {}
     for path in paths:
         documents = size = 0
         for text in read_documents(path):
             documents += 1
             size += len(text.encode("utf-8"))
-        if documents == 0:
+        if documents == 0 and not is_hub(path):
             raise InputError(f"{path}: holds no document")
         counts[path] = Counts(documents, size)
     return counts
 
 
-def _total(counts: dict[Path, Counts]) -> Counts:
+def _total(counts: dict[str, Counts]) -> Counts:
     values = counts.values()
     return Counts(sum(c.documents for c in values), sum(c.bytes for c in values))
 
 
-def _train(counts: dict[Path, Counts], out: Path, vocab_size: int) -> None:
+def _train(counts: dict[str, Counts], out: Path, vocab_size: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
@@ -195,70 +219,87 @@ def _train(counts: dict[Path, Counts], out: Path, vocab_size: int) -> None:
     ).save_pretrained(out)
 
 
-def _batches(counts: dict[Path, Counts]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for path in counts:
-        for text in read_documents(path):
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _write_shards(counts: dict[Path, Counts], folder: Path, place: Path) -> Counts:
-    tokenizer = load_tokenizer(place)
-    encode = text_encoder(tokenizer)
-    dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
-    total = _total(counts)
-    starts, sizes, names = [0], [], []
-    file = None
-    try:
-        with _progress(total.bytes) as advance:
-            for batch in _batches(counts):
-                for text, ids in zip(batch, encode(batch), strict=True):
-                    if file is None or file.tell() >= FILE_TOKENS * dtype.itemsize:
-                        if file is not None:
-                            file.close()
-                        names.append(f"tokens-{len(names):05d}.bin")
-                        file = open(folder / names[-1], "wb")  # noqa: SIM115  (closed below)
-                    document = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-                    file.write(np.array(document, dtype=dtype).tobytes())
-                    starts.append(starts[-1] + len(document))
-                    sizes.append(len(text.encode("utf-8")))
-                advance(sum(sizes[-len(batch) :]))
-    finally:
-        if file is not None:
-            file.close()
-    np.save(folder / "documents.npy", np.array(starts, dtype=np.int64))
-    np.save(folder / "bytes.npy", np.array(sizes, dtype=np.int64))
-    result = Counts(len(sizes), total.bytes, starts[-1])
-    meta = {
-        "format": "nirvana token shards 1",
-        "dtype": dtype.str,
-        "documents": result.documents,
-        "tokens": result.tokens,
-        "bytes": result.bytes,
-        "vocab_size": len(tokenizer),
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "tokenizer_sha256": sha256(place / "tokenizer.json"),
-        "files": names,
-        "file_tokens": [(folder / name).stat().st_size // dtype.itemsize for name in names],
-        "sha256": {name: sha256(folder / name) for name in [*names, "documents.npy", "bytes.npy"]},
-        "sources": [path.name for path in counts],
-    }
-    write_json(folder / "meta.json", meta)
+def _assemble(jobs: list[encode.Job], partial: Path, out: Path) -> Counts:
+    """Makes one folder of the parts: token files keep their content and get new numbers."""
+    starts, sizes, names, sums = [], [], [], {}
+    tokens = 0
+    tokenizer = load_tokenizer(partial / "tokenizer")
+    dtype = np.dtype(encode.token_dtype(len(tokenizer)))
+    with atomic_folder(out) as folder:
+        for job in jobs:
+            part = json.loads((job.folder / "part.json").read_text(encoding="utf-8"))
+            starts.append(np.load(job.folder / "starts.npy") + tokens)
+            sizes.append(np.load(job.folder / "bytes.npy"))
+            tokens += part["tokens"]
+            for name in part["files"]:
+                names.append(f"tokens-{len(names):05d}.bin")
+                _link(job.folder / name, folder / names[-1])
+                sums[names[-1]] = part["sha256"][name]
+        num_bytes = np.concatenate(sizes)
+        result = Counts(len(num_bytes), int(num_bytes.sum()), tokens)
+        if result.documents == 0:
+            raise InputError(f"{jobs[0].sources[0]}: holds no document")
+        np.save(folder / "documents.npy", np.concatenate([*starts, [tokens]]).astype(np.int64))
+        np.save(folder / "bytes.npy", num_bytes)
+        copy_tokenizer(partial / "tokenizer", folder / "tokenizer")
+        for name in ("documents.npy", "bytes.npy"):
+            sums[name] = sha256(folder / name)
+        meta = {
+            "format": "nirvana token shards 1",
+            "dtype": dtype.str,
+            "documents": result.documents,
+            "tokens": result.tokens,
+            "bytes": result.bytes,
+            "vocab_size": len(tokenizer),
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "tokenizer_sha256": sha256(folder / "tokenizer" / "tokenizer.json"),
+            "files": names,
+            "file_tokens": [(folder / name).stat().st_size // dtype.itemsize for name in names],
+            "sha256": sums,
+            "sources": [_short(source) for job in jobs for source in job.sources],
+        }
+        write_json(folder / "meta.json", meta)
+    shutil.rmtree(partial)
     return result
 
 
-def sha256(path: str | Path) -> str:
-    """The SHA-256 sum of a file, in hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _link(file: Path, name: Path) -> None:
+    """A second name: it costs nothing, and leaves the part whole should this be interrupted."""
+    try:
+        os.link(file, name)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, name)
+
+
+def _expand(sources: Iterable[str | Path]) -> list[str]:
+    """Files as they are, data sets of the hub as their parts; all are known to be there."""
+    parts: list[str] = []
+    for source in sources:
+        kind_of(source)
+        parts += split_source(str(source)) if is_hub(source) else [str(source)]
+    if not parts:
+        raise InputError("no text file given")
+    return parts
+
+
+def _identity(part: str) -> list[int]:
+    """What tells that a file is still the same."""
+    if is_hub(part):
+        return []
+    status = os.stat(part)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _same_plan(partial: Path, plan: dict[str, Any]) -> bool:
+    try:
+        return json.loads((partial / "plan.json").read_text(encoding="utf-8")) == plan
+    except (OSError, ValueError):
+        return False
+
+
+def _short(source: str) -> str:
+    return source if is_hub(source) else Path(source).name
 
 
 @contextmanager

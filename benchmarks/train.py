@@ -1,0 +1,98 @@
+"""Times a whole training, as `nirvana train` runs it, on packed documents with state reset.
+
+    python benchmarks/train.py --preset 1.3b --out benchmarks/results/train-1.3b [--key value ...]
+
+Documents are random words whose number is log-normal, as in web text (a median of 400, a mean of
+800 words); what they say does not matter to the time. OUT gets `metrics.jsonl` of the run
+and `summary.json`: median tokens per second, MFU and peak memory, without the first tenth of the
+steps, in which blocks are compiled. Whatever else is given overrides a setting of
+`configs/PRESET.toml`.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nirvana.files import write_json
+from nirvana.train.language import train
+from nirvana.train.tokenize import tokenize
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "src/nirvana/assets/tiny"
+NUM_DOCUMENTS = 4000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times a whole training.")
+    parser.add_argument("--preset", default="1.3b")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    options, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_documents(folder / "text.jsonl")
+        tokenize([folder / "text.jsonl"], folder / "shards", TOKENIZER)
+        settings = {
+            "data.train": f'{{ random = "{folder / "shards"}" }}',
+            "data.valid": "{}",
+            "data.weights": "{}",
+            "data.batch_size": options.batch_size,
+            "data.sample_prompts": "[]",
+            "optim.accumulation": options.accumulation,
+            "optim.warmup_steps": max(1, options.steps // 10),
+            "run.steps": options.steps,
+            "run.checkpoint_interval": 0,
+            "run.validation_interval": 0,
+            "run.out": folder / "run",
+        }
+        arguments = [f"--{key}={value}" for key, value in settings.items()]
+        train(ROOT / "configs" / f"{options.preset}.toml", [*arguments, *overrides])
+        options.out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / "run/metrics.jsonl", options.out / "metrics.jsonl")
+        config = json.loads((folder / "run/config.json").read_text())
+    summary = summarize(options.out / "metrics.jsonl", options.steps)
+    cuda = torch.cuda.is_available() and config["run"]["device"] != "cpu"
+    summary["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    summary["torch"] = torch.__version__
+    summary["tokens_per_step"] = (
+        config["data"]["context_length"] * options.batch_size * options.accumulation
+    )
+    write_json(options.out / "summary.json", summary)
+    print(json.dumps(summary, indent=2))
+
+
+def write_documents(path: Path) -> None:
+    """Random words, the same at every call."""
+    random = np.random.default_rng(0)
+    words = (TOKENIZER / "README.md").read_text(encoding="utf-8").split()
+    with open(path, "w", encoding="utf-8") as file:
+        for length in random.lognormal(np.log(400), 1.18, NUM_DOCUMENTS).astype(int) + 1:
+            file.write(json.dumps({"text": " ".join(random.choice(words, length))}) + "\n")
+
+
+def summarize(metrics: Path, steps: int) -> dict[str, float]:
+    """Medians over the lines after the first tenth."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    kept = [line for line in lines if line["step"] > steps / 10]
+    summary = {
+        "steps": steps,
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in kept),
+        "memory_gib": max(line["memory_gib"] for line in kept),
+        "last_loss": lines[-1]["loss"],
+        "skipped": lines[-1]["skipped"],
+    }
+    if "mfu" in kept[-1]:
+        summary["mfu"] = statistics.median(line["mfu"] for line in kept)
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What a training will take: parameters, floating-point operations, memory, time."""
+
+import torch
+from torch import nn
+
+from nirvana.model.config import NirvanaConfig
+
+# Dense bf16 matrix products, FLOP/s, as the makers state them; by a part of the device's name.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """The device's bf16 FLOP/s; 0 where it is not known, or not what the run computes in."""
+    if device.type != "cuda" or precision != "bf16":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAKS.items() if part in name), 0.0)
+
+
+def flops_per_token(model: nn.Module, config: NirvanaConfig, context_length: int) -> float:
+    """Floating-point operations of a forward and a backward pass for each token of a row, the
+    useful ones: what recomputation repeats is not counted.
+
+    Products with weights, 6 for each entry (the tied embedding counts once, as the head); the delta
+    rule, three products with the state; window attention, two products with the keys that a token
+    sees on average in a row that is one document; the Trigger, two products with the bank.
+    """
+    T, D, K = context_length, config.hidden_size, config.head_dim
+    weights = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2
+        and not name.endswith(("conv_weight", "bank.gain", "bank.bias", "bank.shift"))
+        and (config.tie_word_embeddings or "embed_tokens" not in name)
+    )
+    weights += sum(p.numel() for n, p in model.named_parameters() if n.endswith("window_up"))
+    W = T if config.sliding_window is None else min(T, config.sliding_window)
+    seen = W - W * (W - 1) / (2 * T)
+    triggers = config.num_hidden_layers - config.num_prelude_layers
+    forward = 2 * weights
+    forward += config.num_hidden_layers * 6 * D * K
+    forward += triggers * (4 * seen * D + 4 * config.task_dim**2 * config.bank_size)
+    return 3.0 * forward
+
+
+def memory_bytes(
+    model: nn.Module,
+    config: NirvanaConfig,
+    tokens: int,
+    parts: int = 1,
+    recompute: int = 0,
+) -> dict[str, float]:
+    """Bytes that a training takes on each device, about.
+
+    Args:
+        tokens: of a micro batch.
+        parts: processes over which the state is cut.
+        recompute: every n-th block is recomputed; 0: none.
+
+    Returns:
+        "state": float32 weights, gradients and two moments, 16 bytes a parameter;
+        "activations": in bfloat16 what the blocks keep for the backward pass, about 12 D + 2 F
+        numbers a token and layer (F: SwiGLU), and of a recomputed block its input alone; and the
+        logits and their gradient.
+    """
+    D, F = config.hidden_size, config.intermediate_size or 0
+    kept, whole = 4 * D + 16 * config.bank_size, 2 * (12 * D + 2 * F)
+    layers = config.num_hidden_layers
+    recomputed = -(-layers // recompute) if recompute else 0
+    per_token = recomputed * kept + (layers - recomputed) * whole + (whole if recomputed else 0)
+    return {
+        "state": 16.0 * sum(p.numel() for p in model.parameters()) / parts,
+        "activations": float(tokens * (per_token + 8 * config.vocab_size)),
+    }

@@ -1,0 +1,147 @@
+"""Parallelism, applied to a model from outside and in one order: recompute, compile, shard.
+
+The model knows nothing of it. Parameters, gradients and the optimiser's state are cut into equal
+parts over the processes of a mesh (FSDP2); each block is gathered while it computes. With
+`parallel.shard` below the number of processes, groups of that many hold a whole copy each, and
+gradients are also summed across groups (hybrid sharding): gathering then stays within a machine.
+
+Parameters without a dimension (the Trigger's learned step size and decay) cannot be cut: every
+process keeps them, and `reduce_gradients` sums their gradients.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from nirvana.errors import InputError
+from nirvana.model.nirvana import compile_blocks
+from nirvana.train.config import ParallelConfig
+from nirvana.train.world import World
+
+
+def parallelize(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    config: ParallelConfig,
+    world: World,
+    compiled: bool,
+) -> None:
+    """Changes `model` in place into one that trains on all processes of `world`.
+
+    Args:
+        model: whole, with the same weights in every process, on the process's device.
+        blocks: its large repeated parts, each of which calls no other.
+        compiled: compile each block.
+
+    Raises:
+        InputError: for a mesh that the number of processes does not allow.
+    """
+    recompute_blocks(blocks, config.recompute)
+    if compiled:
+        compile_blocks(blocks)
+    if world.size > 1:
+        shard(model, blocks, config, world)
+
+
+def recompute_blocks(blocks: Sequence[nn.Module], every: int) -> None:
+    """Activation checkpointing of every n-th block: its inside is computed again in the backward
+    pass instead of being kept. 0: of none."""
+    for index, block in enumerate(blocks):
+        if every and index % every == 0:
+            # The library's own switch for its layers, which leaves parameter names as they are.
+            setattr(block, "gradient_checkpointing", True)  # noqa: B010
+            setattr(  # noqa: B010
+                block, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False)
+            )
+
+
+def shard(
+    model: nn.Module, blocks: Iterable[nn.Module], config: ParallelConfig, world: World
+) -> None:
+    """FSDP2 of each block, and of the rest of the model around them."""
+    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    options: dict[str, Any] = {"mesh": make_mesh(config, world), "ignored_params": whole}
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=config.reshard, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The losses are already divided by the number of micro batches: a plain sum is what
+            # one process alone would accumulate, to the bit for two summands.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
+    """All processes in one row, or `[copies, parts of a copy]` with hybrid sharding.
+
+    Raises:
+        InputError: when the processes cannot be arranged so.
+    """
+    parts = config.shard or world.size
+    if world.size % parts:
+        raise InputError(
+            f"configuration: parallel.shard = {parts} must divide the {world.size} processes"
+        )
+    kind = world.device.type
+    if parts == world.size:
+        return init_device_mesh(kind, (parts,), mesh_dim_names=("shard",))
+    shape = (world.size // parts, parts)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass ends in a reduction over the processes: only that of a step's
+    last micro batch has to."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Sums the gradients that FSDP does not: those of the parameters that are not cut."""
+    whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    if world.size == 1 or not whole:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in whole])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(whole, flat.split([g.numel() for g in whole]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """The Euclidean norm of the whole gradient, which is then scaled down to `largest`.
+
+    On the CPU cut gradients are gathered first: a norm summed part by part would depend, in its
+    last bits, on the number of parts, and with it every weight.
+
+    Args:
+        largest: 0 leaves the gradient as it is.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    cut = [g for g in gradients if isinstance(g, DTensor)]
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    if cut and gradients[0].device.type == "cpu":
+        norm = nn.utils.get_total_norm(
+            [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+        )
+    elif cut:
+        norms = [nn.utils.get_total_norm(cut), *map(torch.linalg.vector_norm, whole)]
+        norm = torch.linalg.vector_norm(
+            torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
+        )
+    else:
+        norm = nn.utils.get_total_norm(whole)
+    if largest > 0:
+        factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+        parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(parts, factor)  # type: ignore[reportPrivateImportUsage]
+    return norm

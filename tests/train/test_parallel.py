@@ -1,0 +1,176 @@
+"""Several processes compute what one computes (law 11, from 2 processes to 1 and back), on gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nirvana import NirvanaConfig, NirvanaForCausalLM
+from nirvana.errors import InputError
+from nirvana.train.config import ParallelConfig
+from nirvana.train.language import LanguageTask, train
+from nirvana.train.parallel import clip, make_mesh, recompute_blocks
+from nirvana.train.tokenize import tokenize
+from nirvana.train.world import World
+
+PROGRAM = Path(__file__).with_name("processes.py")
+# Learned step sizes have no dimension, and one row of a gate cannot be cut in two.
+MODEL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "task_dim": 4,
+    "bank_size": 3,
+    "trigger_lr_learnable": True,
+    "trigger_decay": 0.5,
+    "trigger_decay_learnable": True,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    texts = [f"the cat number {i} sat on mat {i * i}" for i in range(40)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    tokenize([folder / "a.jsonl"], folder / "shards", None, 300)
+    lines = ["[model]", *(f"{k} = {json.dumps(v)}" for k, v in MODEL.items())]
+    lines += ["[data]", f"train.a = '{folder / 'shards'}'", f"valid.a = '{folder / 'shards'}'"]
+    lines += ["context_length = 20", "batch_size = 2", "valid_documents = 2"]
+    lines += ["sample_prompts = ['the']", "sample_tokens = 3"]
+    lines += ["[optim]", "lr = 0.02", "warmup_steps = 1", "clip = 0.5", "accumulation = 4"]
+    lines += ["[run]", "steps = 6", "device = 'cpu'", "precision = 'float32'", "compile = false"]
+    lines += ["log_interval = 1", "validation_interval = 3", f"out = '{folder / 'alone'}'"]
+    path = folder / "config.toml"
+    path.write_text("\n".join(lines))
+    assert train(path).finished
+    return path
+
+
+def together(config, out, *arguments, kind="none", at=0):
+    """Two processes; returns how they ended and what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", PROGRAM, kind, str(at), config, f"--run.out={out}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stderr
+
+
+def weights(run):
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def curve(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    names = ("step", "loss", "lr", "gradient_norm", "valid")
+    return [{name: line.get(name) for name in names} for line in lines]
+
+
+def test_two_processes_then_one(config, tmp_path):
+    """One of two processes gets a signal: both save after the same step, and one alone goes on."""
+    code, said = together(config, tmp_path / "run", kind="sigterm", at=4)
+    assert code == 0, said
+    assert said.count("stopped after step 4") == 1
+    assert len(list((tmp_path / "run/checkpoints/step-00000004").glob("shard-*"))) == 2
+    assert train(config, [f"--run.out={tmp_path / 'run'}"], resume=True).finished
+    assert weights(tmp_path / "run") == weights(config.parent / "alone")
+    assert curve(tmp_path / "run") == curve(config.parent / "alone")
+    samples = [
+        (run / "samples.jsonl").read_text() for run in (tmp_path / "run", config.parent / "alone")
+    ]
+    assert samples[0] == samples[1]
+
+
+def test_one_process_then_two(config, tmp_path, monkeypatch):
+    """The other way round, with a whole copy in each process and every second block recomputed."""
+    original = LanguageTask.batch
+
+    def batch(task, step, micro):
+        if step == 2:
+            raise InputError("pulled out")
+        return original(task, step, micro)
+
+    monkeypatch.setattr(LanguageTask, "batch", batch)
+    with pytest.raises(InputError, match=r"pulled out; saved in .*step-00000002"):
+        train(config, [f"--run.out={tmp_path / 'run'}"])
+    options = ["--resume", "--parallel.shard=1", "--parallel.recompute=2"]
+    code, said = together(config, tmp_path / "run", *options)
+    assert code == 0, said
+    assert weights(tmp_path / "run") == weights(config.parent / "alone")
+    assert curve(tmp_path / "run") == curve(config.parent / "alone")
+
+
+def test_data_that_one_process_cannot_read_end_both_with_a_checkpoint(config, tmp_path):
+    code, said = together(config, tmp_path / "run", kind="unreadable", at=3)
+    assert code != 0
+    assert "shard-7: can no longer be read; saved in" in said
+    assert (tmp_path / "run/checkpoints/step-00000003/state.json").is_file()
+    assert train(config, [f"--run.out={tmp_path / 'run'}"], resume=True).finished
+    assert weights(tmp_path / "run") == weights(config.parent / "alone")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here")
+def test_two_gpus_are_one_to_rounding(config, tmp_path):
+    """In bfloat16, each block compiled: what the real runs do."""
+    options = ["--run.device=auto", "--run.precision=bf16", "--run.compile=true"]
+    train(config, [*options, f"--run.out={tmp_path / 'one'}"])
+    code, said = together(config, tmp_path / "two", *options, kind="sigterm", at=3)
+    assert code == 0, said
+    code, said = together(config, tmp_path / "two", *options, "--resume", "--parallel.shard=1")
+    assert code == 0, said
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=5e-2)
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    config = NirvanaConfig(**MODEL, vocab_size=31, intermediate_size=32)
+    model = NirvanaForCausalLM(config)
+    ids = torch.randint(31, (2, 9))
+    gradients, kept = [], []
+    for every in (0, 1):
+        recompute_blocks(list(model.model.layers), every)
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
+def test_clip():
+    linear = nn.Linear(3, 2)
+    linear(torch.ones(1, 3)).sum().backward()
+    before = [p.grad.clone() for p in linear.parameters()]
+    norm = torch.cat([g.flatten() for g in before]).norm()
+    assert torch.allclose(clip(linear.parameters(), 0), norm)
+    assert all(torch.equal(p.grad, g) for p, g in zip(linear.parameters(), before, strict=True))
+    clip(linear.parameters(), 0.5)
+    for parameter, gradient in zip(linear.parameters(), before, strict=True):
+        assert torch.allclose(parameter.grad, gradient * 0.5 / norm)
+
+
+def test_what_cannot_be_shared_out_is_refused():
+    world = World(torch.device("cpu"), rank=1, size=4)
+    assert list(world.share(8)) == [2, 3]
+    with pytest.raises(InputError, match=r"optim.accumulation = 6 must be a multiple of the 4"):
+        world.share(6)
+    with pytest.raises(InputError, match=r"parallel.shard = 3 must divide the 4 processes"):
+        make_mesh(ParallelConfig(shard=3), world)
+    with pytest.raises(InputError, match=r"parallel.tensor = 2 must be 1: in_proj"):
+        ParallelConfig(tensor=2)
