@@ -261,21 +261,36 @@ def _no_masks(positions: Tensor) -> Masks:
 _COMPILED: dict[str, Callable[..., Any]] = {}
 
 
-def _compiled(name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _compiled(name: str, function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     """One compiled function for all models: the blocks of a kind share the code."""
     if name not in _COMPILED:
-        _COMPILED[name] = torch.compile(function, dynamic=False, fullgraph=True, options=options)
+        _COMPILED[name] = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
     return _COMPILED[name]
 
 
 def _compiled_reading() -> Callable[..., Any]:
-    return _compiled("reading", _block)
+    return _compiled("reading", _block, "inductor")
 
 
 def _compiled_writing() -> Callable[..., Any]:
-    # This option also makes products with one row plain reductions, which is what they are.
-    return _compiled("writing", _block, coordinate_descent_tuning=True)
+    return _compiled("writing", _block, _one_row)
 
 
 def _compiled_head() -> Callable[..., Any]:
-    return _compiled("head", _head, coordinate_descent_tuning=True)
+    return _compiled("head", _head, _one_row)
+
+
+def _one_row(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """PyTorch's compiler with products of one row as what they are, sums over a matrix read once.
+
+    It decomposes them so only under an option whose other meaning, a search for each kernel's best
+    launch, would take minutes: off again when kernels are made.
+    """
+    from torch._inductor import compile_fx, config
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(coordinate_descent_tuning=False):
+            return compile_fx.compile_fx_inner(*args, **kwargs)
+
+    with config.patch(coordinate_descent_tuning=True):
+        return compile_fx.compile_fx(graph, inputs, inner_compile=make)
