@@ -324,6 +324,21 @@ def test_labels_give_the_shifted_cross_entropy(small_model):
     torch.testing.assert_close(out.loss.float(), expected)
 
 
+def test_the_loss_needs_no_logits(small_model):
+    model = small_model()
+    tokens = tokens_of(2, 15)
+    labels = tokens.clone()
+    labels[0, :6] = -100
+    for how in ({}, {"num_items_in_batch": 7}, {"shift_labels": labels.roll(-1, 1)}):
+        expected = model(tokens, labels=labels, **how)
+        lean = model(tokens, labels=labels, skip_logits=True, **how)
+        assert lean.logits is None
+        assert lean.past_key_values is None
+        torch.testing.assert_close(lean.loss.float(), expected.loss.float())
+    with pytest.raises(ValueError, match="without labels"):
+        model(tokens, skip_logits=True)
+
+
 def test_gradient_checkpointing_changes_nothing(small_model):
     model = small_model().train()
     tokens = tokens_of(2, 40)

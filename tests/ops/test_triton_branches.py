@@ -1,0 +1,63 @@
+"""The kernels of the Updater's branches against the definitions: the convolution with its gradients,
+and the low-rank move. They run in Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from nirvana import ops
+from nirvana.ops import reference
+
+pytest.importorskip("triton")
+from triton import knobs
+
+from nirvana.ops import triton_conv, triton_low_rank
+
+
+@pytest.fixture(autouse=True)
+def _where_triton_runs(device):
+    if device == "cpu" and not knobs.runtime.interpret:
+        pytest.skip("Triton is compiled for the GPU here")
+
+
+SIZES = [(2, 37, 2, 16), (1, 131, 1, 32), (3, 2, 1, 16)]  # B, T, H, K
+
+
+def strided(B, T, D):
+    """As a slice of a larger product lies."""
+    return torch.randn(B, T, D + 5)[..., 2 : D + 2]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["", "state"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_convolution(size, with_state, packed):
+    B, T, H, K = size
+    x, weight = strided(B, T, 3 * H * K), torch.randn(3 * H * K, 4)
+    state = torch.randn(B, 3 * H * K, 3) if with_state else None
+    segments = (torch.rand(B, T) < 0.1).cumsum(1) if packed else None
+    actual = triton_conv.forward(x, weight, K, state, segments)
+
+    x_, weight_ = (y.detach().double().requires_grad_() for y in (x, weight))
+    old = None if state is None else state.double()
+    y, _ = reference.causal_conv(x_, weight_, old, segments)
+    q, k, v = y.unflatten(-1, (3, H, K)).unbind(2)
+    expected = torch.stack([ops.unit(q), ops.unit(k), v])
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+    bars = torch.randn_like(actual)
+    x_bar, weight_bar = triton_conv.backward(bars.unbind(0), x, weight, K, state, segments)
+    (expected * bars).sum().backward()
+    for actual, right in ((x_bar, x_.grad), (weight_bar, weight_.grad)):
+        scale = right.abs().max()
+        torch.testing.assert_close(actual.double() / scale, right / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [5, 16])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_low_rank_move(size, rank):
+    B, T, H, K = size
+    x, factors = strided(B, T, 3 * H * K), strided(B, T, 3 * rank)
+    up = torch.randn(3, rank, H * K)
+    expected = torch.stack(ops.moved_heads(x, factors, up, K), dim=2).flatten(2)
+    error = (triton_low_rank.move(x, factors, up) - expected).norm() / expected.norm()
+    assert error < (1e-6 if x.device.type == "cpu" else 1e-3)  # a GPU multiplies in tf32
