@@ -77,6 +77,10 @@ def test_what_it_cannot_do_is_refused(small_model):
         model(tokens, attention_mask=mask, past_key_values=Decoder(model))
     with pytest.raises(ValueError, match="reads input_ids"):
         model(inputs_embeds=model.model.embed_tokens(tokens), past_key_values=Decoder(model))
+    with pytest.raises(ValueError, match="one continuation a row"):
+        model.generate(tokens, num_beams=2, max_new_tokens=3, past_key_values=Decoder(model))
+    with pytest.raises(ValueError, match="cannot forget"):
+        Decoder(model).crop(3)
     unlimited = small_model(sliding_window=None)
     with pytest.raises(ValueError, match="needs max_length"):
         Decoder(unlimited)

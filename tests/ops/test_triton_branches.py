@@ -1,5 +1,5 @@
-"""The kernels of the Updater's branches against the definitions: the convolution with its gradients,
-and the low-rank move. They run in Triton's interpreter where there is no GPU."""
+"""The kernels of the Updater's branches against the definitions: the convolution with its
+gradients, and the low-rank move. They run in Triton's interpreter where there is no GPU."""
 
 import pytest
 import torch

@@ -144,6 +144,22 @@ class Decoder(Cache):
         """Tokens read so far."""
         return self.length
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: rows stay where they are.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a Decoder has one continuation a row: search beams with another cache")
+
+    def crop(self, tokens: int) -> None:
+        """Refused: a state cannot be rolled back.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a Decoder cannot forget its last tokens: read the text again")
+
     @torch.no_grad()
     def prefill(self, tokens: Tensor) -> Tensor:
         """Forgets what was before and reads `[B, T]`; logits of the last token, `[B, V]`.
