@@ -22,6 +22,7 @@ from nirvana.model.decode import Decoder
 from nirvana.model.masks import Masks, create_masks
 from nirvana.model.trigger import Trigger, TriggerReport, WeightBank
 from nirvana.model.updater import RMSNorm, Updater
+from nirvana.ops import swiglu
 from nirvana.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -49,8 +50,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class NirvanaBlock(GradientCheckpointingLayer):

@@ -247,6 +247,24 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (p[..., None] * at_least_float32(v)).sum(2)[:, None].to(v.dtype)
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, for gate and up side by side.
+
+    Args:
+        x: `[B, T, 2 F]`.
+
+    Returns: `[B, T, F]`.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    # Where no gradient is wanted, a compiler does as well, and fuses it with what is around.
+    if HAS_KERNELS and x.is_cuda and half and x.requires_grad:
+        from nirvana.ops import triton_swiglu
+
+        return triton_swiglu.swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def decayed_sum(
     g: Tensor,
     decay: Tensor | float,

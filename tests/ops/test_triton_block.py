@@ -1,5 +1,5 @@
-"""The kernels of the Updater's branches against the definitions: the convolution with its
-gradients, and the low-rank move. They run in Triton's interpreter where there is no GPU."""
+"""The kernels of a block against the definitions: the convolution with its gradients, the low-rank
+move, and SwiGLU. They run in Triton's interpreter where there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from nirvana.ops import reference
 pytest.importorskip("triton")
 from triton import knobs
 
-from nirvana.ops import triton_conv, triton_low_rank
+from nirvana.ops import triton_conv, triton_low_rank, triton_swiglu
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +61,21 @@ def test_low_rank_move(size, rank):
     expected = torch.stack(ops.moved_heads(x, factors, up, K), dim=2).flatten(2)
     error = (triton_low_rank.move(x, factors, up) - expected).norm() / expected.norm()
     assert error < (1e-6 if x.device.type == "cpu" else 1e-3)  # a GPU multiplies in tf32
+
+
+@pytest.mark.parametrize("width", [3, 1100])
+def test_swiglu(width):
+    x = torch.randn(2, 5, 2 * width, requires_grad=True)
+    bar = torch.randn(2, 5, width)
+    y = triton_swiglu.swiglu(x)
+    (x_bar,) = torch.autograd.grad(y, x, bar)
+    exact = x.detach().double().requires_grad_()
+    expected = ops.swiglu(exact)
+    (expected_bar,) = torch.autograd.grad(expected, exact, bar.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x_bar.double(), expected_bar, rtol=1e-5, atol=1e-5)
+
+
+def test_swiglu_is_a_proper_operation():
+    x = torch.randn(3, 8, requires_grad=True)
+    torch.library.opcheck(triton_swiglu._swiglu, (x,))

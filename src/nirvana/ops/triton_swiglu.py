@@ -1,0 +1,80 @@
+"""silu(gate) * up for gate and up side by side, and its gradient in one pass, for CUDA tensors.
+
+A compiler makes the gradient's two halves by masks, each lane computing both: 1.6 times the time
+that reading and writing takes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nirvana.ops.launch import blocks, launch
+
+COLUMNS = 1024
+"""Of a program, which takes one row."""
+
+
+@triton.jit
+def forward_kernel(x, out, F, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    gate = tl.load(x + row * (2 * F) + c, c < F, 0.0).to(tl.float32)
+    up = tl.load(x + row * (2 * F) + F + c, c < F, 0.0).to(tl.float32)
+    tl.store(out + row * F + c, gate * tl.sigmoid(gate) * up, c < F)
+
+
+@triton.jit
+def backward_kernel(bar, x, x_bar, F, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    gate = tl.load(x + row * (2 * F) + c, c < F, 0.0).to(tl.float32)
+    up = tl.load(x + row * (2 * F) + F + c, c < F, 0.0).to(tl.float32)
+    y_bar = tl.load(bar + row * F + c, c < F, 0.0).to(tl.float32)
+    sigma = tl.sigmoid(gate)
+    gate_bar = y_bar * up * sigma * (1 + gate * (1 - sigma))
+    tl.store(x_bar + row * (2 * F) + c, gate_bar, c < F)
+    tl.store(x_bar + row * (2 * F) + F + c, y_bar * gate * sigma, c < F)
+
+
+@torch.library.custom_op("nirvana::swiglu", mutates_args=())
+def _swiglu(x: Tensor) -> Tensor:
+    N, F = x.shape[0], x.shape[1] // 2
+    out = torch.empty(N, F, dtype=x.dtype, device=x.device)
+    launch(forward_kernel, (N, blocks(F, COLUMNS)), x.contiguous(), out, F, COLUMNS=COLUMNS)
+    return out
+
+
+@_swiglu.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@torch.library.custom_op("nirvana::swiglu_gradient", mutates_args=())
+def _gradient(bar: Tensor, x: Tensor) -> Tensor:
+    N, F = bar.shape
+    x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    given = (bar.contiguous(), x.contiguous(), x_bar, F)
+    launch(backward_kernel, (N, blocks(F, COLUMNS)), *given, COLUMNS=COLUMNS)
+    return x_bar
+
+
+@_gradient.register_fake
+def _(bar, x):
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, bar):
+    return _gradient(bar, *ctx.saved_tensors)
+
+
+_swiglu.register_autograd(_autograd, setup_context=_save)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """See `nirvana.ops.swiglu`."""
+    return _swiglu(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
