@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM, ops
+from nirvana.model import decode
+from nirvana.model.decode import Decoder
 from nirvana.model.masks import create_masks
 from nirvana.model.nirvana import compile_blocks
 
@@ -177,6 +179,20 @@ def test_prefill_and_decode_are_forward(n):
             )
             logits.append(out.logits)
     assert relative(torch.cat(logits, 1)[:, :260], expected) < TOLERANCE
+
+
+def test_one_graph_a_token_is_the_forward_pass(monkeypatch):
+    monkeypatch.setattr(decode, "PREFILL_CHUNK", 64)
+    model = make_model().eval()
+    tokens = torch.randint(97, (2, 200))
+    decoder = Decoder(model)
+    for length in (130, 70):  # the second text finds the graph of the first
+        with torch.no_grad():
+            expected = model(tokens[:, : length + 40], use_cache=False).logits[:, length - 1 :]
+        logits = [decoder.prefill(tokens[:, :length])]
+        for t in range(length, length + 40):
+            logits.append(decoder.step(tokens[:, t : t + 1]).clone())
+        assert relative(torch.stack(logits, 1), expected) < TOLERANCE
 
 
 def test_gradients_of_a_compiled_model_are_those_of_float32_on_the_cpu():
