@@ -194,7 +194,7 @@ def run_tasks(
 def _evaluate(model: LM, tasks: list[Any], hub: bool, limit: int | None) -> dict[str, Any]:
     names = ", ".join(task for task in tasks if isinstance(task, str))
     manager = TaskManager(include_defaults=hub)
-    unknown = [task for task in tasks if isinstance(task, str) and not manager.match_tasks([task])]
+    unknown = [task for task in tasks if isinstance(task, str) and task not in manager.all_tasks]
     if unknown:
         raise InputError(f"hub:{unknown[0]}: the lm-eval library has no task of that name")
     try:
