@@ -80,19 +80,33 @@ def read_documents(path: str | Path) -> Iterator[str]:
         )
 
 
+def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of each line of a .jsonl file (also .xz, .gz, .zst), read as a stream.
+
+    Raises:
+        InputError: for a damaged file, or a line that is no JSON object.
+    """
+    with _open(Path(path)) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: must be a JSON object")
+            yield where, record
+
+
 def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     """A function from texts to their tokens as in training: no BOS or EOS, nothing special.
 
     Args:
         tokenizer: a fast transformers tokenizer; stays as it is.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-
-    # A normalizer may treat the beginning of each piece as that of a text: few pieces, then.
-    size = PIECE_CHARACTERS if backend.normalizer is None else NORMALIZED_PIECE_CHARACTERS
+    backend, size = _plain_backend(tokenizer)
 
     def encode(texts: list[str]) -> list[list[int]]:
         pieces = [list(split_text(text, size)) for text in texts]
@@ -101,6 +115,49 @@ def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
         return [[token for _ in each for token in next(encoded).ids] for each in pieces]
 
     return encode
+
+
+def aligned_encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[int]]]:
+    """A function from a text to its tokens, those of `text_encoder`, and each token's share of the
+    text's UTF-8 bytes.
+
+    The shares sum to the bytes of the text. A character that several tokens spell counts at the
+    first of them; what a tokenizer leaves out counts at the token that follows it.
+
+    Args:
+        tokenizer: a fast transformers tokenizer; stays as it is.
+    """
+    backend, size = _plain_backend(tokenizer)
+
+    def encode(text: str) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        sizes: list[int] = []
+        left = 0  # bytes that no token covers yet
+        for piece in split_text(text, size):
+            encoding = backend.encode(piece, add_special_tokens=False)
+            done = 0  # characters of this piece that are counted
+            for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                end = max(end, done)
+                ids.append(token)
+                sizes.append(left + len(piece[done:end].encode("utf-8")))
+                done, left = end, 0
+            left += len(piece[done:].encode("utf-8"))
+        if sizes:
+            sizes[-1] += left
+        return ids, sizes
+
+    return encode
+
+
+def _plain_backend(tokenizer: Any) -> tuple[Tokenizer, int]:
+    """A copy of a tokenizer that reads everything as text, and the size of its pieces."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    # A normalizer may treat the beginning of each piece as that of a text: few pieces, then.
+    size = PIECE_CHARACTERS if backend.normalizer is None else NORMALIZED_PIECE_CHARACTERS
+    return backend, size
 
 
 def split_text(text: str, size: int) -> Iterator[str]:
@@ -127,18 +184,10 @@ def _txt(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not JSON: {error}") from None
-            if not isinstance(record, dict) or "text" not in record:
-                raise InputError(f'{where}: must be a JSON object with a field "text"')
-            yield where, record["text"]
+    for where, record in read_records(path):
+        if "text" not in record:
+            raise InputError(f'{where}: must be a JSON object with a field "text"')
+        yield where, record["text"]
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

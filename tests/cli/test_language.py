@@ -95,6 +95,51 @@ def test_from_text_to_figures(run, tmp_path):
     assert run("eval", "exported", "--data", "a.txt", "--device", "cpu")[0] == 0
 
 
+def test_evaluation_and_comparison(run, model, tmp_path):
+    """Text by domain and position, recall and a local benchmark; then two results side by side."""
+    pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'nirvana[eval]'")
+    lines = [json.dumps({"text": f"{TEXT}{i} " * (1 + i)}) for i in range(6)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "hay.txt").write_text(TEXT * 80)
+    question = {"query": "The cat", "choices": ["sat", "dog"], "gold": 0}
+    (tmp_path / "copa.jsonl").write_text(json.dumps(question))
+    recall = ["--tasks", "mqar,s_niah_1", "--tasks", "s_niah_2,s_niah_3,copa", "--lengths", "400"]
+    text = ["--data", "cats=a.jsonl", "--data", "hay.txt", "--limit", 5, "--device", "cpu"]
+    more = ["--haystack", "hay.txt", "--task-data", ".", "--json"]
+    code, out, _ = run("eval", model, *text, *recall, *more, "a.json")
+    assert code == 0
+    assert "from 64" in out
+    results = json.loads((tmp_path / "a.json").read_text())
+    cats = results["files"]["cats"]
+    assert sum(part["bytes"] for part in cats["positions"]) == cats["bytes"]
+    assert sum(cats["each"]["bits"]) / cats["bytes"] == pytest.approx(cats["bits_per_byte"])
+    assert len(cats["each"]["bits"]) == 5
+    names = ["mqar@400", "s_niah_1@400", "s_niah_2@400", "s_niah_3@400", "copa"]
+    assert list(results["tasks"]) == names
+    assert [len(task["each"]["points"]) for task in results["tasks"].values()] == [5, 5, 5, 5, 1]
+    assert all(f"{name} " in out for name in names)
+    code, _, _ = run("eval", model, *text, *recall, "--no-trigger", *more, "b.json")
+    assert code == 0
+    code, out, _ = run("eval", "--compare", "a.json", "b.json", "--json", "c.json")
+    assert code == 0
+    assert "B - A" in out
+    other = json.loads((tmp_path / "b.json").read_text())
+    found = json.loads((tmp_path / "c.json").read_text())["differences"]
+    for name, a, b in (
+        ("cats", cats, other["files"]["cats"]),
+        ("total", results["total"], other["total"]),
+    ):
+        difference = found["bits per byte"][name]
+        assert difference["a"] == pytest.approx(a["bits_per_byte"])
+        assert difference["difference"] == pytest.approx(b["bits_per_byte"] - a["bits_per_byte"])
+        assert difference["low"] <= difference["difference"] <= difference["high"]
+    assert list(found["acc"]) == names
+    assert run("eval", model, "--data", "cats=a.jsonl", "--json", "d.json")[0] == 0
+    code, _, err = run("eval", "--compare", "a.json", "d.json")
+    assert code == 2
+    assert "cats is not the same documents" in err
+
+
 def test_dry_run(run, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT * 20)
     assert run("data", "tokenize", "a.txt", "--out", "shards", "--vocab-size", 280)[0] == 0
@@ -131,6 +176,22 @@ def test_generate_repeats_itself_for_the_same_seed(run, model):
         ("eval MODEL --data empty.txt", "empty.txt: holds no document"),
         ("eval MODEL --data empty.txt --limit 0", "--limit = 0 must be"),
         ("eval MODEL", "--data"),
+        ("eval", "which model?"),
+        ("eval MODEL --data =a.txt", "must be FILE or DOMAIN=FILE"),
+        ("eval MODEL --data full.txt --data full.txt", "the name full.txt is taken"),
+        ("eval MODEL --data total=full.txt", "the name total is taken"),
+        ("eval MODEL --tasks arc_hard", "no task 'arc_hard'; known are arc_challenge"),
+        ("eval MODEL --tasks hub:", "no task 'hub:'"),
+        ("eval MODEL --tasks copa --task-data none", "none: no such folder"),
+        ("eval MODEL --tasks copa --task-data .", "copa.jsonl (or .xz, .gz, .zst): no such file"),
+        ("eval MODEL --tasks mqar --lengths 64,a", "--lengths = 64,a must be numbers"),
+        ("eval MODEL --tasks mqar --lengths 32", "32 must be at least 33"),
+        ("eval MODEL --tasks mqar --pairs 0", "--pairs = 0 must be at least 1"),
+        ("eval MODEL --tasks s_niah_1 --lengths 50", "s_niah_1: length = 50 must be at least"),
+        ("eval MODEL --tasks s_niah_2 --haystack none.txt", "none.txt: no such file"),
+        ("eval MODEL --tasks s_niah_2 --haystack full.txt", "s_niah_2: the haystack has"),
+        ("eval MODEL --compare a.json b.json", "--compare A B takes two results"),
+        ("eval --compare a.json b.json", "a.json: no such file"),
         ("data tokenize none.txt --out o", "none.txt: no such file"),
         ("data tokenize empty.txt --out o", "holds no document"),
         ("data tokenize full.txt --out o --tokenizer none", "not a tokenizer"),

@@ -9,22 +9,18 @@ import torch
 from nirvana.errors import InputError
 from nirvana.evaluate.perplexity import (
     Score,
+    by_position,
     byte_entropy,
+    read_files,
+    read_scores,
+    read_tokens,
     score_documents,
     score_files,
     score_tokens,
 )
-from nirvana.train.tokenize import load_tokenizer, train_tokenizer
+from nirvana.text import aligned_encoder, text_encoder
 
 TEXTS = ["The cat sat on the mat.", "Zwölf <|eos|> 日本 " * 5, "a"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "a.txt").write_text("The cat sat on the mat. " * 9)
-    train_tokenizer([folder / "a.txt"], folder / "tokenizer", 280)
-    return load_tokenizer(folder / "tokenizer")
 
 
 @pytest.fixture
@@ -46,6 +42,55 @@ def test_pieces_are_the_whole(model, piece):
     costs = score_tokens(model, tokens, piece)
     assert costs.shape == (41,)
     assert torch.allclose(costs, direct(model, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [1, 7, 8, 41])
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_what_is_asked_from_the_middle_on(model, start, piece):
+    tokens = torch.randint(280, (42,))
+    with torch.no_grad():
+        best = model(tokens[None], use_cache=False).logits[0].argmax(-1)[:-1]
+    tokens[20] = best[19]  # one token, at least, is the likeliest; later ones do not matter to it
+    with torch.no_grad():
+        best = model(tokens[None], use_cache=False).logits[0].argmax(-1)[:-1]
+    costs, hits = read_tokens(model, tokens, start, piece)
+    assert torch.allclose(costs, direct(model, tokens)[start - 1 :], atol=1e-5)
+    assert torch.equal(hits, (best == tokens[1:])[start - 1 :])
+    assert start > 20 or hits[20 - start]
+
+
+def test_positions_sum_to_the_whole(model, tokenizer):
+    """Costs, tokens and bytes of the ranges are those of the document, which reaches each once."""
+    texts = [*TEXTS, "Zwölf 日本 and more of it. " * 40]
+    for score in read_scores(model, tokenizer, texts):
+        whole = sum(score.positions.values(), Score())
+        assert math.isclose(whole.nats, score.total.nats, rel_tol=1e-9)
+        assert (whole.tokens, whole.bytes) == (score.total.tokens, score.total.bytes)
+        assert all(part.documents == 1 for part in score.positions.values())
+        assert list(score.positions) == [0, 64, 128, 256, 512, 1024][: len(score.positions)]
+    assert len(score.positions) == 6
+
+
+def test_positions_are_where_they_say():
+    costs = torch.zeros(200).double()
+    costs[[63, 64, 130]] = torch.tensor([1.0, 2.0, 4.0]).double()
+    scores = by_position(costs, range(200))
+    assert {start: (s.nats, s.tokens) for start, s in scores.items()} == {
+        0: (1.0, 64),
+        64: (2.0, 64),
+        128: (4.0, 72),
+    }
+    assert scores[64].bytes == sum(range(64, 128))
+
+
+def test_bytes_of_tokens(tokenizer):
+    encode, aligned = text_encoder(tokenizer), aligned_encoder(tokenizer)
+    for text in [*TEXTS, "The cat sat. " * 900, "\n\n日\t🙂  x "]:
+        ids, sizes = aligned(text)
+        assert ids == encode([text])[0]
+        assert sum(sizes) == len(text.encode())
+    ids, sizes = aligned("The cat")
+    assert sizes == [len(tokenizer.decode([token])) for token in ids]
 
 
 def test_documents(model, tokenizer):
@@ -85,6 +130,13 @@ def test_files(model, tokenizer, tmp_path):
     assert [score.documents for score in scores.values()] == [3, 1, 4]
     assert scores["total"] == scores[str(a)] + scores[str(b)]
     assert score_files(model, tokenizer, [a], limit=1)[str(a)] == scores[str(b)]
+    found = read_files(model, tokenizer, {"law": a, "novels": b})
+    assert found["law"].total == scores[str(a)]
+    assert found["law"].documents[:1] == found["novels"].documents
+    assert found["law"].positions[0].documents == 3
+    assert found["law"].sha256 != found["novels"].sha256
+    same = read_files(model, tokenizer, {"x": a}, limit=1)["x"]
+    assert same.sha256 == found["novels"].sha256
     with pytest.raises(InputError, match="no such file"):
         score_files(model, tokenizer, [a, tmp_path / "c.jsonl"])
 

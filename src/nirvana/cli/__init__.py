@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from nirvana.cli import bench, convert, demo, language, mri
+from nirvana.cli import bench, convert, demo, evaluate, language, mri
 from nirvana.errors import InputError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 EXTRAS = {
     **dict.fromkeys(("h5py", "matplotlib", "monai", "nibabel", "sigpy", "skimage"), "mri"),
     **dict.fromkeys(("datasets", "pyarrow", "tensorboard", "zstandard"), "train"),
+    "lm_eval": "eval",
 }
 
 # Typer carries a click of its own; an installed click's exceptions would not be these.
@@ -36,7 +37,7 @@ app.add_typer(mri.app, name="mri")
 app.add_typer(language.data_app, name="data")
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
 app.command("export")(language.export)
-app.command("eval")(language.evaluate)
+app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)
 app.command("bench")(bench.bench)
 

@@ -1,17 +1,12 @@
-"""Commands about text: tokenize, train, evaluate, generate."""
+"""Commands about text: tokenize, train, export, generate."""
 
 import os
-from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
 from nirvana.errors import InputError
-from nirvana.files import write_json
 
 data_app = typer.Typer(help="Text to token shards.", no_args_is_help=True)
 
@@ -97,61 +92,6 @@ def export(
 
     checkpoint = write_model(source, out, precision, tokenizer)
     print(f"{out}: the model of {checkpoint.folder}")
-
-
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, or the name of a packaged model.")],
-    data: Annotated[list[Path], typer.Option(help="Text file; give it again for more files.")],
-    json: Annotated[Path | None, typer.Option(help="Write the results here, too.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    limit: Annotated[int | None, typer.Option(help="Documents of each file at most.")] = None,
-    trigger: Annotated[bool, typer.Option(help="Let the Trigger take its steps.")] = True,
-) -> None:
-    """Bits per byte and perplexity of a model on text files.
-
-    "unigram" is the entropy of a file's own single bytes: the least that any model of them pays.
-    """
-    from nirvana.evaluate.perplexity import byte_entropy, score_files
-    from nirvana.model.assets import load_language_model
-    from nirvana.model.trigger import without_trigger
-    from nirvana.text import read_documents
-    from nirvana.train.world import choose_device
-
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit = {limit} must be at least 1")
-    loaded, tokenizer = load_language_model(model, choose_device(device))
-    with nullcontext() if trigger else without_trigger(loaded):
-        scores = score_files(loaded, tokenizer, data, limit, progress=True)
-    unigram = {str(path): byte_entropy(islice(read_documents(path), limit)) for path in data}
-    table = Table(
-        Column("file", overflow="fold"),
-        "bits per byte",
-        "unigram",
-        "perplexity",
-        "documents",
-        "bytes",
-    )
-    for name, score in scores.items():
-        table.add_row(
-            name,
-            f"{score.bits_per_byte:.4f}",
-            f"{unigram[name]:.4f}" if name in unigram else "",
-            f"{score.perplexity:.2f}",
-            f"{score.documents:,}",
-            f"{score.bytes:,}",
-        )
-    Console().print(table)
-    if json is not None:
-        files = {
-            name: {**score.to_dict(), "byte_unigram": unigram[name]}
-            for name, score in scores.items()
-            if name != "total"
-        }
-        total = scores["total"].to_dict()
-        write_json(
-            json,
-            {"model": model, "limit": limit, "trigger": trigger, "files": files, "total": total},
-        )
 
 
 def generate(

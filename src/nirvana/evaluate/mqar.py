@@ -1,0 +1,71 @@
+"""MQAR, multi-query associative recall: many pairs are told, then each key is asked for.
+
+After Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv
+2312.04927. A problem is
+
+    BOS  k1 v1  k2 v2 ... kN vN  | filler ... k3 v3 ... filler ... k1 v1 ... filler
+
+keys, values and filler being tokens drawn without meaning; behind the bar every key comes once
+more, in random order and at random places, and the value that follows it is the answer. Theirs
+spaces the queries by a power law, leaves the answer out of the sequence (the label stands at the
+key) and is meant for models trained on it alone; here the places are uniform and the answer is
+read after it has been scored, as in any text. Chance is 1 / `len(vocabulary)`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from nirvana.evaluate.recall import Problem
+
+
+def make_mqar(
+    bos: int,
+    vocabulary: Sequence[int],
+    length: int,
+    num_pairs: int,
+    num_problems: int,
+    seed: int = 0,
+) -> Iterator[Problem]:
+    """Problems of exactly `length` tokens.
+
+    Args:
+        bos: the token that begins a document.
+        vocabulary: tokens to draw keys, values and filler from; no two the same. A problem's keys
+            are distinct, its values are distinct, and neither is met as the other or as filler.
+        length: tokens of a problem, at least 1 + 4 `num_pairs`.
+        num_pairs: pairs of a problem, N.
+        num_problems: how many.
+        seed: the same seed gives the same problems.
+
+    Raises:
+        ValueError: for a vocabulary or length too small for so many pairs.
+    """
+    if num_pairs < 1 or length < 1 + 4 * num_pairs:
+        raise ValueError(
+            f"length = {length} must be at least {1 + 4 * num_pairs} for {num_pairs} pairs"
+        )
+    if len(vocabulary) <= 2 * num_pairs:
+        raise ValueError(
+            f"{num_pairs} pairs need more than {2 * num_pairs} tokens, not {len(vocabulary)}"
+        )
+    tokens = np.asarray(vocabulary)
+    for number in range(num_problems):
+        random = np.random.default_rng([seed, length, num_pairs, number])
+        drawn = random.permutation(tokens)
+        keys, values = drawn[:num_pairs], drawn[num_pairs : 2 * num_pairs]
+        told = np.stack([keys, values], 1).ravel()
+        asked = random.permutation(num_pairs)
+        # A query is one unit of two tokens among the fillers, units of one: draw their places.
+        num_filler = length - 1 - 4 * num_pairs
+        places = np.sort(random.choice(num_filler + num_pairs, num_pairs, replace=False))
+        starts = 1 + 2 * num_pairs + places + np.arange(num_pairs)
+        sequence = np.empty(length, dtype=np.int64)
+        sequence[0] = bos
+        sequence[1 : 1 + 2 * num_pairs] = told
+        sequence[1 + 2 * num_pairs :] = random.choice(
+            drawn[2 * num_pairs :], length - 1 - 2 * num_pairs
+        )
+        sequence[starts], sequence[starts + 1] = keys[asked], values[asked]
+        answers = [(int(start) + 1, int(start) + 2) for start in starts]
+        yield Problem(sequence.tolist(), answers)

@@ -1,0 +1,188 @@
+"""Benchmarks whose questions lie in local files, as tasks of the lm-eval library.
+
+A file is `NAME.jsonl` (also .xz, .gz, .zst) in one folder, one question a line. Three forms are
+read, whatever the benchmark:
+
+    choice   {"query", "choices": [text, ...], "gold": index}     which text goes on best?
+    blank    {"context_options": [text, ...], "continuation", "gold": index}
+                                                                  after which text does it go on?
+    last     {"text"}                                             is its last word foretold?
+
+"acc" takes the likeliest choice, "acc_norm" the likeliest by its length in characters. All are
+asked without examples (zero-shot). The wording of a file's questions is the file's own.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nirvana.errors import InputError
+from nirvana.text import read_records
+
+SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
+ANSWER = "\nAnswer:"
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """One benchmark: its file's name without suffix, and how a line of it is read."""
+
+    file: str
+    form: Callable[[dict[str, Any], str], dict[str, Any]]
+    cue: str = ""  # what is put behind the question before the choices
+
+    def read(self, path: Path) -> list[dict[str, Any]]:
+        """The questions of a file in the fields that `CONFIGS` names.
+
+        Raises:
+            InputError: for a line that is not of this form, or a file without any.
+        """
+        questions = []
+        for where, record in read_records(path):
+            try:
+                questions.append(self.form(record, self.cue))
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+                raise InputError(f"{where}: {FORMS[self.form]}") from None
+        if not questions:
+            raise InputError(f"{path}: holds no question")
+        return questions
+
+
+def _choice(record: dict[str, Any], cue: str) -> dict[str, Any]:
+    choices = [str(choice).strip() for choice in record["choices"]]
+    query = record["query"].rstrip() + cue
+    return {"query": query, "choices": choices, "gold": _index(record["gold"], choices)}
+
+
+def _blank(record: dict[str, Any], cue: str) -> dict[str, Any]:
+    contexts = [context.rstrip() + cue for context in record["context_options"]]
+    continuation = record["continuation"].strip()
+    gold = _index(record["gold"], contexts)
+    return {"contexts": contexts, "continuation": continuation, "gold": gold}
+
+
+def _last(record: dict[str, Any], cue: str) -> dict[str, Any]:
+    query, space, target = record["text"].rstrip().rpartition(" ")
+    if not space:
+        raise ValueError("a single word")
+    return {"query": query + cue, "target": " " + target}  # as lm-eval wants it here
+
+
+def _verdict(record: dict[str, Any], cue: str) -> dict[str, Any]:
+    choices = ["yes", "no", "maybe"]
+    gold = choices.index(record["continuation"].strip())
+    return {"query": record["context"].rstrip() + cue, "choices": choices, "gold": gold}
+
+
+def _index(gold: Any, choices: list[str]) -> int:
+    if type(gold) is not int or not 0 <= gold < len(choices) or len(choices) < 2:
+        raise ValueError("no such choice")
+    return gold
+
+
+FORMS: dict[Callable[..., Any], str] = {
+    _choice: 'must have "query", two or more "choices", and the index of the right one in "gold"',
+    _blank: 'must have two or more "context_options", "continuation", and an index in "gold"',
+    _last: 'must have a "text" of two words or more',
+    _verdict: 'must have "context", and yes, no or maybe in "continuation"',
+}
+
+_ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+_CHOICES = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "query",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "metric_list": [_ACCURACY, {**_ACCURACY, "metric": "acc_norm"}],
+}
+# How lm-eval asks a question of each form.
+CONFIGS: dict[Callable[..., Any], dict[str, Any]] = {
+    _choice: _CHOICES,
+    _verdict: _CHOICES,
+    _blank: {
+        "output_type": "multiple_choice",
+        "doc_to_text": "gold",  # lm-eval's convention for choices that stand in front
+        "doc_to_choice": "contexts",
+        "doc_to_target": "continuation",
+        "metric_list": [_ACCURACY],
+    },
+    _last: {
+        "output_type": "loglikelihood",
+        "doc_to_text": "query",
+        "doc_to_target": "target",
+        "metric_list": [
+            _ACCURACY,
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        ],
+    },
+}
+
+TASKS = {
+    "arc_challenge": LocalTask("arc_challenge", _choice, ANSWER),
+    "arc_easy": LocalTask("arc_easy", _choice, ANSWER),
+    "boolq": LocalTask("boolq", _choice, ANSWER),
+    "copa": LocalTask("copa", _choice),
+    "hellaswag": LocalTask("hellaswag", _choice),
+    "lambada": LocalTask("lambada_openai", _last),
+    "medmcqa": LocalTask("medmcqa", _choice),
+    "medqa": LocalTask("medqa_en", _choice),
+    "openbook_qa": LocalTask("openbook_qa", _choice),
+    "piqa": LocalTask("piqa", _choice, ANSWER),
+    "pubmed_qa": LocalTask("pubmed_qa_labeled", _verdict),
+    "social_iqa": LocalTask("socialiqa", _choice),
+    "winogrande": LocalTask("winogrande", _blank),
+}
+
+
+def benchmark_folder(folder: str | Path | None) -> Path:
+    """Where the benchmark files are: the folder given, else `benchmarks` in `NIRVANA_DATA`.
+
+    Raises:
+        InputError: when neither is there.
+    """
+    if folder is None:
+        data = os.environ.get("NIRVANA_DATA")
+        if not data:
+            raise InputError(
+                "local tasks need the folder of their files: give --task-data, or set NIRVANA_DATA "
+                "to the folder above benchmarks/"
+            )
+        folder = Path(data) / "benchmarks"
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder of benchmark files")
+    return Path(folder)
+
+
+def task_file(name: str, folder: Path) -> Path:
+    """The file that one of `TASKS` reads.
+
+    Raises:
+        InputError: when the folder has none.
+    """
+    paths = [folder / f"{TASKS[name].file}{suffix}" for suffix in SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise InputError(f"{paths[0]} (or .xz, .gz, .zst): no such file, which task {name} needs")
+    return path
+
+
+def task_config(name: str, folder: Path) -> dict[str, Any]:
+    """One of `TASKS` as lm-eval's task manager takes it, its questions read and checked.
+
+    Raises:
+        InputError: for a file that is absent or of another form.
+    """
+    from datasets import Dataset
+
+    task = TASKS[name]
+    questions = Dataset.from_list(task.read(task_file(name, folder)))
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": questions},
+        "test_split": "test",
+        "target_delimiter": " ",
+        "num_fewshot": 0,
+        **CONFIGS[task.form],
+    }
