@@ -35,7 +35,7 @@ def write_dicom(folder: Path, volume: np.ndarray, scan: Scan, description: str) 
     # The slope as it will be read: a decimal string holds 16 characters.
     slope = float(f"{volume.max() / LARGEST:.9e}") or 1.0
     pixels = np.rint(volume / slope).clip(0, LARGEST).astype("<u2")
-    seed = [scan.name, description, str(volume.shape), sha256(pixels).hexdigest()]
+    seed = [scan.name, description, str(volume.shape), sha256(pixels.tobytes()).hexdigest()]
     study, series, frame = (generate_uid(entropy_srcs=[*seed, kind]) for kind in ("y", "e", "f"))
     for number, picture in enumerate(pixels):
         image = _image(picture, slope, scan, description)
