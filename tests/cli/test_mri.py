@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -102,13 +103,51 @@ def test_the_mask_of_an_undersampled_scan_is_found(full_scan: Path, tmp_path: Pa
         *("reconstruct", str(tmp_path / "thin.h5"), "--out", str(out), "--json", str(facts)),
         "--no-wavelet",
     )
-    assert sorted(file.name for file in out.iterdir()) == ["panel.png", "reconstruction.h5"]
+    assert sorted(file.name for file in out.iterdir()) == sorted(mri.RESULTS)
     mask = sampling_mask("random", 128, 4, 0.08, seed=3)
     report = json.loads(facts.read_text())
     assert report["columns"] == mask.nonzero().flatten().tolist()
     assert report["mask"] is None
     assert "psnr" not in report["results"][0]
     assert "mask found" in result.stdout
+
+
+def test_a_folder_of_scans_and_volumes_is_reconstructed(
+    volume: Path, full_scan: Path, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "scans", tmp_path / "out"
+    folder.mkdir()
+    _undersampled(full_scan, folder / "b_thin.h5")
+    (folder / "a.nii.gz").write_bytes(volume.read_bytes())
+    (folder / "notes.txt").write_text("not a scan")
+    _run("reconstruct", str(folder), "--out", str(out), "--no-wavelet", "--seed", "5")
+    assert sorted(file.name for file in out.iterdir()) == ["a", "b_thin", "metrics.json"]
+    for name in ("a", "b_thin"):
+        assert sorted(file.name for file in (out / name).iterdir()) == sorted(mri.RESULTS)
+    whole = json.loads((out / "metrics.json").read_text())
+    alone = [json.loads((out / name / "metrics.json").read_text()) for name in ("a", "b_thin")]
+    assert whole == {"scans": alone, "summary": None}
+    assert [one["mask"] and one["mask"]["seed"] for one in alone] == [5, None]
+    # The volume's own place in space, through the simulator and out again.
+    given = nibabel.as_closest_canonical(nibabel.load(volume))
+    made = nibabel.load(out / "a" / "reconstruction.nii.gz")
+    assert made.shape == given.shape[:3]
+    np.testing.assert_allclose(made.affine, given.affine, atol=1e-4)
+    assert len(list((out / "a" / "dicom").iterdir())) == given.shape[2]
+
+
+def test_a_broken_scan_in_a_folder_is_told_before_any_work(full_scan: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    _undersampled(full_scan, folder / "a.h5")
+    (folder / "b.h5").symlink_to(folder / "b.h5")
+    with pytest.raises(InputError, match="in a circle"):
+        _run("reconstruct", str(folder), "--out", str(tmp_path / "out"))
+    (folder / "b.h5").unlink()
+    (folder / "b.h5").write_bytes((folder / "a.h5").read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"b\.h5"):
+        _run("reconstruct", str(folder), "--out", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_evaluate_scores_scans_and_volumes(volume: Path, full_scan: Path, tmp_path: Path) -> None:
@@ -133,7 +172,9 @@ def test_evaluate_scores_scans_and_volumes(volume: Path, full_scan: Path, tmp_pa
     ("arguments", "words"),
     [
         (("reconstruct", "missing.h5", "--out", "OUT"), "does not exist"),
-        (("reconstruct", "VOLUME", "--out", "OUT"), "nirvana mri simulate"),
+        (("reconstruct", "VOLUME", "--out", "OUT", "--coils", "0"), "0 coils"),
+        (("reconstruct", "FULL", "--out", "OUT", "--batch-size", "0"), "--batch-size"),
+        (("reconstruct", "EMPTY", "--out", "OUT"), "holds no scan"),
         (("reconstruct", "FULL", "--out", "OUT", "--mask", "radial"), "radial"),
         (("reconstruct", "FULL", "--out", "OUT", "--acceleration", "0"), "1 or more"),
         (("reconstruct", "FULL", "--out", "OUT", "--center-fraction", "0.01"), "at least 2"),
@@ -152,16 +193,18 @@ def test_wrong_input_is_refused_and_nothing_written(
 ) -> None:
     thin = tmp_path / "thin.h5"
     _undersampled(full_scan, thin)
+    (tmp_path / "empty").mkdir()
     places = {
         "FULL": str(full_scan),
         "VOLUME": str(volume),
         "THIN": str(thin),
+        "EMPTY": str(tmp_path / "empty"),
         "OUT": str(tmp_path / "out"),
         "OUT.h5": str(tmp_path / "out.h5"),
     }
     with pytest.raises(InputError, match=words):
         _run(*(places.get(argument, argument) for argument in arguments))
-    assert list(tmp_path.iterdir()) == [thin]
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "empty", thin]
 
 
 def test_a_folder_with_other_things_is_not_replaced(full_scan: Path, tmp_path: Path) -> None:

@@ -107,3 +107,13 @@ def test_infinite_scores_become_null_in_json() -> None:
         "rows": [{"psnr": None, "ssim": 1.0}],
         "n": 3,
     }
+
+
+def test_numbers_are_whole_on_a_narrow_terminal() -> None:
+    figures = dict.fromkeys(ev.FORMATS, 12.345678)
+    rows = [{"volume": f"a rather long name {n}", "method": "L1-wavelet", **figures} for n in "12"]
+    console = Console(width=80, file=StringIO(), record=True)
+    console.print(ev.rows_table(rows))
+    text = console.export_text()
+    assert "…" not in text
+    assert text.count("12.3457") == 2 * 4  # what is shown to four places

@@ -149,7 +149,7 @@ def _saved(**datasets: np.ndarray) -> Callable[[Path], None]:
             _saved(kspace=_kspace(3, 2, 12, 16), reconstruction_rss=np.full((3, 12, 16), np.inf)),
             "'reconstruction_rss' holds NaN",
         ),
-        (_huge, "GiB"),
+        (_huge, "cannot hold"),
     ],
 )
 def test_what_is_no_scan_is_refused(

@@ -42,7 +42,10 @@ def kspace_of(slices: int, coils: int, H: int, W: int) -> torch.Tensor:
     return fft2c(image)
 
 
-@pytest.mark.parametrize(("coils", "H", "W"), [(1, 33, 40), (3, 16, 24), (8, 50, 31), (2, 64, 48)])
+@pytest.mark.parametrize(
+    ("coils", "H", "W"),
+    [(1, 33, 40), (3, 16, 24), (8, 50, 31), (2, 64, 48), (64, 20, 18), (1, 8, 16)],
+)
 def test_any_coils_and_size(small_codec, coils, H, W):
     kspace = kspace_of(2, coils, H, W)
     mask = sampling_mask("random", W, 3, 0.2, seed=1)

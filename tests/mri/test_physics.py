@@ -16,6 +16,7 @@ from nirvana.mri.physics import (
     find_mask,
     ifft2c,
     is_undersampled,
+    require_columns,
     rss,
     sampling_mask,
 )
@@ -153,3 +154,28 @@ def test_zero_padding_at_the_sides_is_not_undersampling() -> None:
     assert is_undersampled(mask)
     mask[3:20] = True
     assert not is_undersampled(mask)
+
+
+def _columns(*columns: int, slices: int = 3) -> np.ndarray:
+    kspace = np.zeros((slices, 2, 12, 16), np.complex64)
+    kspace[..., list(columns)] = 1j
+    return kspace
+
+
+def test_whole_columns_are_accepted_as_they_come() -> None:
+    kspace = _columns(0, 3, 7, 8, 9, 12)
+    kspace[1] = 0  # an empty slice
+    kspace[:, :, :4] = 0  # an early echo, or zero-padding
+    kspace[0, :, 6, 7] = 0  # a number that is zero by chance
+    require_columns(kspace, "scan.h5")
+
+
+def test_what_is_no_set_of_columns_is_refused() -> None:
+    rows = _columns(*range(16))
+    rows[:, :, ::2] = 0
+    scattered = _columns(*range(16)) * (np.random.default_rng(0).random((12, 16)) < 0.3)
+    other = _columns(0, 3, 7, 8, 9, 12)
+    other[2] = _columns(1, 4, 7, 8, 9, 13)[0]
+    for kspace, words in [(rows, "lacks rows"), (scattered, "scattered|rows"), (other, "other")]:
+        with pytest.raises(InputError, match=f"scan.h5: slice [02].*({words})"):
+            require_columns(kspace, "scan.h5")

@@ -21,7 +21,9 @@ app = typer.Typer(
 
 # Which extra brings a module that a command may miss.
 EXTRAS = {
-    **dict.fromkeys(("h5py", "matplotlib", "monai", "nibabel", "sigpy", "skimage"), "mri"),
+    **dict.fromkeys(
+        ("h5py", "matplotlib", "monai", "nibabel", "pydicom", "sigpy", "skimage"), "mri"
+    ),
     **dict.fromkeys(("datasets", "pyarrow", "tensorboard", "zstandard"), "train"),
     "lm_eval": "eval",
 }

@@ -1,7 +1,8 @@
 """Commands about MRI: simulate, reconstruct, evaluate, train."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,8 @@ app = typer.Typer(
     help="MRI: simulate scans, reconstruct and evaluate them, train a codec.", no_args_is_help=True
 )
 
-RESULTS = ("reconstruction.h5", "panel.png", "metrics.json")
+RESULTS = ("dicom", "metrics.json", "panel.png", "reconstruction.h5", "reconstruction.nii.gz")
+FORMATS = "fastMRI or ISMRMRD HDF5, BART .cfl, volumes .nii, .nii.gz, .npy."
 TARGET, ZERO_FILLED, WAVELET, NIRVANA = "fully sampled", "zero-filled", "L1-wavelet", "Nirvana"
 
 CodecOption = Annotated[str, typer.Option(help="Folder of a codec, or a packaged one's name.")]
@@ -62,44 +64,105 @@ def simulate(
 
 @app.command()
 def reconstruct(
-    scan: Annotated[Path, typer.Argument(help="fastMRI HDF5 file, full or undersampled.")],
+    scan: Annotated[Path, typer.Argument(help=f"Scan, full or undersampled, or folder: {FORMATS}")],
     out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole.")],
     codec: CodecOption = "codec",
     kind: KindOption = "equispaced",
     acceleration: AccelerationOption = 4.0,
     center_fraction: CenterOption = 0.08,
-    seed: Annotated[int, typer.Option(help="Of the mask.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the mask; a folder's next scan has the next.")] = 0,
+    coils: CoilsOption = 8,
+    noise: NoiseOption = None,
+    batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 4,
     wavelet: WaveletOption = True,
     device: DeviceOption = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the figures here, too.")] = None,
 ) -> None:
-    """Reconstructs a scan, with a picture beside the classical methods.
+    """Reconstructs a scan or a folder of them, with a picture beside the classical methods.
 
     A fully sampled scan is undersampled first, and the results are scored; of a scan that is
-    undersampled already the mask is found, and the mask options have no say.
+    undersampled already the mask is found, and the mask options have no say. Of an image volume
+    a scan is simulated. A folder's scans get a folder each in --out.
     """
     from nirvana.mri import evaluate as ev
-    from nirvana.mri.io import read_scan, write_reconstruction
+    from nirvana.mri.io import find_scans
+
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size} must be 1 or more")
+    sampling = _sampling(kind, acceleration, center_fraction)
+    settings = _settings(coils, noise)
+    paths = find_scans(scan)
+    places = _places(scan, paths, out)
+    # All of them once before the first is worked on: a mistake shows before hours of work.
+    for number, path in enumerate(paths if len(paths) > 1 else []):
+        _prepared(path, settings, sampling, seed + number)
+    prepared = _prepared(paths[0], settings, sampling, seed)
+    model = _load(codec, device)
+    reports = []
+    with progress_bars() as progress:
+        for number, (path, place) in enumerate(zip(paths, places, strict=True)):
+            if number:
+                prepared = _prepared(path, settings, sampling, seed + number)
+            slices = len(prepared.kspace)
+            methods = comparison(
+                model, wavelet, progress, prepared.scan.name, slices, batch_size=batch_size
+            )
+            reports.append(_reconstructed(prepared, methods, place, codec))
+    rows = [row for report in reports for row in report["results"]]
+    report: dict[str, Any] = reports[0]
+    if scan.is_dir():
+        scored = all("ssim" in row for row in rows)
+        report = {"scans": reports, "summary": ev.summarise(rows, NIRVANA) if scored else None}
+        report = ev.finite(report)
+        write_json(out / "metrics.json", report)
+    if json is not None:
+        write_json(json, report)
+    for one in reports:
+        how = "mask found in the file" if one["mask"] is None else f"{kind} mask drawn"
+        print(f"{one['volume']}: {how}, {one['sampled']:.1%} of columns sampled")
+    Console().print(ev.rows_table(rows))
+    print(f"{out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scan ready to be reconstructed: k-space `[slices, coils, H, W]`, zero outside the mask,
+    bool `[W]`, the truth where there is one, and how the mask was drawn where it was."""
+
+    path: Path
+    scan: "Scan"
+    kspace: "Tensor"
+    mask: "Tensor"
+    target: "np.ndarray | None"
+    drawn: dict[str, Any] | None
+
+
+def _prepared(path: Path, settings: "Simulation", sampling: "Sampling", seed: int) -> Prepared:
+    from nirvana.mri import evaluate as ev
     from nirvana.mri.physics import require_calibration
 
-    out = replaceable_folder(out, RESULTS)
-    loaded = read_scan(scan)
-    full = ev.is_full(loaded)
-    sampling = _sampling(kind, acceleration, center_fraction)
-    if full:
-        kspace, mask = ev.undersample(loaded, sampling, seed)
+    scan = _scan(path, settings, seed)
+    if ev.is_full(scan):
+        kspace, mask = ev.undersample(scan, sampling, seed)
+        target, drawn = ev.target_of(scan), {**asdict(sampling), "seed": seed}
     else:
-        mask = ev.sampled_columns(loaded)
-        kspace = _masked(loaded, mask)
-    require_calibration(mask, scan)
-    model = _load(codec, device)
+        mask = ev.sampled_columns(scan)
+        kspace, target, drawn = _masked(scan, mask), scan.target, None
+    require_calibration(mask, path)
+    return Prepared(path, scan, kspace, mask, target, drawn)
 
-    with progress_bars() as progress:
-        methods = comparison(model, wavelet, progress, loaded.name, len(kspace))
-        results = ev.run_methods(kspace, mask, methods)
-    sampled = float(mask.float().mean())
-    facts: dict[str, Any] = {"volume": loaded.name, "sampled": sampled}
-    target = ev.target_of(loaded) if full else loaded.target
+
+def _reconstructed(
+    given: Prepared, methods: "dict[str, Method]", out: Path, codec: str
+) -> dict[str, Any]:
+    """Runs the methods, writes the folder of results, and returns what its metrics.json says."""
+    from nirvana.mri import evaluate as ev
+    from nirvana.mri.io import write_dicom, write_nifti, write_reconstruction
+
+    scan, target = given.scan, given.target
+    results = ev.run_methods(given.kspace, given.mask, methods)
+    sampled = float(given.mask.float().mean())
+    facts: dict[str, Any] = {"volume": scan.name, "sampled": sampled}
     if target is not None:
         rows = ev.score_rows(target, results, **facts)
     else:
@@ -107,37 +170,51 @@ def reconstruct(
             {**facts, "method": name, "seconds_per_slice": seconds}
             for name, (_, seconds) in results.items()
         ]
-    drawn = {**asdict(sampling), "seed": seed} if full else None
-    report = {"scan": str(scan), "codec": codec, "mask": drawn, "sampled": sampled}
-    report = ev.finite({**report, "columns": mask.nonzero().flatten().tolist(), "results": rows})
-
+    columns = given.mask.nonzero().flatten().tolist()
+    report = {"scan": str(given.path), "volume": scan.name, "codec": codec, "mask": given.drawn}
+    report = ev.finite({**report, "sampled": sampled, "columns": columns, "results": rows})
+    images = {name: volume for name, (volume, _) in results.items()}
+    image, mask = images[NIRVANA], given.mask.numpy()
     with atomic_folder(out) as folder:
         write_reconstruction(
             folder / "reconstruction.h5",
-            results[NIRVANA][0],
-            loaded,
-            mask.numpy(),
+            image,
+            scan,
+            mask,
             method="nirvana",
             codec=codec,
-            source=scan.name,
+            source=given.path.name,
         )
-        images = {name: volume for name, (volume, _) in results.items()}
-        draw_middle(folder / "panel.png", target, images, rows, loaded.name, sampled)
-        if target is not None:
-            write_json(folder / "metrics.json", report)
-    if json is not None:
-        write_json(json, report)
-    how = f"{kind} mask drawn" if full else "mask found in the file"
-    print(f"{loaded.name}: {how}, {sampled:.1%} of columns sampled")
-    Console().print(ev.rows_table(rows))
-    print(f"{out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
+        write_nifti(folder / "reconstruction.nii.gz", image, scan.affine, scan.spacing)
+        (folder / "dicom").mkdir()
+        write_dicom(folder / "dicom", image, scan, f"nirvana {codec}, {sampled:.1%} sampled")
+        draw_middle(folder / "panel.png", target, images, rows, scan.name, sampled)
+        write_json(folder / "metrics.json", report)
+    return report
+
+
+def _places(given: Path, paths: list[Path], out: Path) -> list[Path]:
+    """The folder that each scan's results go to: `out`, or one in it for each of a folder's."""
+    if not given.is_dir():
+        return [replaceable_folder(out, RESULTS)]
+    stems = [_stem(path) for path in paths]
+    names = [
+        stem if stems.count(stem) == 1 else path.name
+        for stem, path in zip(stems, paths, strict=True)
+    ]
+    out = replaceable_folder(out, [*map(escape, names), "metrics.json"])
+    return [replaceable_folder(out / name, RESULTS) for name in names]
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
 
 
 @app.command()
 def evaluate(
     scans: Annotated[
         list[Path],
-        typer.Argument(help="Fully sampled scans (.h5), or volumes to simulate (.nii.gz, .npy)."),
+        typer.Argument(help=f"Fully sampled scans, or folders of them: {FORMATS}"),
     ],
     codec: CodecOption = "codec",
     kind: KindOption = "equispaced",
@@ -153,12 +230,14 @@ def evaluate(
 ) -> None:
     """Scores zero-filled, L1-wavelet and Nirvana on undersampled volumes."""
     from nirvana.mri import evaluate as ev
+    from nirvana.mri.io import find_scans
     from nirvana.mri.physics import require_calibration
 
     if slices < 0:
         raise InputError(f"--slices {slices} must be 0 (all) or more")
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
+    scans = [path for given in scans for path in find_scans(given)]
 
     def load(path: Path, number: int) -> "Scan":
         return _full_scan(path, settings, seed + number, slices)
@@ -220,27 +299,48 @@ def _sampling(kind: str, acceleration: float, center_fraction: float) -> "Sampli
 
 def simulated(path: Path, settings: "Simulation", seed: int, slices: int = 0) -> "Scan":
     """A scan of an image volume, or of its `slices` middle slices."""
-    from nirvana.mri.io import read_spacing, read_volume
+    from nirvana.mri.io import read_affine, read_spacing, read_volume
+    from nirvana.mri.io.geometry import shifted
     from nirvana.mri.simulate import simulate_scan
 
-    volume = _middle(read_volume(path), slices)
+    whole, affine = read_volume(path), read_affine(path)
+    volume = _middle(whole, slices)
     if not volume.any():
         raise InputError(f"{path}: its {slices} middle slices are empty; give a larger --slices")
-    name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return simulate_scan(volume, name, seed, settings, read_spacing(path))
+    if affine is not None:
+        affine = shifted(affine, slices=(len(whole) - len(volume)) // 2)
+    scan = simulate_scan(volume, _stem(path), seed, settings, read_spacing(path))
+    return replace(scan, affine=affine)
 
 
-def _full_scan(path: Path, settings: "Simulation", seed: int, slices: int) -> "Scan":
-    from nirvana.mri.evaluate import is_full
+def _scan(path: Path, settings: "Simulation", seed: int, slices: int = 0) -> "Scan":
+    """The scan in a file, or one simulated of the volume in it."""
     from nirvana.mri.io import is_volume, read_scan
+    from nirvana.mri.physics import require_columns
 
     if is_volume(path):
         return simulated(path, settings, seed, slices)
     scan = read_scan(path)
+    require_columns(scan.kspace, path)
+    return scan
+
+
+def _full_scan(path: Path, settings: "Simulation", seed: int, slices: int) -> "Scan":
+    from nirvana.mri.evaluate import is_full
+    from nirvana.mri.io import is_volume
+    from nirvana.mri.io.geometry import shifted
+
+    scan = _scan(path, settings, seed, slices)
+    if is_volume(path):
+        return scan
     if not is_full(scan):
         raise InputError(f"{path} is undersampled; only a fully sampled scan can be scored")
+    kspace = _middle(scan.kspace, slices)
     target = None if scan.target is None else _middle(scan.target, slices)
-    return replace(scan, kspace=_middle(scan.kspace, slices), target=target)
+    affine = scan.affine
+    if affine is not None:
+        affine = shifted(affine, slices=(len(scan.kspace) - len(kspace)) // 2)
+    return replace(scan, kspace=kspace, target=target, affine=affine)
 
 
 def _middle(volume: "np.ndarray", slices: int) -> "np.ndarray":
@@ -267,7 +367,12 @@ def _load(codec: str, device: str) -> Any:
 
 
 def comparison(
-    model: Any, wavelet: bool, progress: Progress, name: str, slices: int
+    model: Any,
+    wavelet: bool,
+    progress: Progress,
+    name: str,
+    slices: int,
+    batch_size: int = 4,
 ) -> dict[str, "Method"]:
     """What is compared, each with a line of progress of its own."""
     from nirvana.mri.baselines import l1_wavelet, zero_filled
@@ -281,7 +386,7 @@ def comparison(
         return l1_wavelet(kspace, mask, calibration_width(mask), progress=reporter(WAVELET))
 
     def with_nirvana(kspace: "Tensor", mask: "Tensor") -> Any:
-        return model.reconstruct(kspace, mask, progress=reporter(NIRVANA))
+        return model.reconstruct(kspace, mask, batch_size, reporter(NIRVANA))
 
     methods: dict[str, Method] = {ZERO_FILLED: zero_filled}
     if wavelet:

@@ -182,7 +182,9 @@ def rows_table(rows: Sequence[Row]) -> Table:
         table.add_column("volume", overflow="fold")
     table.add_column("method", no_wrap=True)
     for key in shown:
-        table.add_column(_heading(key), justify="right")
+        # Names of volumes give way on a narrow terminal, numbers do not.
+        longest = max(len(FORMATS[key].format(row[key])) for row in rows)
+        table.add_column(_heading(key), justify="right", min_width=longest)
     for row in rows:
         cells = ([row["volume"]] if several else []) + [row["method"]]
         table.add_row(*cells, *(FORMATS[key].format(row[key]) for key in shown))

@@ -212,6 +212,35 @@ def find_mask(kspace: Tensor | np.ndarray) -> Tensor:
     return measured.reshape(-1, measured.shape[-1]).any(dim=0).cpu()
 
 
+def require_columns(kspace: Tensor | np.ndarray, name: object) -> None:
+    """Raises an `InputError` that begins with `name` unless what `[slices, coils, H, W]` holds are
+    whole columns, the same ones in every slice that is not empty.
+
+    A tenth may be exactly zero by chance, as numbers of few bits are.
+    """
+    columns = find_mask(kspace)
+    for number, part in enumerate(kspace):
+        measured = (torch.as_tensor(part) != 0).any(dim=0).cpu()
+        rows, own = measured.any(dim=1), measured.any(dim=0)
+        if not rows.any():
+            continue
+        if is_undersampled(rows):
+            raise InputError(
+                f"{name}: slice {number} lacks rows of k-space; phase encoding must run along the "
+                "last axis, so that whole columns are measured or left out"
+            )
+        if measured[rows][:, own].float().mean() < 0.9:
+            raise InputError(
+                f"{name}: slice {number} holds scattered points of k-space; whole columns must be "
+                "measured or left out"
+            )
+        if own.sum() < 0.9 * columns.sum():
+            raise InputError(
+                f"{name}: slice {number} holds other columns of k-space than the others; they must "
+                "be the same in every slice"
+            )
+
+
 def is_undersampled(mask: Tensor | np.ndarray) -> bool:
     """Whether columns are missing between sampled ones.
 
