@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nirvana.model.config import NirvanaConfig
-from nirvana.ops import HAS_KERNELS, at_least_float32, decayed_sum, no_autocast
+from nirvana.ops import at_least_float32, decayed_sum, no_autocast, suits_kernels
 
 EPS = 1e-6
 """Inside the root of the normalisation over C."""
@@ -155,8 +155,7 @@ def trigger_apply(x: Tensor, fast: Tensor, bank: WeightBank) -> Tensor:
 def fused(x: Tensor) -> bool:
     """Whether the Trigger's kernels take x `[B, T, C]`: half precision on a GPU, and not one token,
     for which PyTorch's products are the faster ones."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return HAS_KERNELS and x.is_cuda and half and x.shape[-2] > 1
+    return suits_kernels(x) and x.shape[-2] > 1
 
 
 def _apply(x: Tensor, U: Tensor, fast: Tensor, bank: WeightBank) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def suits_kernels(x: Tensor) -> bool:
+    """Whether x is what the kernels for GPUs are for, and they are installed."""
+    return HAS_KERNELS and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """Inside the block autocast is off; costs nothing where it was off before."""
     if torch.is_autocast_enabled(device.type):
@@ -255,9 +260,8 @@ def swiglu(x: Tensor) -> Tensor:
 
     Returns: `[B, T, F]`.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
     # Where no gradient is wanted, a compiler does as well, and fuses it with what is around.
-    if HAS_KERNELS and x.is_cuda and half and x.requires_grad:
+    if suits_kernels(x) and x.requires_grad:
         from nirvana.ops import triton_swiglu
 
         return triton_swiglu.swiglu(x)
@@ -293,13 +297,13 @@ def _fused(
     *states: Tensor | None,
 ) -> bool:
     """Whether `cuda` computes this: more than one token, and borders that its kernels can take."""
-    if not (x.is_cuda and HAS_KERNELS and x.shape[1] > 1):
+    if not suits_kernels(x) or x.shape[1] == 1:
         return False
     if segments is not None and (cu_seqlens is None or any(s is not None for s in states)):
         return False
     from nirvana.ops import cuda
 
-    return cuda.fits(x, head_dim)
+    return head_dim in cuda.HEAD_DIMS
 
 
 def _backend(name: str | None) -> ModuleType:

@@ -22,9 +22,8 @@ CHUNK = 64
 """Tokens of a chunk in both libraries."""
 
 
-def fits(qkv: Tensor, head_dim: int) -> bool:
-    """Whether the attention and the delta rule here take such tensors."""
-    return qkv.dtype in (torch.bfloat16, torch.float16) and head_dim in (32, 64, 128)
+HEAD_DIMS = (32, 64, 128)
+"""Sizes of a head that the attention and the delta rule here take."""
 
 
 def _rows(x: Tensor) -> Tensor:

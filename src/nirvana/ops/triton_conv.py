@@ -18,8 +18,6 @@ from torch import Tensor
 
 from nirvana.ops.launch import blocks, launch
 
-WIDTH = 4
-"""Of the convolution."""
 BLOCK, GRADIENT_BLOCK, GRADIENT_STEPS, TRANSPOSED_BLOCK = 32, 16, 32, 32
 """Tokens of a program, forward; of a step of the backward and its steps; of the transposed one."""
 EPS = tl.constexpr(1e-6)
