@@ -11,6 +11,7 @@ A `Decoder` is a cache of the library, too:
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from transformers.cache_utils import Cache
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
+from nirvana.model.one_token import OneToken
 
-PREFILL_CHUNK = 16384
+PREFILL_CHUNK = 32768
 """Tokens read at once; what a prefill holds beside the weights grows with it, not with the text."""
 
 
@@ -118,7 +120,8 @@ def _head(model: Any, h: Tensor) -> Tensor:
 
 
 class Decoder(Cache):
-    """Reads a text and then token after token, each step one replayed CUDA graph.
+    """Reads a text and then token after token, each step one replayed CUDA graph: for one text of
+    the kernels of `OneToken`, for several of the compiled blocks.
 
     On a CPU, and with `compiled=False`, the same without graph and compilation.
 
@@ -138,6 +141,7 @@ class Decoder(Cache):
         self.compiled = compiled and model.device.type == "cuda"
         self.length = 0
         self.states: list[_Writing] = []
+        self.one: OneToken | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -178,7 +182,7 @@ class Decoder(Cache):
             whole = self.compiled and piece.shape[1] == PREFILL_CHUNK
             positions = torch.arange(first, first + piece.shape[1], device=tokens.device)
             masks = _no_masks(positions[None])
-            h = self._run(piece, masks, states, _compiled_reading() if whole else _block)
+            h = self._run(piece, masks, states, _compiled_block() if whole else _block)
         self._keep(states, length, tokens.shape[0])
         assert h is not None
         return _head(self.model, h)
@@ -224,7 +228,7 @@ class Decoder(Cache):
             self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self.place = torch.zeros(1, dtype=torch.long, device=device)
             self.count = torch.zeros(1, dtype=torch.long, device=device)
-            self.states, self.graph = [], None
+            self.states, self.one, self.graph = [], None, None
         self.count.fill_(length)
         self.place.fill_(length % self.places)
         new = [_Writing(state, length, self.places, self.place) for state in read]
@@ -233,22 +237,27 @@ class Decoder(Cache):
                 mine.refill(other)
         else:
             self.states = new
+            if self.compiled and OneToken.fits(self.model, batch):
+                self.one = OneToken(self.model, new, self.count)
+        if self.one is not None:
+            self.one.refresh()
         self.length = length
 
     def _step(self) -> Tensor:
-        masks = _no_masks(self.count[None])
-        places = torch.arange(self.places, device=self.count.device)
-        masks["window"] = (places <= self.count)[None, None, None]
-        h = self._run(
-            self.token, masks, self.states, _compiled_writing() if self.compiled else _block
-        )
-        head = _compiled_head() if self.compiled else _head
+        if self.one is not None:
+            logits = self.one(self.token)
+        else:
+            masks = _no_masks(self.count[None])
+            places = torch.arange(self.places, device=self.count.device)
+            masks["window"] = (places <= self.count)[None, None, None]
+            block = _compiled_block() if self.compiled else _block
+            logits = _head(self.model, self._run(self.token, masks, self.states, block))
         self.count += 1
         self.place.copy_(self.count % self.places)
-        return head(self.model, h)
+        return logits
 
     def _capture(self) -> None:
-        """Compiles and records a step, on copies of what it changes."""
+        """Compiles and records a step, and puts back what that changed."""
         saved = [self.count.clone(), self.place.clone()]
         names = ("conv", "delta", "memory", "keys", "values")
         values = [
@@ -274,39 +283,7 @@ def _no_masks(positions: Tensor) -> Masks:
     return {"segments": None, "cu_seqlens": None, "window": None, "positions": positions}
 
 
-_COMPILED: dict[str, Callable[..., Any]] = {}
-
-
-def _compiled(name: str, function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+@lru_cache(maxsize=1)
+def _compiled_block() -> Callable[..., Any]:
     """One compiled function for all models: the blocks of a kind share the code."""
-    if name not in _COMPILED:
-        _COMPILED[name] = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
-    return _COMPILED[name]
-
-
-def _compiled_reading() -> Callable[..., Any]:
-    return _compiled("reading", _block, "inductor")
-
-
-def _compiled_writing() -> Callable[..., Any]:
-    return _compiled("writing", _block, _one_row)
-
-
-def _compiled_head() -> Callable[..., Any]:
-    return _compiled("head", _head, _one_row)
-
-
-def _one_row(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """PyTorch's compiler with products of one row as what they are, sums over a matrix read once.
-
-    It decomposes them so only under an option whose other meaning, a search for each kernel's best
-    launch, would take minutes: off again when kernels are made.
-    """
-    from torch._inductor import compile_fx, config
-
-    def make(*args: Any, **kwargs: Any) -> Any:
-        with config.patch(coordinate_descent_tuning=False):
-            return compile_fx.compile_fx_inner(*args, **kwargs)
-
-    with config.patch(coordinate_descent_tuning=True):
-        return compile_fx.compile_fx(graph, inputs, inner_compile=make)
+    return torch.compile(_block, dynamic=False, fullgraph=True)

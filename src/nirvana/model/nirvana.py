@@ -22,7 +22,7 @@ from nirvana.model.decode import Decoder
 from nirvana.model.masks import Masks, create_masks
 from nirvana.model.trigger import Trigger, TriggerReport, WeightBank
 from nirvana.model.updater import RMSNorm, Updater
-from nirvana.ops import swiglu
+from nirvana.ops import in_autocast, swiglu
 from nirvana.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -186,7 +186,8 @@ class NirvanaModel(NirvanaPreTrainedModel):
                 self.config, inputs_embeds, attention_mask, past_key_values, position_ids, borders
             )
         reports: list[TriggerReport] | None = [] if output_trigger else None
-        h, fast = inputs_embeds, self.bank.start(inputs_embeds)
+        h = in_autocast(inputs_embeds)  # else a float32 table would make all residuals float32
+        fast = self.bank.start(h)
         for layer in self.layers:
             h, fast = layer(
                 h, fast, self.bank, masks, past_key_values=past_key_values, reports=reports

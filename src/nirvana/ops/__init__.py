@@ -53,6 +53,12 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """x in the dtype of autocast's products where autocast is on; elsewhere as it is."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -244,12 +250,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Returns: `[B, T, H, K]`.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.shape[2] > 1 or not torch.compiler.is_compiling() or not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    # One token: two sums over the keys, which a compiler spreads over the device.
-    scores = (at_least_float32(q) * at_least_float32(k)).sum(-1) * q.shape[-1] ** -0.5
-    p = scores.masked_fill(~mask[:, :, 0], float("-inf")).softmax(-1)
-    return (p[..., None] * at_least_float32(v)).sum(2)[:, None].to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def swiglu(x: Tensor) -> Tensor:

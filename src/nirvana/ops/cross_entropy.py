@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nirvana.ops import in_autocast
+
 CHUNK = 4096
 """Tokens whose logits exist at a time."""
 IGNORE = -100
@@ -24,10 +26,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
     Returns: a scalar, float32 (float64 for float64).
     """
-    if torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
-        h, weight = h.to(dtype), weight.to(dtype)
-    return _LinearCrossEntropy.apply(h, weight, labels)
+    return _LinearCrossEntropy.apply(in_autocast(h), in_autocast(weight), labels)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -16,7 +16,7 @@ COLUMNS = 1024
 
 
 @triton.jit
-def forward_kernel(x, out, F, COLUMNS: tl.constexpr):
+def swiglu_kernel(x, out, F, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     gate = tl.load(x + row * (2 * F) + c, c < F, 0.0).to(tl.float32)
@@ -25,7 +25,7 @@ def forward_kernel(x, out, F, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(bar, x, x_bar, F, COLUMNS: tl.constexpr):
+def swiglu_gradient_kernel(bar, x, x_bar, F, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     gate = tl.load(x + row * (2 * F) + c, c < F, 0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def backward_kernel(bar, x, x_bar, F, COLUMNS: tl.constexpr):
 def _swiglu(x: Tensor) -> Tensor:
     N, F = x.shape[0], x.shape[1] // 2
     out = torch.empty(N, F, dtype=x.dtype, device=x.device)
-    launch(forward_kernel, (N, blocks(F, COLUMNS)), x.contiguous(), out, F, COLUMNS=COLUMNS)
+    launch(swiglu_kernel, (N, blocks(F, COLUMNS)), x.contiguous(), out, F, COLUMNS=COLUMNS)
     return out
 
 
@@ -55,7 +55,7 @@ def _gradient(bar: Tensor, x: Tensor) -> Tensor:
     N, F = bar.shape
     x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     given = (bar.contiguous(), x.contiguous(), x_bar, F)
-    launch(backward_kernel, (N, blocks(F, COLUMNS)), *given, COLUMNS=COLUMNS)
+    launch(swiglu_gradient_kernel, (N, blocks(F, COLUMNS)), *given, COLUMNS=COLUMNS)
     return x_bar
 
 

@@ -255,7 +255,7 @@ def trigger_apply(
 
     Returns: `[..., C]` in x's dtype.
     """
-    bank = (_bank_first(weight), *(y.contiguous() for y in (gain, bias, shift)))
+    bank = (_bank_first(weight, x), *(y.contiguous() for y in (gain, bias, shift)))
     return _apply(_rows(x), _tokens(fast), *bank).view(x.shape)
 
 
@@ -276,13 +276,14 @@ def trigger_gradient(
 
     Returns: `[..., 4, R]`, float32.
     """
-    bank = (_bank_first(weight), *(y.contiguous() for y in (gain, bias, shift)))
+    bank = (_bank_first(weight, k), *(y.contiguous() for y in (gain, bias, shift)))
     return _gradient(_rows(k), _rows(v), _tokens(fast), *bank, exact).view(fast.shape)
 
 
-def _bank_first(weight: Tensor) -> Tensor:
-    """`[C, C, R]` to `[R, C, C]`, so that every matrix of the bank lies in one piece."""
-    return weight.permute(2, 0, 1).contiguous()
+def _bank_first(weight: Tensor, x: Tensor) -> Tensor:
+    """`[C, C, R]` to `[R, C, C]`, so that every matrix of the bank lies in one piece; in the dtype
+    of the tokens x, which a float32 master weight is not."""
+    return weight.to(x.dtype).permute(2, 0, 1).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,409 @@
+"""One token of one text through a layer, for CUDA tensors: what a decoded token costs is reading
+the weights once, and one short kernel after another.
+
+States change in place: a barrier stands where lanes that hold the same number must all have read it
+before one of them writes. Vectors have no batch dimension; a token's in_proj product is laid out as
+`Updater.sections` says: q k v | gate | beta | alpha | low rank of q k v | task.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nirvana.ops.launch import blocks, launch
+
+UNIT_EPS = tl.constexpr(1e-6)
+"""Of the unit length of q and k, and of the Trigger's normalisation."""
+KEYS = 64
+"""Places of the ring that a program of the attention reads."""
+NEVER = tl.constexpr(-1e30)
+"""Stands for the largest score where there is none."""
+
+
+@triton.jit
+def _rows(
+    weight, x, norm, row, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr
+):  # fmt: skip
+    """Rows of weight `[N, K]` times x, or times x of unit root mean square, scaled by norm."""
+    sums = tl.zeros((row.shape[0], COLUMNS), tl.float32)
+    squares = tl.zeros((COLUMNS,), tl.float32)
+    start = weight + row[:, None].to(tl.int64) * K
+    for first in tl.static_range(0, K, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        w = tl.load(start + k[None, :], (row < N)[:, None] & (k < K)[None, :], 0.0)
+        v = tl.load(x + k, k < K, 0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += v * v
+            v *= tl.load(norm + k, k < K, 0.0).to(tl.float32)
+        sums += w.to(tl.float32) * v[None, :]
+    y = tl.sum(sums, 1)
+    if HAS_NORM:
+        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    return y
+
+
+@triton.jit
+def rows_kernel(
+    weight, x, norm, added, out, N, eps,
+    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_ADDED: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    y = _rows(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM)
+    if SILU:
+        y *= tl.sigmoid(y)
+    if HAS_ADDED:
+        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
+    tl.store(out + row, y, row < N)
+
+
+@triton.jit
+def swiglu_rows_kernel(
+    weight, x, norm, out, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    gate = _rows(weight, x, norm, row, N, eps, K, COLUMNS, True)
+    up = _rows(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True)
+    tl.store(out + row, gate * tl.sigmoid(gate) * up, row < N)
+
+
+@triton.jit
+def blend_kernel(
+    weight, x, together, gates, h, N,
+    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CONVEX: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    zeta = _rows(weight, x, x, row, N, 0.0, K, COLUMNS, False)
+    b = tl.load(together + row, row < N, 0.0).to(tl.float32)
+    a = tl.load(together + N + row, row < N, 0.0).to(tl.float32)
+    old = tl.load(h + row, row < N, 0.0).to(tl.float32)
+    t = tl.load(gates)
+    other = 1 - t if CONVEX else tl.load(gates + 1)
+    tl.store(h + row, old + t * (a + other * zeta) + other * b, row < N)
+
+
+@triton.jit
+def _convolved(x, state, weight, c):
+    """silu of the convolution at channels c, and the three inputs that the next token wants."""
+    x0 = tl.load(x + c)
+    x3, x2, x1 = tl.load(state + c * 3), tl.load(state + c * 3 + 1), tl.load(state + c * 3 + 2)
+    a = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
+    a += x1.to(tl.float32) * tl.load(weight + c * 4 + 2).to(tl.float32)
+    a += x2.to(tl.float32) * tl.load(weight + c * 4 + 1).to(tl.float32)
+    a += x3.to(tl.float32) * tl.load(weight + c * 4).to(tl.float32)
+    return a * tl.sigmoid(a), x2, x1, x0
+
+
+@triton.jit
+def _remember(state, c, x2, x1, x0):
+    tl.store(state + c * 3, x2)
+    tl.store(state + c * 3 + 1, x1)
+    tl.store(state + c * 3 + 2, x0)
+
+
+@triton.jit
+def linear_kernel(
+    x, conv_state, conv_weight, A_log, dt_bias, state, norm, out, H, eps, K: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(0)
+    D, i, j = H * K, tl.arange(0, K), tl.arange(0, K)
+    at_q = head * K + i
+    at_k, at_v = D + at_q, 2 * D + head * K + j
+    places = state + head * K * K + i[:, None] * K + j[None, :]
+    S = tl.load(places)
+    q, q2, q1, q0 = _convolved(x, conv_state, conv_weight, at_q)
+    k, k2, k1, k0 = _convolved(x, conv_state, conv_weight, at_k)
+    v, v2, v1, v0 = _convolved(x, conv_state, conv_weight, at_v)
+    beta = tl.sigmoid(tl.load(x + 4 * D + head).to(tl.float32))
+    step = tl.load(x + 4 * D + H + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+    rate = tl.exp(tl.load(A_log + head).to(tl.float32))
+    gate = tl.load(x + 3 * D + head * K + j).to(tl.float32)
+    scale = tl.load(norm + j).to(tl.float32)
+    q *= tl.rsqrt((tl.sum(q * q, 0) + UNIT_EPS) * K)
+    k *= tl.rsqrt(tl.sum(k * k, 0) + UNIT_EPS)
+    step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))  # softplus
+    S *= tl.exp(-rate * step)
+    S += k[:, None] * (beta * (v - tl.sum(S * k[:, None], 0)))[None, :]
+    o = tl.sum(S * q[:, None], 0)
+    o *= tl.rsqrt(tl.sum(o * o, 0) / K + eps) * scale
+    tl.store(out + head * K + j, o * gate * tl.sigmoid(gate))
+    tl.debug_barrier()
+    tl.store(places, S)
+    _remember(conv_state, at_q, q2, q1, q0)
+    _remember(conv_state, at_k, k2, k1, k0)
+    _remember(conv_state, at_v, v2, v1, v0)
+
+
+@triton.jit
+def move_kernel(
+    x, factors, up, q, keys, values, count, PLACES, D, RANK,
+    K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part, r = tl.program_id(1), tl.arange(0, PADDED)
+    tile = up + (part * RANK + r)[:, None] * D + c[None, :]
+    tile = tl.load(tile, (r < RANK)[:, None] & (c < D)[None, :], 0.0).to(tl.float32)
+    factor = tl.load(factors + part * RANK + r, r < RANK, 0.0).to(tl.float32)
+    y = tl.load(x + part * D + c, c < D, 0.0).to(tl.float32) + tl.sum(factor[:, None] * tile, 0)
+    place = (tl.load(count) % PLACES).to(tl.int32)
+    ring = (c // K * PLACES + place) * K + c % K
+    if part == 0:
+        tl.store(q + c, y, c < D)
+    elif part == 1:
+        tl.store(keys + ring, y, c < D)
+    else:
+        tl.store(values + ring, y, c < D)
+
+
+@triton.jit
+def attention_kernel(
+    q, keys, values, count, o, most, total, PLACES, scale, K: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    head, split = tl.program_id(0), tl.program_id(1)
+    n, i = split * KEYS + tl.arange(0, KEYS), tl.arange(0, K)
+    real = (n < PLACES) & (n <= tl.load(count))
+    near = (head * PLACES + n)[:, None] * K + i[None, :]
+    k = tl.load(keys + near, real[:, None], 0.0).to(tl.float32)
+    v = tl.load(values + near, real[:, None], 0.0).to(tl.float32)
+    score = tl.sum(k * tl.load(q + head * K + i).to(tl.float32)[None, :], 1) * scale
+    score = tl.where(real, score, float("-inf"))
+    top = tl.maximum(tl.max(score, 0), NEVER)
+    p = tl.exp(score - top)
+    at = head * tl.num_programs(1) + split
+    tl.store(most + at, top)
+    tl.store(total + at, tl.sum(p, 0))
+    tl.store(o + at * K + i, tl.sum(p[:, None] * v, 0))
+
+
+@triton.jit
+def combine_kernel(o, most, total, out, SPLITS, K: tl.constexpr, PADDED: tl.constexpr):
+    head, s, i = tl.program_id(0), tl.arange(0, PADDED), tl.arange(0, K)
+    at = head * SPLITS + s
+    top = tl.load(most + at, s < SPLITS, float("-inf"))
+    share = tl.exp(top - tl.max(top, 0))
+    parts = tl.load(o + at[:, None] * K + i[None, :], (s < SPLITS)[:, None], 0.0)
+    length = tl.sum(share * tl.load(total + at, s < SPLITS, 0.0), 0)
+    tl.store(out + head * K + i, tl.sum(share[:, None] * parts, 0) / length)
+
+
+@triton.jit
+def project_kernel(
+    task, bank, U, C, CR, PADDED: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    c, i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, PADDED)
+    tile = bank + i[:, None] * CR + c[None, :]
+    tile = tl.load(tile, (i < C)[:, None] & (c < CR)[None, :], 0.0).to(tl.float32)
+    q = tl.load(task + i, i < C, 0.0).to(tl.float32)
+    k = tl.load(task + C + i, i < C, 0.0).to(tl.float32)
+    tl.store(U + c, tl.sum(q[:, None] * tile, 0), c < CR)
+    tl.store(U + CR + c, tl.sum(k[:, None] * tile, 0), c < CR)
+
+
+@triton.jit
+def _normalised(z, C, real):
+    """n and s of z over its C real entries."""
+    z = tl.where(real, z - tl.sum(tl.where(real, z, 0.0), 0) / C, 0.0)
+    s = tl.sqrt(tl.sum(z * z, 0) / C + UNIT_EPS)
+    return z / s, s
+
+
+@triton.jit
+def trigger_kernel(
+    task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R,
+    PC: tl.constexpr, PR: tl.constexpr, START: tl.constexpr, EXACT: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, GATES: tl.constexpr,
+):  # fmt: skip
+    c, r = tl.arange(0, PC), tl.arange(0, PR)
+    real, some = c < C, r < R
+    cr = c[:, None] * R + r[None, :]
+    both = real[:, None] & some[None, :]
+    gain = tl.load(gain + cr, both, 0.0).to(tl.float32)
+    bias = tl.load(bias + cr, both, 0.0).to(tl.float32)
+    shift = tl.load(shift + cr, both, 0.0).to(tl.float32)
+    U_q, U_k = tl.load(U + cr, both, 0.0), tl.load(U + C * R + cr, both, 0.0)
+    q = tl.load(task + c, real, 0.0).to(tl.float32)
+    k = tl.load(task + C + c, real, 0.0).to(tl.float32)
+    v = tl.load(task + 2 * C + c, real, 0.0).to(tl.float32)
+    if START:
+        p_w = tl.where(some, 1.0, 0.0)
+        p_g, p_b, p_s = p_w, p_w, p_w
+    else:
+        p_w, p_g = tl.load(fast + r, some, 0.0), tl.load(fast + R + r, some, 0.0)
+        p_b, p_s = tl.load(fast + 2 * R + r, some, 0.0), tl.load(fast + 3 * R + r, some, 0.0)
+    # The gradient at k: see `nirvana.model.trigger.trigger_gradient`.
+    scale = tl.sum(gain * p_g[None, :], 1)
+    n, s = _normalised(tl.sum(U_k * p_w[None, :] + bias * p_b[None, :], 1), C, real)
+    e = tl.where(real, scale * n + tl.sum(shift * p_s[None, :], 1) + k - v, 0.0)
+    u = scale * e
+    if EXACT:
+        u = tl.where(real, u - tl.sum(u, 0) / C - n * (tl.sum(u * n, 0) / C), 0.0)
+    dz = u / s
+    g_w, g_g = tl.sum(U_k * dz[:, None], 0), tl.sum(gain * (e * n)[:, None], 0)
+    g_b, g_s = tl.sum(bias * dz[:, None], 0), tl.sum(shift * e[:, None], 0)
+    lr, decay = tl.load(rates), tl.load(rates + 1)
+    if HAS_MEMORY:
+        g_w += decay * tl.load(memory + r, some, 0.0)
+        g_g += decay * tl.load(memory + R + r, some, 0.0)
+        g_b += decay * tl.load(memory + 2 * R + r, some, 0.0)
+        g_s += decay * tl.load(memory + 3 * R + r, some, 0.0)
+    p_w, p_g, p_b, p_s = p_w - lr * g_w, p_g - lr * g_g, p_b - lr * g_b, p_s - lr * g_s
+    n, _ = _normalised(tl.sum(U_q * p_w[None, :] + bias * p_b[None, :], 1), C, real)
+    h = q + tl.sum(gain * p_g[None, :], 1) * n + tl.sum(shift * p_s[None, :], 1)
+    tl.store(h_task + c, h, real)
+    for g in tl.static_range(GATES):
+        w = tl.load(gate_weight + g * C + c, real, 0.0).to(tl.float32)
+        tl.store(gates + g, tl.sigmoid(tl.sum(w * h, 0)))
+    tl.debug_barrier()
+    tl.store(fast + r, p_w, some)
+    tl.store(fast + R + r, p_g, some)
+    tl.store(fast + 2 * R + r, p_b, some)
+    tl.store(fast + 3 * R + r, p_s, some)
+    if HAS_MEMORY:
+        tl.store(memory + r, g_w, some)
+        tl.store(memory + R + r, g_g, some)
+        tl.store(memory + 2 * R + r, g_b, some)
+        tl.store(memory + 3 * R + r, g_s, some)
+
+
+def product(
+    weight: Tensor,
+    x: Tensor,
+    out: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    added: Tensor | None = None,
+    silu: bool = False,
+) -> None:
+    """out `[N]` = weight `[N, K]` x `[K]`, where x is normalised first if `norm` `[K]` is given;
+    then SiLU, then plus `added` `[N]`, which may be `out`."""
+    N, K = weight.shape
+    columns, rows, warps = _tile(N, K)
+    flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None, "SILU": silu}
+    sizes = {"K": K, "COLUMNS": columns, "ROWS": rows, "num_warps": warps}
+    given = (weight, x, norm, added, out, N, eps)
+    launch(rows_kernel, (blocks(N, rows),), *given, **sizes, **flags)
+
+
+def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
+    """out `[F]` = silu(gate) * up of x `[K]`, normalised; weight `[2 F, K]`."""
+    N, K = out.numel(), weight.shape[1]
+    columns = min(2048, triton.next_power_of_2(K))
+    given = (weight, x, norm, out, N, eps)
+    launch(swiglu_rows_kernel, (N,), *given, K=K, COLUMNS=columns, ROWS=1, num_warps=4)
+
+
+def blend(
+    weight: Tensor, x: Tensor, together: Tensor, gates: Tensor, h: Tensor, convex: bool
+) -> None:
+    """h `[D]` += the interpolation of b and a, side by side in `together`, with zeta = weight x."""
+    N, K = weight.shape
+    columns, rows, warps = _tile(N, K)
+    sizes = {"K": K, "COLUMNS": columns, "ROWS": rows, "num_warps": warps}
+    given = (weight, x, together, gates, h, N)
+    launch(blend_kernel, (blocks(N, rows),), *given, CONVEX=convex, **sizes)
+
+
+def linear(
+    x: Tensor,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    norm: Tensor,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """out `[D]`, the linear branch before its last product; conv_state `[3 D, 3]` and state
+    `[H, K, K]` move on by the token."""
+    H, K, _ = state.shape
+    given = (x, conv_state, conv_weight, A_log, dt_bias, state, norm, out, H, eps)
+    launch(linear_kernel, (H,), *given, K=K, num_warps=8)
+
+
+def window(
+    x: Tensor,
+    factors: Tensor,
+    up: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    scratch: dict[str, Tensor],
+    out: Tensor,
+) -> None:
+    """out `[D]`, the window branch before its last products. The token's key and value go to place
+    `count` modulo the places of the rings keys and values `[H, places, K]`.
+
+    Args:
+        scratch: of `window_scratch`.
+    """
+    H, places, K = keys.shape
+    _, rank, D = up.shape
+    columns = 64
+    sizes = {"K": K, "PADDED": triton.next_power_of_2(rank), "COLUMNS": columns}
+    given = (x, factors, up, scratch["q"], keys, values, count, places, D, rank)
+    launch(move_kernel, (blocks(D, columns), 3), *given, **sizes)
+    parts = (scratch["o"], scratch["most"], scratch["total"])
+    splits = blocks(places, KEYS)
+    given = (scratch["q"], keys, values, count, *parts, places, K**-0.5)
+    launch(attention_kernel, (H, splits), *given, K=K, KEYS=KEYS)
+    padded = triton.next_power_of_2(splits)
+    launch(combine_kernel, (H,), *parts, out, splits, K=K, PADDED=padded)
+
+
+def window_scratch(keys: Tensor) -> dict[str, Tensor]:
+    """What `window` wants to write to, for keys `[H, places, K]`."""
+    H, places, K = keys.shape
+    parts = torch.empty(H * blocks(places, KEYS), K + 2, dtype=torch.float32, device=keys.device)
+    o, most, total = parts.flatten().split([parts.shape[0] * n for n in (K, 1, 1)])
+    return {"q": keys.new_empty(H * K), "o": o, "most": most, "total": total}
+
+
+def trigger(
+    task: Tensor,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    fast: Tensor,
+    memory: Tensor | None,
+    rates: Tensor,
+    gate_weight: Tensor,
+    U: Tensor,
+    h_task: Tensor,
+    gates: Tensor,
+    start: bool,
+    exact: bool,
+) -> None:
+    """The Trigger's step: fast and memory `[4, R]` in place, h_task `[C]`, gates `[1 or 2]`.
+
+    Args:
+        task: `[3 C]`.
+        bank: weight, gain, bias, shift.
+        rates: `[2]`, step size and decay.
+        U: `[2, C R]`, float32, written to.
+        start: whether fast parameters begin here, as ones.
+    """
+    weight, gain, bias, shift = bank
+    C, R = gain.shape
+    pads, columns = {"PC": triton.next_power_of_2(C), "PR": triton.next_power_of_2(R)}, 64
+    launch(
+        project_kernel,
+        (blocks(C * R, columns),),
+        *(task, weight, U, C, C * R),
+        PADDED=pads["PC"],
+        COLUMNS=columns,
+    )
+    flags = {"START": start, "EXACT": exact, "HAS_MEMORY": memory is not None}
+    given = (task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R)
+    launch(trigger_kernel, (1,), *given, **pads, **flags, GATES=gate_weight.shape[0])
+
+
+def _tile(N: int, K: int) -> tuple[int, int, int]:
+    """Columns and rows of a program of a product, and its warps: the fastest of a few on an H200
+    for the sizes of the 1.3b preset."""
+    if K <= 512:
+        return triton.next_power_of_2(K), 8, 4
+    if N <= 512:
+        return min(2048, triton.next_power_of_2(K)), 1, 4
+    if K > 4096:
+        return 1024, 1, 2
+    return 1024, 4 if N > 4096 else 2, 4

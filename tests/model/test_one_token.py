@@ -1,0 +1,54 @@
+"""The kernels for one token are the forward pass. They run in Triton's interpreter where there is
+no GPU."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from nirvana.model.decode import Decoder
+from nirvana.model.one_token import OneToken
+
+pytest.importorskip("triton")
+from triton import knobs
+
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 1,
+    "num_hidden_layers": 3,
+    "num_prelude_layers": 1,
+    "intermediate_size": 32,
+}
+KINDS = {
+    "memory": {},
+    "each token alone": {"trigger_decay": 0.0, "interpolation": "independent"},
+    "truncated, learned, odd sizes": {
+        "trigger_gradient": "truncated",
+        "trigger_lr_learnable": True,
+        "trigger_decay_learnable": True,
+        "task_dim": 7,
+        "bank_size": 5,
+        "intermediate_size": 41,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _where_triton_runs(device):
+    if device == "cpu" and not knobs.runtime.interpret:
+        pytest.skip("Triton is compiled for the GPU here")
+
+
+@pytest.mark.parametrize("length", [1, 30], ids=lambda n: f"after {n}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_by_kernels(small_model, kind, length):
+    model = small_model(**{**SIZES, **KINDS[kind]}).float()
+    tokens = torch.randint(61, (1, length + 3))
+    decoder = Decoder(model, compiled=False)
+    decoder.prefill(tokens[:, :length])
+    one = OneToken(model, deepcopy(decoder.states), decoder.count.clone())
+    for token in tokens[:, length:].split(1, dim=1):
+        expected = decoder.step(token)
+        actual = one(token)
+        one.count += 1
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
