@@ -217,8 +217,10 @@ class Decoder(Cache):
         trunk = self.model.model
         h = trunk.embed_tokens(tokens)
         fast = trunk.bank.start(h)
-        for layer, state in zip(trunk.layers, states, strict=True):
-            h, fast = block(layer, h, fast, trunk.bank, masks, state)
+        # Blocks of two kinds, with and without a past, of any number of models: all share the code.
+        with torch._dynamo.config.patch(recompile_limit=256):
+            for layer, state in zip(trunk.layers, states, strict=True):
+                h, fast = block(layer, h, fast, trunk.bank, masks, state)
         return h
 
     def _keep(self, read: list[_Reading], length: int, batch: int) -> None:

@@ -2,23 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.ops import suits_kernels
-
-
-class States(Protocol):
-    """A layer's states, written in place; shapes as of `nirvana.model.decode`, with B = 1."""
-
-    conv: Tensor | None
-    delta: Tensor | None
-    memory: Tensor | None
-    keys: Tensor | None
-    values: Tensor | None
 
 
 class OneToken:
@@ -28,12 +18,13 @@ class OneToken:
 
     Args:
         model: a `NirvanaForCausalLM` that `fits`.
-        states: of each layer.
+        states: of each layer, written in place: `conv`, `delta`, and where there is a Trigger
+            `memory`, `keys` and `values`, of the shapes in `nirvana.model.decode` with B = 1.
         count: tokens read so far, `[1]`, int64; a ring's place for the token is count modulo its
             length.
     """
 
-    def __init__(self, model: Any, states: Sequence[States], count: Tensor) -> None:
+    def __init__(self, model: Any, states: Sequence[Any], count: Tensor) -> None:
         config: NirvanaConfig = model.config
         self.model, self.config, self.states, self.count = model, config, states, count
         D, C, R = config.hidden_size, config.task_dim, config.bank_size
@@ -103,8 +94,6 @@ class OneToken:
         if updater.has_trigger:
             self._window(updater, x, state)
             self._trigger(updater, x, state, index)
-        assert state.conv is not None
-        assert state.delta is not None
         weights = updater.conv_weight, updater.A_log, updater.dt_bias
         ops.linear(x, state.conv[0], *weights, state.delta[0], updater.out_norm.weight, eps, o)
         if updater.has_trigger:
@@ -119,11 +108,9 @@ class OneToken:
         ops.swiglu(mlp.gate_up_proj.weight, h, block.mlp_norm.weight, eps, half["act"])
         ops.product(mlp.down_proj.weight, half["act"], h, added=h)
 
-    def _window(self, updater: Any, x: Tensor, state: States) -> None:
+    def _window(self, updater: Any, x: Tensor, state: Any) -> None:
         from nirvana.ops import triton_step as ops
 
-        assert state.keys is not None
-        assert state.values is not None
         assert self.window is not None
         half, D = self.half, self.config.hidden_size
         factors = x.split(updater.sections)[4]
@@ -133,7 +120,7 @@ class OneToken:
             ops.product(updater.window_out[0].weight, half["a"], half["low"])
             ops.product(updater.window_out[1].weight, half["low"], half["together"][D : 2 * D])
 
-    def _trigger(self, updater: Any, x: Tensor, state: States, index: int) -> None:
+    def _trigger(self, updater: Any, x: Tensor, state: Any, index: int) -> None:
         from nirvana.ops import triton_step as ops
 
         with _beside(self.sides[1]):

@@ -1,5 +1,6 @@
 """Sliding-window attention of half-precision CUDA tensors: cuDNN where its frontend is installed,
-else PyTorch's own FlashAttention. Both take the window as a bound, not as a mask."""
+else PyTorch's own FlashAttention. Both take the window as a bound, not as a mask, and packed
+documents as lengths and places."""
 
 from functools import cache, lru_cache
 from importlib import import_module
@@ -26,11 +27,11 @@ def forward(
         cu_seqlens: `[documents + 1]`, int32, where documents start and end in the batch laid out
             as one row; then S = T.
     """
-    if _cudnn_fits(q, k, cu_seqlens):
+    if _cudnn_fits(q):
         o = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:3].numel(), dtype=torch.float32)
-        graph = _forward_graph(_shape(q, k, v), window)
-        graph.run({"q": q, "k": k, "v": v, "o": o, "lse": lse})
+        graph = _forward_graph(_shape(cu_seqlens, q, k, v), window)
+        graph.run({"q": q, "k": k, "v": v, "o": o, "lse": lse}, cu_seqlens)
         return o, lse
     q_, k_, v_ = (x if cu_seqlens is None else x.flatten(0, 1) for x in (q, k, v))
     how, more = _flash_arguments(q, k, window, cu_seqlens)
@@ -49,12 +50,13 @@ def backward(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """Gradients of q, k and v side by side, `[B, T, 3, H, K]`; S = T, o and o_bar have no gaps."""
-    if _cudnn_fits(q, k, cu_seqlens):
+    if _cudnn_fits(q):
         B, T, H, K = q.shape
         bars = q.new_empty(B, T, 3, H, K)
-        graph = _backward_graph(_shape(q, k, v), window)
+        graph = _backward_graph(_shape(cu_seqlens, q, k, v), window)
         given = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "o_bar": o_bar}
-        graph.run(given | dict(zip(("q_bar", "k_bar", "v_bar"), bars.unbind(2), strict=True)))
+        given |= dict(zip(("q_bar", "k_bar", "v_bar"), bars.unbind(2), strict=True))
+        graph.run(given, cu_seqlens)
         return bars
     rows = [x if cu_seqlens is None else x.flatten(0, 1) for x in (o_bar, q, k, v, o)]
     how, more = _flash_arguments(q, k, window, cu_seqlens)
@@ -74,10 +76,10 @@ def _flash_arguments(
     return how, more
 
 
-def _cudnn_fits(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """A graph is built for one shape in up to a second: not for packed rows, nor for the lengths
-    of texts as they come."""
-    return HAS_CUDNN and cu_seqlens is None and q.shape[1] % ROUND == 0 and q.shape[-1] in (64, 128)
+def _cudnn_fits(q: Tensor) -> bool:
+    """A graph is built for one shape in up to a second: not for the lengths of texts as they
+    come."""
+    return HAS_CUDNN and q.shape[1] % ROUND == 0 and q.shape[-1] in (64, 128)
 
 
 class _Shape(NamedTuple):
@@ -87,14 +89,19 @@ class _Shape(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     device: torch.device
+    documents: int | None  # how many packed documents there is room for; None: rows
 
 
-def _shape(*tensors: Tensor) -> _Shape:
+def _shape(cu_seqlens: Tensor | None, *tensors: Tensor) -> _Shape:
+    documents = None
+    if cu_seqlens is not None:  # powers of two, so that few graphs are built
+        documents = max(16, 1 << (cu_seqlens.numel() - 2).bit_length())
     return _Shape(
         tuple(tuple(x.shape) for x in tensors),
         tuple(x.stride() for x in tensors),
         tensors[0].dtype,
         tensors[0].device,
+        documents,
     )
 
 
@@ -105,7 +112,11 @@ def _handle(device: torch.device) -> Any:
 
 
 class _Graph:
-    """A cuDNN graph, and its tensors by name, each `[B, T, H, K]` here and `[B, H, T, K]` there."""
+    """A cuDNN graph, and its tensors by name, each `[B, T, H, K]` here and `[B, H, T, K]` there.
+
+    Packed documents are its batch: as many as there is room for, those that are too many of length
+    zero. Where each begins in a tensor is handed in, in numbers before it.
+    """
 
     def __init__(self, shape: _Shape) -> None:
         cudnn = import_module("cudnn")
@@ -119,24 +130,55 @@ class _Graph:
         )
         self.half = half
         self.tensors: dict[str, Any] = {}
+        self.starts: dict[int, Any] = {}  # by the width of a token's row
+        self.lengths: Any = None
+        if shape.documents is not None:
+            self.lengths = self._whole_numbers("lengths", shape.documents, cudnn.data_type.INT32)
+
+    def _whole_numbers(self, name: str, count: int, kind: Any) -> Any:
+        return self.graph.tensor(
+            name=name, dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kind
+        )
+
+    def _place(self, tensor: Any, row: int) -> None:
+        """Says where packed documents begin in a tensor whose tokens lie `row` numbers apart."""
+        if self.shape.documents is None:
+            return
+        if row not in self.starts:
+            kind = self.cudnn.data_type.INT64
+            self.starts[row] = self._whole_numbers(f"row {row}", self.shape.documents + 1, kind)
+        tensor.set_ragged_offset(self.starts[row])
 
     def input(self, name: str, dims: tuple[int, ...], strides: tuple[int, ...]) -> Any:
         (b, t, h, c), (sb, st, sh, sc) = dims, strides
         self.tensors[name] = self.graph.tensor(
-            name=name, dim=[b, h, t, c], stride=[sb, sh, st, sc], data_type=self.half
+            name=name,
+            dim=[self.shape.documents or b, h, t, c],
+            stride=[sb, sh, st, sc],
+            data_type=self.half,
         )
+        self._place(self.tensors[name], st)
         return self.tensors[name]
 
     def output(self, name: str, tensor: Any, beside: int = 1) -> None:
         """Of the queries' shape, in rows that hold `beside` such tensors."""
         b, t, h, c = self.shape.dims[0]
         row = beside * h * c
-        tensor.set_output(True).set_dim([b, h, t, c]).set_stride([t * row, c, row, 1])
+        tensor.set_output(True).set_dim([self.shape.documents or b, h, t, c])
+        tensor.set_stride([t * row, c, row, 1])
+        self._place(tensor, row)
         self.tensors[name] = tensor
 
-    def statistics(self) -> tuple[list[int], list[int]]:
+    def statistics(self) -> dict[str, list[int]]:
+        """Of the softmax: head by head in rows, token by token in packed ones."""
         b, t, h, _ = self.shape.dims[0]
-        return [b, h, t, 1], [h * t, t, 1, 1]
+        packed = self.shape.documents
+        stride = [h * t, t, 1, 1] if packed is None else [h * t, 1, h, 1]
+        return {"dim": [packed or b, h, t, 1], "stride": stride}
+
+    def place_statistics(self, tensor: Any) -> None:
+        self._place(tensor, self.shape.dims[0][2])
+        self.tensors["lse"] = tensor
 
     def band(self, window: int | None) -> dict[str, Any]:
         queries, keys = self.shape.dims[0][1], self.shape.dims[1][1]
@@ -146,7 +188,12 @@ class _Graph:
             "diagonal_alignment": corner.TOP_LEFT if queries == keys else corner.BOTTOM_RIGHT,
             "diagonal_band_right_bound": 0,
         }
-        return band if window is None else {**band, "diagonal_band_left_bound": window}
+        if window is not None:
+            band["diagonal_band_left_bound"] = window
+        if self.lengths is not None:
+            band |= {"use_padding_mask": True, "seq_len_q": self.lengths}
+            band["seq_len_kv"] = self.lengths
+        return band
 
     def finish(self) -> "_Graph":
         modes = self.cudnn.heur_mode
@@ -158,7 +205,7 @@ class _Graph:
         self.workspace_bytes = max(1, self.graph.get_workspace_size())
         return self
 
-    def run(self, given: dict[str, Tensor]) -> None:
+    def run(self, given: dict[str, Tensor], cu_seqlens: Tensor | None) -> None:
         device = self.shape.device
         handle, stream = _handle(device), torch.cuda.current_stream(device)
         self.cudnn.set_stream(handle=handle, stream=stream.cuda_stream)
@@ -167,6 +214,11 @@ class _Graph:
             self.tensors[name]: x if name == "lse" else x.transpose(1, 2)
             for name, x in given.items()
         }
+        if cu_seqlens is not None and self.shape.documents is not None:
+            spare = self.shape.documents + 1 - cu_seqlens.numel()
+            starts = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(spare)]).long()
+            pack[self.lengths] = starts.diff().int()
+            pack |= {tensor: starts * row for row, tensor in self.starts.items()}
         self.graph.execute(pack, workspace, handle=handle)
 
 
@@ -176,10 +228,10 @@ def _forward_graph(shape: _Shape, window: int | None) -> _Graph:
     q, k, v = (made.input(*x) for x in zip("qkv", shape.dims, shape.strides, strict=True))
     o, lse = made.graph.sdpa(name="window", q=q, k=k, v=v, generate_stats=True, **made.band(window))
     made.output("o", o)
-    dims, strides = made.statistics()
-    lse.set_output(True).set_dim(dims).set_stride(strides)
+    statistics = made.statistics()
+    lse.set_output(True).set_dim(statistics["dim"]).set_stride(statistics["stride"])
     lse.set_data_type(made.cudnn.data_type.FLOAT)
-    made.tensors["lse"] = lse
+    made.place_statistics(lse)
     return made.finish()
 
 
@@ -187,16 +239,17 @@ def _forward_graph(shape: _Shape, window: int | None) -> _Graph:
 def _backward_graph(shape: _Shape, window: int | None) -> _Graph:
     made = _Graph(shape)
     q, k, v = (made.input(*x) for x in zip("qkv", shape.dims, shape.strides, strict=True))
-    _, t, h, c = shape.dims[0]
+    b, t, h, c = shape.dims[0]
     dense = (t * h * c, h * c, c, 1)
     o, o_bar = (made.input(name, shape.dims[0], dense) for name in ("o", "o_bar"))
-    dims, strides = made.statistics()
-    lse = made.graph.tensor(
-        name="lse", dim=dims, stride=strides, data_type=made.cudnn.data_type.FLOAT
-    )
-    made.tensors["lse"] = lse
+    kind = made.cudnn.data_type.FLOAT
+    lse = made.graph.tensor(name="lse", **made.statistics(), data_type=kind)
+    made.place_statistics(lse)
+    how = made.band(window)
+    if shape.documents is not None:  # else the workspace is as if all were of the longest length
+        how |= {"max_total_seq_len_q": b * t, "max_total_seq_len_kv": b * t}
     bars = made.graph.sdpa_backward(
-        name="window_backward", q=q, k=k, v=v, o=o, dO=o_bar, stats=lse, **made.band(window)
+        name="window_backward", q=q, k=k, v=v, o=o, dO=o_bar, stats=lse, **how
     )
     for name, bar in zip(("q_bar", "k_bar", "v_bar"), bars, strict=True):
         made.output(name, bar, beside=3)
