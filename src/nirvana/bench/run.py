@@ -58,11 +58,19 @@ class Options:
 def measure(options: Options) -> Iterator[Row]:
     """One row for every part, size and model. What cannot be measured says why in "failed"."""
     for part in options.parts:
-        for name in (OURS,) if part == "trigger" else (OURS, *options.peers):
+        for name in _models(part, options):
             for batch, length in _sizes(part, options):
                 about = {"part": part, "model": name, "batch": batch, "tokens": length}
                 for row in _attempt(PARTS[part], name, options, batch, length):
                     yield about | row
+
+
+def _models(part: str, options: Options) -> tuple[str, ...]:
+    """Compiled blocks are made for one shape: they are compared where shapes stay, in training."""
+    if part == "trigger":
+        return (OURS,)
+    left_out = () if part == "train" else ("llama_compiled",)
+    return (OURS, *(name for name in options.peers if name not in left_out))
 
 
 def _sizes(part: str, options: Options) -> list[tuple[int, int]]:
@@ -70,7 +78,7 @@ def _sizes(part: str, options: Options) -> list[tuple[int, int]]:
         return [(1, options.context)]
     if part == "decode":
         return [(1, context) for context in options.decode_contexts]
-    return list(options.train)
+    return list(options.train[:1] if part == "trigger" else options.train)
 
 
 def _attempt(

@@ -316,16 +316,13 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """PyTorch's compiler, told two things. To compute again in the backward what it would keep of
-    the cheap inputs of products (norms, SwiGLU's middle, the gated output): a third of the
-    activations. And that each part of a concatenation (of the input projection's gradient) is
-    written by what computes it, not by one kernel that computes every part's formula everywhere.
-    """
+    """PyTorch's compiler, told to compute again in the backward what it would keep of the cheap
+    inputs of products (norms, SwiGLU's middle, the gated output): a third of the activations."""
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
     with config.patch(ban_recompute_materialized_backward=False):
-        return compile_fx(graph, inputs, config_patches={"max_pointwise_cat_inputs": 1})
+        return compile_fx(graph, inputs)
 
 
 AutoModel.register(NirvanaConfig, NirvanaModel, exist_ok=True)

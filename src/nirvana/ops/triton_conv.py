@@ -1,9 +1,8 @@
 """The convolutions of q, k and v, SiLU and the unit length of q and k, for CUDA tensors.
 
-A program walks along STEPS tokens of a few heads, all of q, of k or of v, and keeps what later
-tokens want in registers, so that each number is read once. Tokens are numbered through the batch,
-n = b T + t. Where a row or a sample begins, what was before counts as zero, or, at a row's first
-sample, as the state that was handed in.
+A program walks along STEPS tokens of one row, for a few heads, all of q, of k or of v, and keeps
+what later tokens want in registers, so that each number is read once. Where a sample begins, what
+was before counts as zero, or, at a row's first sample, as the state that was handed in.
 
 With a the convolution, four wide, y = silu(a) and, for q and k, u = y r with
 r = (sum y^2 + eps)^-1/2:
@@ -22,111 +21,129 @@ from nirvana.ops.launch import blocks, launch
 
 STEPS, GRADIENT_STEPS = 64, 128
 """Tokens that a program walks, forward and backward."""
+WARPS, GRADIENT_WARPS = 4, 2
 CHANNELS = 512
 """Of a program, at most."""
 EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _four(x, n, stride, c, N):
-    """Rows n to n + 3 of x, zero where there are none: asked for together, before any is used."""
-    at = x + n.to(tl.int64) * stride + c
-    x0 = tl.load(at, (n >= 0) & (n < N), 0.0)
-    x1 = tl.load(at + stride, (n >= -1) & (n < N - 1), 0.0)
-    x2 = tl.load(at + 2 * stride, (n >= -2) & (n < N - 2), 0.0)
-    x3 = tl.load(at + 3 * stride, (n >= -3) & (n < N - 3), 0.0)
+def _four(x, t, stride, c, T):
+    """Tokens t to t + 3 of the row x, zero beyond it: asked for together, before any is used."""
+    at = x + t.to(tl.int64) * stride + c
+    x0 = tl.load(at, t < T, 0.0)
+    x1 = tl.load(at + stride, t + 1 < T, 0.0)
+    x2 = tl.load(at + 2 * stride, t + 2 < T, 0.0)
+    x3 = tl.load(at + 3 * stride, t + 3 < T, 0.0)
     return x0, x1, x2, x3
 
 
 @triton.jit
-def _taps(
-    x1, x2, x3, n, t, before, state, segments, c, N, T, D3,
+def _segment(segments, t, T, HAS_SEGMENTS: tl.constexpr):
+    """The sample of token t, -1 beyond the row."""
+    if HAS_SEGMENTS:
+        return tl.load(segments + t, (t >= 0) & (t < T), -1).to(tl.int32)
+    return t * 0
+
+
+@triton.jit
+def _before(
+    x, first, j: tl.constexpr, stride, state, segments, c, T,
     HAS_STATE: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """What the convolution at token n reads 1, 2 and 3 tokens before it; whether a sample starts
-    there; and the token's segment, for the next call's `before`."""
-    real = (n >= 0) & (n < N)
-    starts, segment = t == 0, t * 0
-    if HAS_SEGMENTS:
-        segment = tl.load(segments + n, real, -1).to(tl.int32)
-        starts = starts | (segment != before)
-    kept = tl.where(starts, 0.0, 1.0)
-    x1, x2, x3 = x1 * kept, x2 * kept, x3 * kept
-    if HAS_STATE:  # noqa: SIM102  (the one is decided by the compiler)
-        if real & (t == 0) & (segment == 0):
-            old = state + (n // T).to(tl.int64) * D3 * 3 + c * 3
-            x1 = tl.load(old + 2).to(tl.float32)
-            x2 = tl.load(old + 1).to(tl.float32)
-            x3 = tl.load(old).to(tl.float32)
-    return x1, x2, x3, starts, segment
+    """What the convolution reads j tokens before the program's first one."""
+    segment = _segment(segments, first, T, HAS_SEGMENTS)
+    same = segment == _segment(segments, first - j, T, HAS_SEGMENTS)
+    at = x + (first - j).to(tl.int64) * stride + c
+    tap = tl.load(at, (first > 0) & same, 0.0).to(tl.float32)
+    if HAS_STATE:
+        tap += tl.load(state + c * 3 + (3 - j), (first == 0) & (segment == 0), 0.0).to(tl.float32)
+    return tap
 
 
 @triton.jit
 def conv_kernel(
-    x, stride, state, segments, weight, out, N, T, H,
+    x, stride, state, segments, weight, out, T, H,
     K: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, HAS_STATE: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    first, top, D3 = tl.program_id(0) * STEPS, tl.program_id(1) * HEADS, 3 * H * K
+    first, row = tl.program_id(0) * STEPS, tl.program_id(2).to(tl.int64)
+    top = tl.program_id(1) * HEADS
     inner = tl.arange(0, HEADS)[:, None] * K + tl.arange(0, K)[None, :]
     c = top * K + inner
+    x += row * T * stride
+    if HAS_STATE:
+        state += row * (3 * H * K) * 3
+    if HAS_SEGMENTS:
+        segments += row * T
+    out += ((top // H) * tl.num_programs(2) + row) * T * (H * K) + top % H * K
     w0, w1 = tl.load(weight + c * 4 + 3), tl.load(weight + c * 4 + 2)
     w2, w3 = tl.load(weight + c * 4 + 1), tl.load(weight + c * 4)
-    out += (top // H).to(tl.int64) * N * (H * K) + top % H * K
-    x1 = tl.zeros((HEADS, K), tl.float32)
-    x2, x3 = x1, x1
-    t, segment = (first + 4 * T - 4) % T, first * 0
-    for i in range(-1, STEPS // 4):
-        n = first + i * 4
-        ahead = _four(x, n, stride, c, N)
+    x1 = _before(x, first, 1, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    x2 = _before(x, first, 2, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    x3 = _before(x, first, 3, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    before = _segment(segments, first, T, HAS_SEGMENTS)
+    for i in range(STEPS // 4):
+        t = first + i * 4
+        ahead = _four(x, t, stride, c, T)
         for j in tl.static_range(4):
-            x1, x2, x3, _, segment = _taps(
-                x1, x2, x3, n, t, segment, state, segments, c, N, T, D3, HAS_STATE, HAS_SEGMENTS
-            )
+            if HAS_SEGMENTS:
+                segment = _segment(segments, t, T, HAS_SEGMENTS)
+                kept = tl.where(segment == before, 1.0, 0.0)
+                x1, x2, x3, before = x1 * kept, x2 * kept, x3 * kept, segment
             x0 = ahead[j].to(tl.float32)
             a = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
             y = a * tl.sigmoid(a)
             if top < 2 * H:
                 y = y * tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
-            tl.store(out + n.to(tl.int64) * (H * K) + inner, y, (n >= first) & (n < N))
-            x3, x2, x1 = x2, x1, x0
-            n, t = n + 1, tl.where(t + 1 == T, 0, t + 1)
+            tl.store(out + t.to(tl.int64) * (H * K) + inner, y, t < T)
+            x3, x2, x1, t = x2, x1, x0, t + 1
 
 
 @triton.jit
 def conv_gradient_kernel(
-    x, stride, state, segments, weight, q_bar, k_bar, v_bar, x_bar, weight_bar, N, T, H,
+    x, stride, state, segments, weight, q_bar, k_bar, v_bar, x_bar, weight_bar, T, H,
     K: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, HAS_STATE: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    first, top = tl.program_id(0) * STEPS, tl.program_id(1) * HEADS
+    first, row = tl.program_id(0) * STEPS, tl.program_id(2).to(tl.int64)
+    top = tl.program_id(1) * HEADS
     end, D3 = first + STEPS, 3 * H * K
     inner = tl.arange(0, HEADS)[:, None] * K + tl.arange(0, K)[None, :]
     c = top * K + inner
+    x += row * T * stride
+    x_bar += row * T * D3
+    if HAS_STATE:
+        state += row * D3 * 3
+    if HAS_SEGMENTS:
+        segments += row * T
     bar = q_bar
     if top >= 2 * H:
         bar = v_bar
     elif top >= H:
         bar = k_bar
-    bar += top % H * K
+    bar += row * T * (H * K) + top % H * K
     w0, w1 = tl.load(weight + c * 4 + 3), tl.load(weight + c * 4 + 2)
     w2, w3 = tl.load(weight + c * 4 + 1), tl.load(weight + c * 4)
-    x1 = tl.zeros((HEADS, K), tl.float32)
-    x2, x3 = x1, x1
-    # Of the gradients of x at the three tokens before n, what is known so far; and whether n's
+    x1 = _before(x, first, 1, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    x2 = _before(x, first, 2, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    x3 = _before(x, first, 3, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    before = _segment(segments, first, T, HAS_SEGMENTS)
+    # Of the gradients of x at the three tokens before t, what is known so far; and whether t's
     # sample reaches back to them.
     g1 = tl.zeros((HEADS, K), tl.float32)
     g2, g3, sum0, sum1, sum2, sum3 = g1, g1, g1, g1, g1, g1
     near1 = tl.zeros((), tl.float32)
     near2, near3 = near1, near1
-    t, segment = (first + 4 * T - 4) % T, first * 0
-    for i in range(-1, STEPS // 4 + 1):  # four tokens to fill the taps, four to finish gradients
-        n = first + i * 4
-        ahead, bars = _four(x, n, stride, c, N), _four(bar, n, H * K, inner, N)
+    for i in range(STEPS // 4 + 1):  # the last four finish the gradients of those before
+        t = first + i * 4
+        ahead, bars = _four(x, t, stride, c, T), _four(bar, t, H * K, inner, T)
         for j in tl.static_range(4):
-            x1, x2, x3, starts, segment = _taps(
-                x1, x2, x3, n, t, segment, state, segments, c, N, T, D3, HAS_STATE, HAS_SEGMENTS
-            )
+            if HAS_SEGMENTS:
+                segment = _segment(segments, t, T, HAS_SEGMENTS)
+                kept = tl.where(segment == before, 1.0, 0.0)
+                x1, x2, x3, before = x1 * kept, x2 * kept, x3 * kept, segment
+                near1, near2, near3 = near1 * kept, near2 * kept, near3 * kept
             x0, y_bar = ahead[j].to(tl.float32), bars[j].to(tl.float32)
             a = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
             sigma = tl.sigmoid(a)
@@ -135,24 +152,26 @@ def conv_gradient_kernel(
                 r = tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
                 y_bar = r * (y_bar - y * (r * r * tl.sum(y * y_bar, 1)[:, None]))
             a_bar = y_bar * sigma * (1 + a * (1 - sigma))
-            kept = tl.where(starts, 0.0, 1.0)
-            near1, near2, near3 = near1 * kept, near2 * kept, near3 * kept
-            g1 += a_bar * w1 * near1
-            g2 += a_bar * w2 * near2
-            g3 += a_bar * w3 * near3
-            ready = n - 3
-            ours = (ready >= first) & (ready < end) & (ready < N)
+            if HAS_SEGMENTS:
+                g1 += a_bar * w1 * near1
+                g2 += a_bar * w2 * near2
+                g3 += a_bar * w3 * near3
+            else:
+                g1 += a_bar * w1
+                g2 += a_bar * w2
+                g3 += a_bar * w3
+            ready = t - 3
+            ours = (ready >= first) & (ready < end) & (ready < T)
             tl.store(x_bar + ready.to(tl.int64) * D3 + c, g3, ours)
-            own = a_bar * tl.where((n >= first) & (n < end), 1.0, 0.0)
+            own = a_bar * tl.where(t < end, 1.0, 0.0)
             sum0 += own * x0
             sum1 += own * x1
             sum2 += own * x2
             sum3 += own * x3
             g3, g2, g1 = g2, g1, a_bar * w0
             near3, near2, near1 = near2, near1, near1 * 0 + 1
-            x3, x2, x1 = x2, x1, x0
-            n, t = n + 1, tl.where(t + 1 == T, 0, t + 1)
-    part = weight_bar + tl.program_id(0) * (D3 * 4) + c * 4
+            x3, x2, x1, t = x2, x1, x0, t + 1
+    part = weight_bar + (row * tl.num_programs(0) + tl.program_id(0)) * (D3 * 4) + c * 4
     tl.store(part + 3, sum0)
     tl.store(part + 2, sum1)
     tl.store(part + 1, sum2)
@@ -174,9 +193,9 @@ def forward(
     H = D3 // (3 * head_dim)
     out = torch.empty(3, B, T, H, head_dim, dtype=x.dtype, device=x.device)
     how = _how(H, head_dim, state, segments)
-    grid = (blocks(B * T, STEPS), 3 * H // how["HEADS"])
-    given = (*_inputs(x, state, segments, weight), out, B * T, T, H)
-    launch(conv_kernel, grid, *given, STEPS=STEPS, **how)
+    grid = (blocks(T, STEPS), 3 * H // how["HEADS"], B)
+    given = (*_inputs(x, state, segments, weight), out, T, H)
+    launch(conv_kernel, grid, *given, STEPS=STEPS, num_warps=WARPS, **how)
     return out
 
 
@@ -195,13 +214,14 @@ def backward(
     """
     B, T, D3 = x.shape
     H = D3 // (3 * head_dim)
-    parts = blocks(B * T, GRADIENT_STEPS)
-    weight_bar = torch.empty(parts, *weight.shape, dtype=torch.float32, device=x.device)
+    parts = blocks(T, GRADIENT_STEPS)
+    weight_bar = torch.empty(B * parts, *weight.shape, dtype=torch.float32, device=x.device)
     x_bar = torch.empty(B, T, D3, dtype=x.dtype, device=x.device)
     how = _how(H, head_dim, state, segments)
-    grid = (parts, 3 * H // how["HEADS"])
-    given = (*_inputs(x, state, segments, weight), *bars, x_bar, weight_bar, B * T, T, H)
-    launch(conv_gradient_kernel, grid, *given, STEPS=GRADIENT_STEPS, **how)
+    grid = (parts, 3 * H // how["HEADS"], B)
+    given = (*_inputs(x, state, segments, weight), *bars, x_bar, weight_bar, T, H)
+    how |= {"STEPS": GRADIENT_STEPS, "num_warps": GRADIENT_WARPS}
+    launch(conv_gradient_kernel, grid, *given, **how)
     return x_bar, weight_bar.sum(0)
 
 
@@ -216,4 +236,4 @@ def _how(H: int, K: int, state: Tensor | None, segments: Tensor | None) -> dict[
     assert segments is None or segments.is_contiguous()
     heads = min(H & -H, max(1, CHANNELS // K))
     borders = {"HAS_STATE": state is not None, "HAS_SEGMENTS": segments is not None}
-    return {"K": K, "HEADS": heads, "num_warps": 4, **borders}
+    return {"K": K, "HEADS": heads, **borders}
