@@ -5,6 +5,7 @@ of parameters within `TOLERANCE`: SwiGLU's width makes up for what an arm has or
 """
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ class Budget:
         return asdict(self)
 
 
+@cache
 def fields_of(arm: str, size: str, vocab_size: int = VOCABULARY) -> dict[str, Any]:
     """All fields of an arm's `NirvanaConfig`, SwiGLU's width chosen by the number of parameters.
 
@@ -150,6 +152,11 @@ def fields_of(arm: str, size: str, vocab_size: int = VOCABULARY) -> dict[str, An
     off = count(preset("tiny", **fields)) / target - 1
     assert abs(off) <= TOLERANCE, f"{arm}: {off:+.1%} parameters"
     return fields
+
+
+def parameters(arm: str, size: str) -> int:
+    """Of an arm as it is trained."""
+    return count(preset("tiny", **fields_of(arm, size)))
 
 
 def count(config: NirvanaConfig) -> int:

@@ -105,6 +105,8 @@ def _subset(source: Path, out: Path, megabytes: float) -> tuple[Path, int, float
             if int((i + 1) * share) > int(i * share):
                 file.write(json.dumps({"text": text}) + "\n")
                 kept += sizes[i]
+    if not kept:
+        raise InputError(f"--megabytes = {megabytes:g} holds no document of {source}")
     return out, len(sizes), kept / sum(sizes)
 
 

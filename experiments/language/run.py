@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ABLATIONS, ARMS, DOMAINS, PEERS, SETTINGS, SIZES, Budget, fields_of
+from arms import ABLATIONS, ARMS, DOMAINS, PEERS, REFERENCE, SETTINGS, SIZES, Budget, parameters
 from common import FOLDER, RESULTS, append_result, load_data, read_results, script
 from study import run
 
@@ -45,6 +45,9 @@ def main() -> int:
     missing = _missing(_plan(options), options.out, budget)
     print(f"{len(missing)} runs are missing, of {budget.steps} steps each", flush=True)
     arms = list(dict.fromkeys(arm for arm, _, _ in missing))
+    for arm in arms:  # what cannot be made is told before anything runs
+        share = parameters(arm, budget.size) / parameters(REFERENCE, budget.size)
+        print(f"{arm}: {parameters(arm, budget.size):,} parameters, {share - 1:+.2%}", flush=True)
     if options.jobs > 1 and len(arms) > 1:
         code = _share_out(arms, options)
     else:
@@ -97,8 +100,6 @@ def _missing(
         for line in read_results(results)
         if line["budget"] == budget.to_dict()
     }
-    for arm in {arm for arm, _, _ in plan}:
-        fields_of(arm, budget.size)  # what cannot be made is told before anything runs
     return [each for each in plan if each not in done]
 
 

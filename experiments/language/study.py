@@ -66,7 +66,7 @@ def run(
     ended = time.perf_counter()
     seconds = {"training": round(trained - started, 1), "scoring": round(ended - trained, 1)}
     return {
-        "model": fields_of(arm, budget.size, len(task.tokenizer)),
+        "model": fields_of(arm, budget.size),
         "parameters": sum(p.numel() for p in model.parameters()),
         **figures,
         "seconds": seconds,
