@@ -240,3 +240,30 @@ def test_the_probe_finds_what_is_there(study):
     blind = probe.ridge(noise[train], labels[train], noise[rest]) == labels[rest]
     assert found.double().mean() > 0.9
     assert blind.double().mean() < 0.4
+
+
+def test_the_packaged_models_folder(study, data, prepared, tmp_path):
+    """A short training, shipped: it loads, and its card holds what `read_files` measures."""
+    from nirvana.evaluate.perplexity import read_files
+    from nirvana.model.assets import load_language_model
+    from nirvana.train.language import train
+
+    shards = study("common").load_data(prepared)[0]
+    sizes = "hidden_size=16 num_hidden_layers=3 num_attention_heads=1 task_dim=4 bank_size=2"
+    settings = f"data.train.law={shards / 'law'} data.context_length=64 data.batch_size=2 "
+    settings += f"run.steps=2 run.out={tmp_path / 'run'} run.device=cpu run.export_precision=bf16"
+    (tmp_path / "config.toml").write_text("")
+    arguments = [f"--model.{each}" for each in sizes.split()]
+    train(tmp_path / "config.toml", [*arguments, *(f"--{each}" for each in settings.split())])
+    ship = study("ship").ship
+    ship(tmp_path / "run", data, tmp_path / "tiny", 2, torch.device("cpu"))
+    model, tokenizer = load_language_model(tmp_path / "tiny")
+    files = {"law": data / "text/law/test.jsonl.xz"}
+    total = read_files(model, tokenizer, files, 2)["law"].total
+    card = (tmp_path / "tiny/README.md").read_text()
+    assert f"{total.bits_per_byte:.3f} (" in card
+    assert "--model.hidden_size 16" in card
+    (tmp_path / "run/model/model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights"):
+        ship(tmp_path / "run", data, tmp_path / "other", 2, torch.device("cpu"))
+    assert not (tmp_path / "other").exists()
