@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import wording
-from arms import ABLATIONS, ARMS, DESCRIPTIONS, DOMAINS, PEERS, REFERENCE, SETTINGS
+from arms import ABLATIONS, ARMS, DESCRIPTIONS, DOMAINS, REFERENCE, SETTINGS
 from bootstrap import RESAMPLES, Interval
 from common import RESULTS, read_results, script
 from figures import draw_gates
@@ -44,12 +44,9 @@ def document(results: Results, images: Path) -> str:
         parts += [_setup(results), _verdict(results)]
         for setting in SETTINGS:
             if results.arms(setting):
-                parts += [
-                    _texts(results, setting),
-                    _positions(results, setting),
-                    _recall(results, setting),
-                    _tasks(results, setting),
-                ]
+                parts += [_texts(results, setting), _positions(results, setting)]
+            if results.benchmarked(setting):
+                parts += [_recall(results, setting), _tasks(results, setting)]
         parts += [_ablations(results), _cost(results), _inside(results, images)]
     parts.append(_missing(results))
     return "\n".join(parts)
@@ -162,7 +159,7 @@ def _positions(results: Results, setting: str) -> str:
 
 
 def _recall(results: Results, setting: str) -> str:
-    arms = results.arms(setting, PEERS) or results.arms(setting)
+    arms = results.benchmarked(setting)
     names = list(results.runs(arms[0], setting)[0]["recall"])
     said = wording.RECALL.format(setting=setting)
     for what, digits in (("points", 2), ("bits", 1)):
@@ -180,7 +177,7 @@ def _recall(results: Results, setting: str) -> str:
 
 
 def _tasks(results: Results, setting: str) -> str:
-    arms = results.arms(setting, PEERS) or results.arms(setting)
+    arms = results.benchmarked(setting)
     names = results.runs(arms[0], setting)[0]["tasks"]
     rows = []
     above = 0

@@ -42,6 +42,10 @@ class Results:
         """Those that have a run."""
         return [arm for arm in among if self.runs(arm, setting)]
 
+    def benchmarked(self, setting: str) -> list[str]:
+        """The arms that have been asked the benchmarks and recall tasks."""
+        return [arm for arm in self.arms(setting) if self.runs(arm, setting)[0]["tasks"]]
+
     def missing(self) -> list[str]:
         """Peers in every setting and with three seeds; ablations with one seed in B."""
         wanted = [(a, s, seed) for a in PEERS for s in SETTINGS for seed in range(3)]

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from arms import SETTINGS, Budget, fields_of
+from arms import PEERS, SETTINGS, Budget, fields_of
 from probe import look
 from torch import Tensor
 
@@ -57,7 +57,9 @@ def run(
     model: Any = task.model.eval()
     # Scored texts come in shapes of their own: what is compiled would be compiled again for each.
     with torch.no_grad(), trainer.autocast(), torch.compiler.set_stance("force_eager"):
-        scores = score(model, evaluation, budget.context_length * budget.rows)
+        # Of an ablation the report asks for text alone.
+        asked = evaluation if arm in PEERS else {**evaluation, "tasks": {}, "recall": {}}
+        scores = score(model, asked, budget.context_length * budget.rows)
         if model.config.has_trigger:
             scores["trigger"] = look(model, evaluation, budget.context_length * budget.rows)
     if save is not None:
