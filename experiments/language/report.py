@@ -215,26 +215,21 @@ def _ablations(results: Results) -> str:
 def _cost(results: Results) -> str:
     rows = []
     for arm in ARMS:
-        runs = [x for setting in SETTINGS for x in results.runs(arm, setting)]
+        runs = results.timed(arm)
         if runs:
             rates, memory = ([x[key] for x in runs] for key in ("tokens_per_second", "memory_gib"))
-            seconds = [x["seconds"]["training"] for x in runs]
-            beside = sorted({x["environment"]["beside"] for x in runs})
-            devices = sorted({x["environment"]["device"] for x in runs})
             rows.append(
                 [
                     f"`{arm}`",
                     len(runs),
                     f"{median(rates):,.0f} ({min(rates):,} to {max(rates):,})",
                     f"{median(memory):.1f} ({min(memory):.1f} to {max(memory):.1f})",
-                    f"{median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})",
-                    ", ".join(map(str, beside)),
-                    ", ".join(devices),
+                    ", ".join(sorted({str(x["environment"]["beside"]) for x in runs})),
+                    ", ".join(sorted({x["environment"]["device"] for x in runs})),
                 ]
             )
-    head = ["arm", "runs", "tokens/s", "peak memory, GiB", "seconds of training"]
-    said = wording.COST
-    return said + _table([*head, "processes on the device", "device"], rows)
+    head = ["arm", "runs", "tokens/s", "peak memory, GiB", "processes on the device", "device"]
+    return wording.COST + _table(head, rows)
 
 
 def _inside(results: Results, images: Path) -> str:

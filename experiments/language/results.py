@@ -32,6 +32,7 @@ class Results:
         }
         self.lines = list(kept.values())
         self.left_out = sum(line["budget"] != self.budget for line in lines)
+        self._all = lines
 
     def runs(self, arm: str, setting: str) -> list[Line]:
         """By seed."""
@@ -45,6 +46,19 @@ class Results:
     def benchmarked(self, setting: str) -> list[str]:
         """The arms that have been asked the benchmarks and recall tasks."""
         return [arm for arm in self.arms(setting) if self.runs(arm, setting)[0]["tasks"]]
+
+    def timed(self, arm: str) -> list[Line]:
+        """Runs that tell an arm's speed: of the same shapes, however long they trained; those that
+        had the device to themselves, if there are any."""
+        assert self.budget is not None
+        shapes = ("size", "context_length", "rows")
+        alike = [
+            line
+            for line in self._all
+            if line["arm"] == arm
+            and all(line["budget"][each] == self.budget[each] for each in shapes)
+        ]
+        return [line for line in alike if line["environment"]["beside"] == 1] or alike
 
     def missing(self) -> list[str]:
         """Peers in every setting and with three seeds; ablations with one seed in B."""

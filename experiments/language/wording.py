@@ -68,9 +68,9 @@ validation text only; test text then says what it is worth.
 COST = """
 ## Time and memory
 
-Of training: the median run (smallest to largest). Seconds contain the compilation that a run met,
-tokens/s do not. Processes that share a device slow each other down: rows with more than one of them
-say nothing of a model alone.
+Of training, without compilation: the median run (smallest to largest), whatever its budget of
+tokens. Processes that share a device slow each other down: rows with more than one of them say
+nothing of a model alone.
 """
 
 INSIDE = """

@@ -143,6 +143,23 @@ def test_from_text_to_report(run, study, data, tmp_path, capsys, monkeypatch):
     assert f"{take.values.sum() / take.weights.sum():.3f} (" in page
 
 
+def test_speed_is_told_by_runs_that_had_the_device_alone(study):
+    def line(tokens, rows, beside, rate):
+        budget = study("arms").Budget(tokens=tokens, rows=rows).to_dict()
+        return {
+            **{"arm": "nirvana", "setting": "B", "seed": beside, "budget": budget},
+            **{"environment": {"beside": beside, "device": "GPU"}, "memory_gib": 1.0},
+            "tokens_per_second": rate,
+        }
+
+    shared = [line(10**7, 32, beside, 100) for beside in (3, 4)]
+    alone, other = line(10**6, 32, 1, 700), line(10**6, 16, 1, 300)
+    results = study("results").Results([*shared, alone, other])
+    assert results.timed("nirvana") == [alone]
+    assert study("results").Results([*shared, other]).timed("nirvana") == shared
+    assert "| 700 (700 to 700) |" in study("report")._cost(results)
+
+
 def test_a_report_of_nothing_says_so(study, tmp_path):
     page = study("report").document(study("results").Results([]), tmp_path)
     assert "nirvana/A/0, nirvana/A/1" in page
