@@ -147,8 +147,12 @@ def test_speed_is_told_by_runs_that_had_the_device_alone(study):
     def line(tokens, rows, beside, rate):
         budget = study("arms").Budget(tokens=tokens, rows=rows).to_dict()
         return {
-            **{"arm": "nirvana", "setting": "B", "seed": beside, "budget": budget},
-            **{"environment": {"beside": beside, "device": "GPU"}, "memory_gib": 1.0},
+            "arm": "nirvana",
+            "setting": "B",
+            "seed": beside,
+            "budget": budget,
+            "environment": {"beside": beside, "device": "GPU"},
+            "memory_gib": 1.0,
             "tokens_per_second": rate,
         }
 
