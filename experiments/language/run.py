@@ -71,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--save", type=Path, help="folder that keeps the models")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", help="of the code, for the record, where there is no git")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="processes, which share out the arms")
     parser.add_argument("--minutes", type=float, help="begin no run that would end later")
@@ -128,6 +129,7 @@ def _work(
     compiled = device.type == "cuda" and not options.no_compile
     shards, evaluation, _ = load_data(options.data)
     about = environment(device)
+    about["commit"] = about["commit"] or options.commit
     failed = 0
     # All arms' blocks are variants of the same code; one that ran uncompiled would be an error.
     limits: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
