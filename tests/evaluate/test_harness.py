@@ -7,7 +7,7 @@ import torch
 
 from nirvana.errors import InputError
 from nirvana.evaluate.perplexity import score_documents
-from nirvana.evaluate.tasks import TASKS, benchmark_folder, task_config, task_file
+from nirvana.evaluate.tasks import TASKS, answers, benchmark_folder, task_config, task_file
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'nirvana[eval]'")
 from lm_eval.api.instance import Instance
@@ -118,8 +118,15 @@ def folder(tmp_path):
 def test_local_tasks_ask_what_they_should(model, tokenizer, folder, monkeypatch, sign):
     names = ["arc_easy", "winogrande", "lambada", "pubmed_qa"]
 
+    said = set()
+    for name in names:
+        pairs, gold = answers(TASKS[name].read(task_file(name, folder))[0])
+        assert pairs[gold] in RIGHT
+        said |= set(pairs)
+
     def know(harness, asked):
         """Knows the right continuations and prefers them, or the wrong ones."""
+        assert {request.args for request in asked} <= said
         values = [sign * float(request.args in RIGHT) for request in asked]
         return [(value, value > 0) for value in values]
 

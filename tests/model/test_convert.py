@@ -213,7 +213,15 @@ def test_missing_and_damaged_input_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"trigger_decay": 0.5}, {"interpolation": "convex"}, {"rope_theta": 10000.0}]
+    "change",
+    [
+        {"trigger_decay": 0.5},
+        {"interpolation": "convex"},
+        {"rope_theta": 10000.0},
+        {"gate": "input"},
+        {"branches": "window"},
+        {"trigger_step": "normalised"},
+    ],
 )
 def test_what_the_authors_code_cannot_express_is_not_reversed(tmp_path, change):
     make(**change).save_pretrained(tmp_path / "ours")

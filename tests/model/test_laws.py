@@ -19,6 +19,12 @@ VARIANTS = [
     {"interpolation": "independent", "trigger_gradient": "truncated", "sliding_window": None},
     {"rope_theta": 10000.0, "trigger_decay": [0.0, 0.9], "conv_size": 2},
     {"num_prelude_layers": 0, "tie_word_embeddings": False, "sliding_window": 2},
+    {"trigger_step": "normalised"},
+    {"gate": "input"},
+    {"gate": "constant", "interpolation": "independent"},
+    {"branches": "linear"},
+    {"branches": "window", "num_prelude_layers": 0, "rope_theta": 10000.0, "sliding_window": None},
+    {"branches": "window", "num_prelude_layers": 1},
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS)))
 

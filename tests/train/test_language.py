@@ -74,6 +74,25 @@ def test_train(arguments, tmp_path):
     assert total.bits_per_byte == pytest.approx(figures[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    ["gate=input", "gate=constant", "branches=linear", "branches=window num_prelude_layers=0"],
+)
+def test_peers_train_by_configuration(arguments, tmp_path, fields):
+    from transformers import AutoModelForCausalLM
+
+    path, overrides = arguments
+    outcome = train(path, [*overrides, *(f"--model.{field}" for field in fields.split())])
+    assert outcome.finished
+    assert "trigger" not in outcome.last
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config
+    assert [getattr(config, f.split("=")[0]) for f in fields.split()[:1]] == [
+        fields.split()[0].split("=")[1]
+    ]
+
+
 def test_resume_is_bitwise(arguments, tmp_path, monkeypatch):
     """Law 11 for the language model itself."""
     train(*arguments)

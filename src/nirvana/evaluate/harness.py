@@ -23,7 +23,7 @@ from transformers import StoppingCriteria
 
 from nirvana.errors import InputError
 from nirvana.evaluate.perplexity import PIECE_TOKENS, read_tokens, score_tokens
-from nirvana.evaluate.tasks import benchmark_folder, task_config
+from nirvana.evaluate.tasks import answer_tokens, benchmark_folder, task_config
 from nirvana.text import text_encoder
 
 MAX_NEW_TOKENS = 256  # of an answer whose task does not say
@@ -81,18 +81,9 @@ class HarnessModel(LM):
         return self._tokenizer.bos_token_id
 
     def _row(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Tokens of context and continuation, and the first that belongs to the continuation.
-
-        A token that spans the border belongs to the continuation; white space at the end of the
-        context does, too, for that is where it stands in a token.
-        """
-        stem = context.rstrip()
-        whole = self._encode([stem + context[len(stem) :] + continuation])[0]
-        before = self._encode([stem])[0] if stem else []
-        shared = 0
-        while shared < min(len(before), len(whole) - 1) and before[shared] == whole[shared]:
-            shared += 1
-        return [self._bos, *whole], 1 + shared
+        """BOS and the tokens of `answer_tokens`, and the first of the continuation."""
+        tokens, first = answer_tokens(self._encode, context, continuation)
+        return [self._bos, *tokens], 1 + first
 
     @torch.no_grad()
     def _read_batch(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:

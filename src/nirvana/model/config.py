@@ -20,6 +20,10 @@ class NirvanaConfig(PreTrainedConfig):
         num_prelude_layers: first layers without Trigger and window branch.
         num_attention_heads: H, heads of both branches; the head size K is D / H.
         intermediate_size: width of the SwiGLU; None gives 8/3 D rounded up to a multiple of 256.
+        branches: memories of the layers after the prelude: "both", "linear" (all layers are as the
+            prelude's: Gated DeltaNet) or "window" (plain attention: with no prelude a Transformer).
+        gate: what blends both branches: "trigger"; "input", a linear map of the layer's input to C
+            numbers in the task vector's place; "constant", learned numbers of the layer.
         conv_size: width of the depthwise convolutions before the delta rule.
         sliding_window: W, tokens that a token sees, itself included; None means all.
         rope_theta: base of rotary positions in the window branch; None means no positions.
@@ -31,6 +35,8 @@ class NirvanaConfig(PreTrainedConfig):
         trigger_lr_learnable: train the step sizes, starting there.
         trigger_decay: memory along the sample in 0..1 (0: every token alone), one or per layer.
         trigger_decay_learnable: train the decays, starting there (then 0 < decay < 1).
+        trigger_step: "plain" (SPEC's p - lr m), or "normalised": each fast vector moves by lr m
+            over the root mean square of m.
         rms_norm_eps: epsilon of every RMSNorm.
         initializer_range: standard deviation of the initial matrices.
 
@@ -52,6 +58,8 @@ class NirvanaConfig(PreTrainedConfig):
     num_prelude_layers: int = 2
     num_attention_heads: int = 16
     intermediate_size: int | None = None
+    branches: Literal["both", "linear", "window"] = "both"
+    gate: Literal["trigger", "input", "constant"] = "trigger"
     conv_size: int = 4
     sliding_window: int | None = 2048
     rope_theta: float | int | None = None
@@ -63,6 +71,7 @@ class NirvanaConfig(PreTrainedConfig):
     trigger_lr_learnable: bool = False
     trigger_decay: float | int | list[float | int] = 0.0
     trigger_decay_learnable: bool = False
+    trigger_step: Literal["plain", "normalised"] = "plain"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -75,18 +84,34 @@ class NirvanaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
-        hybrid = "hybrid" if self.sliding_window is None else "hybrid_sliding"
+        kinds = {
+            "both": ("hybrid", "hybrid_sliding"),
+            "window": ("full_attention", "sliding_attention"),
+        }
         prelude = min(self.num_prelude_layers, self.num_hidden_layers)
         # The library's cache reads from here which states a layer keeps.
-        self.layer_types = ["linear_attention"] * prelude + [hybrid] * (
-            self.num_hidden_layers - prelude
-        )
+        self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.branches == "linear":
+            self.layer_types[0] = "hybrid"  # keys without width: only such a layer counts tokens
+        else:
+            kind = kinds[self.branches][self.sliding_window is not None]
+            self.layer_types[prelude:] = [kind] * (self.num_hidden_layers - prelude)
         super().__post_init__(**kwargs)
 
     @property
     def head_dim(self) -> int:
         """K."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_trigger(self) -> bool:
+        """Whether the layers after the prelude have a Trigger."""
+        return self.branches == "both" and self.gate == "trigger"
+
+    @property
+    def counting_layer(self) -> int:
+        """The first layer whose cache knows how many tokens it has read."""
+        return 0 if self.branches == "linear" else self.num_prelude_layers
 
     @property
     def number_of_conv_states(self) -> int:
@@ -102,6 +127,8 @@ class NirvanaConfig(PreTrainedConfig):
     def has_memory(self) -> bool:
         """Whether any Trigger carries its gradient along the sample."""
         decays = self.trigger_decay
+        if not self.has_trigger:
+            return False
         if self.trigger_decay_learnable:
             return True
         return any(decays) if isinstance(decays, list) else decays > 0
@@ -141,6 +168,12 @@ class NirvanaConfig(PreTrainedConfig):
             "sliding_window",
             self.sliding_window,
             "at least 2, or null",
+        )
+        _require(
+            self.branches == "both" or self.gate == "trigger",
+            "gate",
+            self.gate,
+            f"left out: with branches = {self.branches!r} there is nothing to blend",
         )
         count = self.num_hidden_layers - self.num_prelude_layers
         for name in ("trigger_lr", "trigger_decay"):

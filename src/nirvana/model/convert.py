@@ -24,6 +24,8 @@ from nirvana.model.nirvana import NirvanaForCausalLM
 MODEL_TYPE = "transformer_rnn"
 RELEASED = {
     "num_prelude_layers": 2,
+    "branches": "both",
+    "gate": "trigger",
     "conv_size": 4,
     "rope_theta": None,
     "interpolation": "independent",
@@ -32,6 +34,7 @@ RELEASED = {
     "trigger_lr_learnable": False,
     "trigger_decay": 0.0,
     "trigger_decay_learnable": False,
+    "trigger_step": "plain",
 }
 """What every released checkpoint means, in our configuration's words."""
 

@@ -38,7 +38,7 @@ def create_masks(
     device = inputs_embeds.device
     past, num_keys, offset = 0, T, 0
     if past_key_values is not None:
-        first = config.num_prelude_layers
+        first = config.counting_layer
         past = past_key_values.get_seq_length(first)
         num_keys, offset = past_key_values.get_mask_sizes(T, first)
     if attention_mask is not None and _may_look() and attention_mask.all():

@@ -20,8 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.decode import Decoder
 from nirvana.model.masks import Masks, create_masks
-from nirvana.model.trigger import Trigger, TriggerReport, WeightBank
-from nirvana.model.updater import RMSNorm, Updater
+from nirvana.model.trigger import NoBank, Trigger, TriggerReport, WeightBank
+from nirvana.model.updater import Attention, RMSNorm, Updater
 from nirvana.ops import in_autocast, swiglu
 from nirvana.ops.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -59,7 +59,8 @@ class NirvanaBlock(GradientCheckpointingLayer):
     def __init__(self, config: NirvanaConfig, layer_idx: int):
         super().__init__()
         self.updater_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.updater = Updater(config, layer_idx)
+        attention = config.branches == "window" and layer_idx >= config.num_prelude_layers
+        self.updater = (Attention if attention else Updater)(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -97,6 +98,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
         - convolutions: uniform within 1 / sqrt(width);
         - decay: A uniform in 1..16, time step log-uniform in 0.001..0.1 through softplus;
         - second low-rank factors (window_up, window_out, zeta): zero, so a = 0 and zeta = 0;
+        - a constant gate: logit zero, t = 1/2;
         - bank: weight normal / sqrt(C R); gain 1 / R, so that f starts as x + n(z), and bias and
           shift 0, each with noise, without which the R entries would stay equal for ever;
         - Trigger: step size and decay from the configuration.
@@ -109,7 +111,9 @@ class NirvanaPreTrainedModel(PreTrainedModel):
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
             step = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
             init.copy_(module.dt_bias, step + (-torch.expm1(-step)).log())
-            if module.has_trigger:
+            if module.has_window:
+                if module.constant:
+                    init.zeros_(module.gate_logit)
                 init.zeros_(module.window_up)
                 init.zeros_(module.window_out[-1].weight)  # type: ignore[arg-type]
                 init.zeros_(module.zeta[-1].weight)  # type: ignore[arg-type]
@@ -133,7 +137,7 @@ class NirvanaModel(NirvanaPreTrainedModel):
     def __init__(self, config: NirvanaConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.bank = WeightBank(config)
+        self.bank = (WeightBank if config.has_trigger else NoBank)(config)
         self.layers = nn.ModuleList(
             NirvanaBlock(config, i) for i in range(config.num_hidden_layers)
         )

@@ -52,13 +52,10 @@ class OneToken:
     def fits(model: Any, batch: int) -> bool:
         """Whether the kernels are for this model and number of texts."""
         config: NirvanaConfig = model.config
-        small = config.head_dim in (32, 64, 128) and config.conv_size == 4
-        return (
-            batch == 1
-            and small
-            and config.rope_theta is None
-            and suits_kernels(model.lm_head.weight)
-        )
+        sizes = config.head_dim in (32, 64, 128) and config.conv_size == 4
+        plain = config.branches == "both" and config.trigger_step == "plain"
+        gated = config.gate == "trigger" and config.rope_theta is None
+        return batch == 1 and sizes and plain and gated and suits_kernels(model.lm_head.weight)
 
     @torch.no_grad()
     def refresh(self) -> None:

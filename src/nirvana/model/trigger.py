@@ -47,17 +47,30 @@ class WeightBank(nn.Module):
         return (x @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
 
 
+class NoBank(nn.Module):
+    """The bank of a model without Trigger: no parameters, fast parameters of length 0."""
+
+    def __init__(self, config: NirvanaConfig):
+        super().__init__()
+
+    def start(self, x: Tensor) -> Tensor:
+        """Nothing to carry: `[B, T, 4, 0]`."""
+        return at_least_float32(x.new_empty(*x.shape[:2], 4, 0))
+
+
 class Trigger(nn.Module):
     """One closed-form gradient step on 1/2 ||f(k; p) - v||^2, then the task vector f(q; p).
 
     Along the sample the gradient is remembered, m_t = decay m_{t-1} + g_t, and p_t <- p_t - lr m_t
-    goes on to the next layer. No autograd inside, so it works under `torch.inference_mode`; all
+    goes on to the next layer; a "normalised" step divides each of m's four vectors by its root mean
+    square first. No autograd inside, so it works under `torch.inference_mode`; all
     arithmetic is float32 (float64 stays float64).
     """
 
     def __init__(self, config: NirvanaConfig, layer_idx: int):
         super().__init__()
         self.exact = config.trigger_gradient == "exact"
+        self.normalised = config.trigger_step == "normalised"
         self.enabled = True
         self.fixed_lr = config.per_trigger("trigger_lr", layer_idx)
         if config.trigger_lr_learnable:
@@ -108,6 +121,8 @@ class Trigger(nn.Module):
                     initial = None if state is None else state.flatten(1)
                     m, last = decayed_sum(g.flatten(2), self.decay, initial, segments)
                     g, state = m.view_as(g), last.view_as(g[:, 0])
+                if self.normalised:
+                    g = g * (g.square().mean(-1, keepdim=True) + EPS).rsqrt()
                 fast = fast - self.lr * g
             h_task = trigger_apply(q, fast, bank)
         return h_task.to(qkv.dtype), fast, state

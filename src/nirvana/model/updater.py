@@ -35,6 +35,9 @@ class Updater(nn.Module):
 
         "convex"       y = t a + (1 - t) b + t (1 - t) zeta
         "independent"  y = t a + t' b + t t' zeta
+
+    Without Trigger, `gate` = "input" puts x W in h_task's place, W: D -> C; with "constant" there
+    is no h_task, and t (and t') are the logistic function of learned numbers.
     """
 
     def __init__(self, config: NirvanaConfig, layer_idx: int):
@@ -45,24 +48,34 @@ class Updater(nn.Module):
         self.window = config.sliding_window
         self.rope_theta = config.rope_theta
         self.convex = config.interpolation == "convex"
-        self.has_trigger = layer_idx >= config.num_prelude_layers
+        self.has_window = layer_idx >= config.num_prelude_layers and config.branches == "both"
+        self.has_trigger = self.has_window and config.has_trigger
+        self.counts_tokens = config.branches == "linear" and layer_idx == config.counting_layer
         rank = max(1, D // 16)
+        C = 0 if config.gate == "constant" else C
+        task = 3 * C if self.has_trigger else C
         # One product instead of ten: q k v | gate | beta | alpha | low rank of q k v | task.
-        self.sections = [3 * D, D, H, H] + ([3 * rank, 3 * C] if self.has_trigger else [])
+        self.sections = [3 * D, D, H, H] + ([3 * rank, task] if self.has_window else [])
         self.in_proj = nn.Linear(D, sum(self.sections), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(3 * D, config.conv_size))
         self.A_log = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.out_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(D, D, bias=False)
-        if not self.has_trigger:
+        if not self.has_window:
             return
-        self.trigger = Trigger(config, layer_idx)
+        if self.has_trigger:
+            self.trigger = Trigger(config, layer_idx)
         self.window_up = nn.Parameter(torch.empty(3, rank, D))
         self.window_out = nn.Sequential(
             nn.Linear(D, max(1, D // 8), bias=False), nn.Linear(max(1, D // 8), D, bias=False)
         )
-        self.gate_proj = nn.Linear(C, 1 if self.convex else 2, bias=False)
+        num_gates = 1 if self.convex else 2
+        self.constant = config.gate == "constant"
+        if self.constant:
+            self.gate_logit = nn.Parameter(torch.empty(num_gates))
+        else:
+            self.gate_proj = nn.Linear(C, num_gates, bias=False)
         self.zeta = nn.Sequential(
             nn.Linear(2 * D + C, max(1, D // 8), bias=False),
             nn.SiLU(),
@@ -85,17 +98,25 @@ class Updater(nn.Module):
         state = self._states(cache)
         qkv, gate, beta, alpha, *rest = _Split.apply(self.in_proj(x), self.sections)
         b = self.linear(qkv, gate, beta, alpha, masks, state, cache)
-        if not self.has_trigger:
+        if not self.has_window:
             return b, fast
         low_rank, task = rest
         a = self.windowed(qkv, low_rank, masks, cache)
+        if not self.has_trigger:
+            return self.blend(a, b, task, self.gates(task)), fast
         h_task, moved, memory = self.trigger(task, fast, bank, state["memory"], masks["segments"])
         if cache is not None and memory is not None:
             cache.update_conv_state(memory, self.layer_idx, state_idx=1)
-        gates = self.gate_proj(h_task).sigmoid()
+        gates = self.gates(h_task)
         if reports is not None:
             reports.append(trigger_report(task, fast, moved, gates, bank))
         return self.blend(a, b, h_task, gates), moved
+
+    def gates(self, h_task: Tensor) -> Tensor:
+        """t, or t and t' ("independent"): `[B, T, 1 or 2]`."""
+        if self.constant:
+            return self.gate_logit.sigmoid().to(h_task.dtype).expand(*h_task.shape[:2], -1)
+        return self.gate_proj(h_task).sigmoid()
 
     def _states(self, cache: Cache | None) -> dict[str, Tensor | None]:
         """The layer's states before this call; all are read before any is updated, because the
@@ -139,6 +160,9 @@ class Updater(nn.Module):
             assert S is not None
             cache.update_conv_state(recent, self.layer_idx)
             cache.update_recurrent_state(S, self.layer_idx)
+            if self.counts_tokens:
+                empty = qkv.new_empty(qkv.shape[0], 1, qkv.shape[1], 0)
+                cache.update(empty, empty, self.layer_idx)
         o = self.out_norm(o) * F.silu(gate.unflatten(-1, (-1, self.head_dim)))
         return self.out_proj(o.flatten(2))
 
@@ -155,15 +179,7 @@ class Updater(nn.Module):
             o = window_branch(qkv, low_rank, self.window_up, self.head_dim, self.window, *borders)
             return self.window_out(o.flatten(2))
         q, k, v = moved_heads(qkv, low_rank, self.window_up, self.head_dim)
-        if self.rope_theta is not None:
-            q, k = (rotate(x, masks["positions"], self.rope_theta) for x in (q, k))
-        if cache is not None:
-            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if masks["window"] is None:
-            o = window_attention(q, k, v, self.window, masks["segments"], masks["cu_seqlens"])
-        else:
-            o = masked_attention(q, k, v, masks["window"])
+        o = attend(q, k, v, self.window, self.rope_theta, masks, cache, self.layer_idx)
         return self.window_out(o.flatten(2))
 
     def blend(self, a: Tensor, b: Tensor, h_task: Tensor, gates: Tensor) -> Tensor:
@@ -192,6 +208,55 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor, None]:
         qkv, gate, *others = bars
         return torch.cat([*qkv.chunk(3, dim=-1), *gate.chunk(4, dim=-1), *others], dim=-1), None
+
+
+class Attention(nn.Module):
+    """The layer of a Transformer in the Updater's place: softmax attention alone, no low rank."""
+
+    def __init__(self, config: NirvanaConfig, layer_idx: int):
+        super().__init__()
+        D = config.hidden_size
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window
+        self.rope_theta = config.rope_theta
+        self.in_proj = nn.Linear(D, 3 * D, bias=False)
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        fast: Tensor,
+        bank: nn.Module,
+        masks: Masks,
+        cache: Cache | None = None,
+        reports: list[TriggerReport] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x `[B, T, D]` to y `[B, T, D]`, arguments as the Updater's; fast comes back as it is."""
+        q, k, v = self.in_proj(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        o = attend(q, k, v, self.window, self.rope_theta, masks, cache, self.layer_idx)
+        return self.out_proj(o.flatten(2)), fast
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    rope_theta: float | None,
+    masks: Masks,
+    cache: Cache | None,
+    layer_idx: int,
+) -> Tensor:
+    """Window attention of new tokens, q, k, v `[B, T, H, K]`, to themselves and to cached ones."""
+    if rope_theta is not None:
+        q, k = (rotate(x, masks["positions"], rope_theta) for x in (q, k))
+    if cache is not None:
+        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if masks["window"] is None:
+        return window_attention(q, k, v, window, masks["segments"], masks["cu_seqlens"])
+    return masked_attention(q, k, v, masks["window"])
 
 
 def rotate(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:

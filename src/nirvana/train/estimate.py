@@ -49,10 +49,13 @@ def flops_per_token(model: nn.Module, config: NirvanaConfig, context_length: int
     weights += sum(p.numel() for n, p in model.named_parameters() if n.endswith("window_up"))
     W = T if config.sliding_window is None else min(T, config.sliding_window)
     seen = W - W * (W - 1) / (2 * T)
-    triggers = config.num_hidden_layers - config.num_prelude_layers
+    later = config.num_hidden_layers - config.num_prelude_layers
+    linear = config.num_prelude_layers if config.branches == "window" else config.num_hidden_layers
+    windows = 0 if config.branches == "linear" else later
+    triggers = later if config.has_trigger else 0
     forward = 2 * weights
-    forward += config.num_hidden_layers * 6 * D * K
-    forward += triggers * (4 * seen * D + 4 * config.task_dim**2 * config.bank_size)
+    forward += linear * 6 * D * K + windows * 4 * seen * D
+    forward += triggers * 4 * config.task_dim**2 * config.bank_size
     return 3.0 * forward
 
 

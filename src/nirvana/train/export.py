@@ -50,7 +50,8 @@ A Nirvana language model of {parameters:,} parameters, step {step:,} of {steps:,
 |---|---|
 | architecture | preset `{preset}`: D {config.hidden_size}, {config.num_hidden_layers} layers \
 ({config.num_prelude_layers} prelude), {config.num_attention_heads} heads of {config.head_dim}, \
-window {config.sliding_window}, C {config.task_dim}, R {config.bank_size}, {config.interpolation} \
+branches {config.branches}, gate {config.gate}, window {config.sliding_window}, \
+C {config.task_dim}, R {config.bank_size}, {config.interpolation} \
 interpolation |
 | tokenizer | {vocab_size:,} tokens |
 | weights | {precision} |

@@ -102,7 +102,10 @@ class LanguageTask(Task):
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         """What the Triggers do on the first row: the mean of their loss before and after the step,
-        and of the window branch's gate, over all tokens and layers; and the gate layer by layer."""
+        and of the window branch's gate, over all tokens and layers; and the gate layer by layer.
+        Nothing without Trigger."""
+        if not self.architecture.has_trigger:
+            return {}
         first = self._on_device({name: value[:1] for name, value in batch.items()})
         reports = self.model(
             input_ids=first["input_ids"],

@@ -136,6 +136,37 @@ TASKS = {
 }
 
 
+def answers(question: dict[str, Any]) -> tuple[list[tuple[str, str]], int]:
+    """(context, continuation) of each possible answer to a question that `LocalTask.read` gave, as
+    lm-eval asks them, and which is right."""
+    if "choices" in question:
+        return [(question["query"], " " + each) for each in question["choices"]], question["gold"]
+    if "contexts" in question:
+        then = " " + question["continuation"]
+        return [(context, then) for context in question["contexts"]], question["gold"]
+    return [(question["query"], question["target"])], 0
+
+
+def answer_tokens(
+    encode: Callable[[list[str]], list[list[int]]], context: str, continuation: str
+) -> tuple[list[int], int]:
+    """Tokens of context and continuation, and the first that belongs to the continuation.
+
+    A token that spans the border belongs to the continuation; white space at the end of the
+    context does, too, for that is where it stands in a token.
+
+    Args:
+        encode: see `nirvana.text.text_encoder`.
+    """
+    stem = context.rstrip()
+    whole = encode([stem + context[len(stem) :] + continuation])[0]
+    before = encode([stem])[0] if stem else []
+    shared = 0
+    while shared < min(len(before), len(whole) - 1) and before[shared] == whole[shared]:
+        shared += 1
+    return whole, shared
+
+
 def benchmark_folder(folder: str | Path | None) -> Path:
     """Where the benchmark files are: the folder given, else `benchmarks` in `NIRVANA_DATA`.
 
