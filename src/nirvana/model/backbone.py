@@ -57,7 +57,7 @@ def load_backbone(
                     module.enabled = False
         return model
     model = _random(kind) if weights == DEFAULT else _foreign(weights, kind)
-    return model.eval().to(device)
+    return nn.Module.to(model.eval(), device)
 
 
 def load_tokenizer(weights: str = DEFAULT) -> PreTrainedTokenizerBase:

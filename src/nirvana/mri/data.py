@@ -7,6 +7,7 @@ draws only a handful of numbers for each slice.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from nirvana.mri.io import read_volume
 from nirvana.mri.physics import Sampling, calibration_columns, ifft2c, rss
 from nirvana.mri.simulate import Simulation, simulate
 
+MASK_SEEDS = 256  # different masks of each kind and width
 Reports = Mapping[tuple[str, int | None], str]
 
 
@@ -163,16 +165,23 @@ def simulate_batch(
     kspace = simulate(images, generator, simulation, coils=num_coils)
     target = rss(ifft2c(kspace))
     which = torch.randint(len(samplings), (batch_size,), generator=generator).tolist()
-    seeds = torch.randint(2**31, (batch_size,), generator=generator).tolist()
-    masks = [samplings[i].mask(size[1], seed) for i, seed in zip(which, seeds, strict=True)]
-    calibration = torch.stack([calibration_columns(mask) for mask in masks]).to(pool.device)
-    mask = torch.stack(masks).to(pool.device)
+    seeds = torch.randint(MASK_SEEDS, (batch_size,), generator=generator).tolist()
+    columns = [_columns(samplings[i], size[1], seed) for i, seed in zip(which, seeds, strict=True)]
+    mask, calibration = torch.stack(columns, dim=1).to(pool.device)
     kspace = kspace * mask[:, None, None]
     scale = rss(ifft2c(kspace)).amax((-2, -1))
     # A slice is rarely the brightest of its volume, whose maximum is the scale in use.
     brighter = 1 + 0.5 * torch.rand(batch_size, generator=generator).to(scale)
     reports = tuple(pool.reports[i] for i in index.tolist()) if pool.reports else ()
     return MriBatch(kspace, mask, calibration, target, scale * brighter, reports)
+
+
+@lru_cache(maxsize=None)
+def _columns(sampling: Sampling, width: int, seed: int) -> Tensor:
+    """A mask and its central block, bool `[2, W]`. Kept, because drawing one takes the host longer
+    than everything else about a slice."""
+    mask = sampling.mask(width, seed)
+    return torch.stack([mask, calibration_columns(mask)])
 
 
 def read_reports(path: str | Path) -> dict[tuple[str, int | None], str]:

@@ -164,7 +164,7 @@ class ReconstructionTask(Task):
             return
         if self.config.optim.accumulation > 1:
             raise InputError("run.compile needs optim.accumulation = 1 here; set one or the other")
-        self.graphs = {}
+        self.graphs = self.graphs or {}
 
     def _callable(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         if self.graphs is None:
@@ -175,7 +175,9 @@ class ReconstructionTask(Task):
             # A cast weight that autocast kept would be one graph's memory in another graph.
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 self.graphs[shape] = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
-                    _Captured(self.model), tuple(x.clone() for x in inputs)
+                    _Captured(self.model),
+                    tuple(x.clone() for x in inputs),
+                    allow_unused_input=True,  # start and end vectors without a backbone
                 )
         return self.graphs[shape]
 
