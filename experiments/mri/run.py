@@ -320,7 +320,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--minutes", type=float, default=2.0, help="or its time; --steps goes first"
     )
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--workers", type=int, help="processes of sense and l1-wavelet")

@@ -1,6 +1,7 @@
 """The frozen language model under a specialist: of which kind, with which weights."""
 
 import hashlib
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,14 +51,15 @@ def load_backbone(
     if kind == "none":
         return None
     if kind in ("nirvana", "nirvana-without-trigger"):
-        model = load_language_model(PACKAGED if weights == DEFAULT else weights, device)[0]
+        model = load_language_model(_place(weights), device)[0]
         if kind == "nirvana-without-trigger":
             for module in model.modules():
                 if isinstance(module, Trigger):
                     module.enabled = False
         return model
     model = _random(kind) if weights == DEFAULT else _foreign(weights, kind)
-    return nn.Module.to(model.eval(), device)
+    nn.Module.to(model, device)
+    return model.eval()
 
 
 def load_tokenizer(weights: str = DEFAULT) -> PreTrainedTokenizerBase:
@@ -66,7 +68,7 @@ def load_tokenizer(weights: str = DEFAULT) -> PreTrainedTokenizerBase:
     Raises:
         InputError: for weights that do not exist or lie there without a tokenizer.
     """
-    folder = resolve(PACKAGED if weights == DEFAULT else weights)
+    folder = resolve(_place(weights))
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} has no tokenizer.json beside its weights")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -87,6 +89,11 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) ->
         values = part.detach().to("cpu", dtype or part.dtype).contiguous()
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _place(weights: str) -> str:
+    """ "default" is the packaged folder, whatever lies in the working directory."""
+    return str(resources.files("nirvana") / "assets" / PACKAGED) if weights == DEFAULT else weights
 
 
 def _random(kind: str) -> PreTrainedModel:

@@ -203,7 +203,7 @@ def _wavelet_image(
     from sigpy.mri.app import L1WaveletRecon
 
     # The sensitivities have unit norm, so the operator's norm is at most 1 and so may the step be.
-    return L1WaveletRecon(
+    app: Any = L1WaveletRecon(
         kspace,
         maps,
         weight,
@@ -212,7 +212,8 @@ def _wavelet_image(
         max_iter=settings.iterations,
         alpha=1,
         show_pbar=False,
-    ).run()
+    )
+    return app.run()
 
 
 def _sense_image(
@@ -220,14 +221,9 @@ def _sense_image(
 ) -> np.ndarray:
     from sigpy.mri.app import SenseRecon
 
-    return SenseRecon(
-        kspace,
-        maps,
-        settings.sense_weight,
-        weights=weights,
-        max_iter=settings.sense_iterations,
-        show_pbar=False,
-    ).run()
+    options: Any = {"lamda": settings.sense_weight, "max_iter": settings.sense_iterations}
+    app: Any = SenseRecon(kspace, maps, weights=weights, show_pbar=False, **options)
+    return app.run()
 
 
 def espirit_maps(

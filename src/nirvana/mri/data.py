@@ -7,7 +7,7 @@ draws only a handful of numbers for each slice.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ class SlicePool:
             volumes.append((magnitude[shown] * 255).round().byte())
             if reports is not None:
                 texts.append(
-                    [_report(reports, file, n) for n in shown.nonzero().flatten().tolist()]
+                    [report_of(reports, file, n) for n in shown.nonzero().flatten().tolist()]
                 )
         return cls(volumes, device, texts)
 
@@ -163,20 +163,35 @@ def simulate_batch(
     index = pool.draw(batch_size, generator)
     images = pool.views(index, size, generator)
     kspace = simulate(images, generator, simulation, coils=num_coils)
+    masks = draw_masks(samplings, batch_size, size[1], generator).to(pool.device)
+    reports = tuple(pool.reports[i] for i in index.tolist()) if pool.reports else ()
+    return undersampled(kspace, masks, generator, reports)
+
+
+def draw_masks(
+    samplings: Sequence[Sampling], count: int, width: int, generator: Generator
+) -> Tensor:
+    """Masks and their central blocks, bool `[2, count, W]`, each of a sampling drawn evenly."""
+    which = torch.randint(len(samplings), (count,), generator=generator).tolist()
+    seeds = torch.randint(MASK_SEEDS, (count,), generator=generator).tolist()
+    columns = [_columns(samplings[i], width, seed) for i, seed in zip(which, seeds, strict=True)]
+    return torch.stack(columns, dim=1)
+
+
+def undersampled(
+    kspace: Tensor, masks: Tensor, generator: Generator, reports: tuple[str, ...] = ()
+) -> MriBatch:
+    """The batch of fully sampled slices `[B, coils, H, W]` under the masks of `draw_masks`."""
+    mask, calibration = masks
     target = rss(ifft2c(kspace))
-    which = torch.randint(len(samplings), (batch_size,), generator=generator).tolist()
-    seeds = torch.randint(MASK_SEEDS, (batch_size,), generator=generator).tolist()
-    columns = [_columns(samplings[i], size[1], seed) for i, seed in zip(which, seeds, strict=True)]
-    mask, calibration = torch.stack(columns, dim=1).to(pool.device)
     kspace = kspace * mask[:, None, None]
     scale = rss(ifft2c(kspace)).amax((-2, -1))
     # A slice is rarely the brightest of its volume, whose maximum is the scale in use.
-    brighter = 1 + 0.5 * torch.rand(batch_size, generator=generator).to(scale)
-    reports = tuple(pool.reports[i] for i in index.tolist()) if pool.reports else ()
+    brighter = 1 + 0.5 * torch.rand(len(kspace), generator=generator).to(scale)
     return MriBatch(kspace, mask, calibration, target, scale * brighter, reports)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _columns(sampling: Sampling, width: int, seed: int) -> Tensor:
     """A mask and its central block, bool `[2, W]`. Kept, because drawing one takes the host longer
     than everything else about a slice."""
@@ -213,7 +228,12 @@ def read_reports(path: str | Path) -> dict[tuple[str, int | None], str]:
     return reports
 
 
-def _report(reports: Reports, file: Path, number: int) -> str:
+def report_of(reports: Reports, file: Path, number: int) -> str:
+    """The report of a file's slice.
+
+    Raises:
+        InputError: when there is none.
+    """
     text = reports.get((file.name, number), reports.get((file.name, None)))
     if text is None:
         raise InputError(f"{file}: slice {number} has no report")

@@ -14,8 +14,10 @@ class MriDataSection:
     """[data]: volumes, and how they are scanned. A batch draws one size and one number of coils,
     and a mask for every slice."""
 
-    train: list[str]  # magnitude volumes (NIfTI, npy); patterns with * are expanded
-    valid: list[str] = field(default_factory=list)  # the same, scored during the training
+    # magnitude volumes (NIfTI, npy), or fully sampled scans (fastMRI .h5) of the numbers of coils
+    # below; patterns with * are expanded
+    train: list[str]
+    valid: list[str] = field(default_factory=list)  # the same, or both, scored during the training
     reports: str = ""  # JSON lines of {"volume", "slice", "report"}, which stage 1 learns to write
     batch_size: int = 8  # slices in a micro batch
     sizes: list[tuple[int, int]] = field(default_factory=lambda: [(128, 96), (192, 160)])  # H, W

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from nirvana.errors import InputError
 from nirvana.model.backbone import fingerprint, load_backbone, load_tokenizer
 from nirvana.mri.baselines import zero_filled
-from nirvana.mri.data import MriBatch, SlicePool, read_reports, simulate_batch
-from nirvana.mri.io import read_volume
+from nirvana.mri.data import MriBatch, Reports, SlicePool, read_reports, simulate_batch
+from nirvana.mri.evaluate import is_full, target_of
+from nirvana.mri.io import Scan, is_volume, read_scan, read_volume
 from nirvana.mri.loss import ssim
+from nirvana.mri.measured import SUFFIXES, ScanPool
 from nirvana.mri.metrics import score
 from nirvana.mri.model import CodecModel, load_codec, save_codec
 from nirvana.mri.physics import Sampling
@@ -48,13 +50,18 @@ class ReconstructionTask(Task):
 
     unit = "slices"
 
-    def __init__(self, config: MriConfig, device: torch.device, pool: SlicePool | None = None):
+    def __init__(
+        self,
+        config: MriConfig,
+        device: torch.device,
+        pool: SlicePool | ScanPool | None = None,
+    ):
         data = config.data
         self.config, self.device = config, device
         self.valid = [_validation_scan(path, config) for path in expand(data.valid)]
         self.files = expand(data.train) if pool is None else [Path(name) for name in data.train]
         reports = read_reports(data.reports) if data.reports else None
-        self.pool = pool or SlicePool.read(self.files, device, reports=reports)
+        self.pool = pool or _pool(self.files, device, config, reports)
         self.targets = ReportTargets(config.codec.weights, config.stage) if data.reports else None
         self.model: nn.Module = _initial(config).to(device)
         _trained(self.model, config.stage.name)
@@ -80,11 +87,14 @@ class ReconstructionTask(Task):
         def draw(options: list) -> int:
             return int(torch.randint(len(options), (), generator=generator).item())
 
+        size, coils = data.sizes[draw(data.sizes)], data.coils[draw(data.coils)]
+        if isinstance(self.pool, ScanPool):
+            return self.pool.batch(data.batch_size, size, coils, data.samplings, generator)
         return simulate_batch(
             self.pool,
             data.batch_size,
-            data.sizes[draw(data.sizes)],
-            data.coils[draw(data.coils)],
+            size,
+            coils,
             data.samplings,
             self.config.simulation,
             generator,
@@ -235,6 +245,17 @@ class _Captured(nn.Module):
         return self.model(*inputs).image
 
 
+def _pool(
+    files: list[Path], device: torch.device, config: MriConfig, reports: Reports | None
+) -> SlicePool | ScanPool:
+    measured = [file.suffix in SUFFIXES for file in files]
+    if all(measured):
+        return ScanPool(files, device, config.data.coils, reports)
+    if any(measured):
+        raise InputError("data.train: either scans (.h5) or image volumes, not both in one run")
+    return SlicePool.read(files, device, reports=reports)
+
+
 def _initial(config: MriConfig) -> CodecModel:
     """The codec that a run begins with, on the CPU."""
     if not config.stage.initial:
@@ -298,13 +319,23 @@ def expand(patterns: list[str]) -> list[Path]:
 
 
 def _validation_scan(path: Path, config: MriConfig) -> tuple[Tensor, np.ndarray, Tensor]:
-    """K-space, target and mask of evenly spread slices, simulated once with a fixed seed."""
+    """K-space, target and mask of evenly spread slices: of a scan, or of a volume's, simulated once
+    with a fixed seed."""
     data = config.data
-    volume = read_volume(path)
-    middle = volume[len(volume) // 5 : -(len(volume) // 5) or None]
-    chosen = np.linspace(0, len(middle) - 1, min(data.valid_slices, len(middle))).round()
-    scan = simulate_scan(middle[chosen.astype(int)], path.name, 0, config.simulation)
-    assert scan.target is not None
+
+    def spread(volume: np.ndarray) -> np.ndarray:
+        middle = volume[len(volume) // 5 : -(len(volume) // 5) or None]
+        chosen = np.linspace(0, len(middle) - 1, min(data.valid_slices, len(middle))).round()
+        return middle[chosen.astype(int)]
+
+    if is_volume(path):
+        scan = simulate_scan(spread(read_volume(path)), path.name, 0, config.simulation)
+    else:
+        whole = read_scan(path)
+        if not is_full(whole):
+            raise InputError(f"{path} is undersampled; only a fully sampled scan can be scored")
+        target = None if whole.target is None else spread(whole.target)
+        scan = Scan(spread(whole.kspace), None, target, whole.name)
     sampling = Sampling(data.masks[0], data.accelerations[0], data.center_fractions[0])
     mask = sampling.mask(scan.kspace.shape[-1], seed=0)
-    return torch.from_numpy(scan.kspace), scan.target, mask
+    return torch.from_numpy(scan.kspace), target_of(scan), mask
