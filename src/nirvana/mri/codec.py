@@ -148,8 +148,9 @@ class ComplexNet(nn.Module):
         self.net = build_unet(config, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = (x.real.square() + x.imag.square()).mean((-2, -1), keepdim=True).sqrt()
-        scale = scale.clamp(min=1e-12)[:, None]
+        with torch.no_grad():  # a residual network's output does not depend on it
+            scale = torch.view_as_real(x).square().mean((-3, -2, -1)) * 2
+            scale = scale.sqrt().clamp(min=1e-12)[:, None, None, None]
         channels, padding = pad_to_patches(to_channels(x))
         y = crop(self.net(channels / scale), padding).float() * scale
         return to_complex(y)
