@@ -1,6 +1,6 @@
 """Writes docs/evidence-mri.md from the lines that run.py left.
 
-    python experiments/mri/report.py experiments/mri/results.jsonl [--out docs/evidence-mri.md]
+python experiments/mri/report.py experiments/mri/results.jsonl [--out docs/evidence-mri.md]
 """
 
 import argparse
@@ -25,27 +25,31 @@ Line = dict[str, Any]
 
 METHOD = """# MRI reconstruction: what was measured
 
-Made by `experiments/mri/report.py` from the lines of `experiments/mri/run.py`; the commands are at the
-end.
+Made by `experiments/mri/report.py` from the lines of `experiments/mri/run.py`; the commands are at
+the end.
 
-**Data.** Training: slices of 20 volumes of 11 people and a template (T1, T2, FLAIR; 8 bits), none of
-whom is in the test. Test: 8 middle slices of each of 11 volumes of six other people; two people give three
-contrasts of them each, so volumes are not fully independent. Licences: the card of the packaged codec.
+**Data.** Training: slices of 20 volumes of 11 people and a template (T1, T2, FLAIR; 8 bits), none
+of whom is in the test. Test: 8 middle slices of each of 11 volumes of six other people; two people
+give three contrasts of them each, so volumes are not fully independent. Licences: the card of the
+packaged codec.
 
-**What is simulated**: for volumes, contrast (an exponent), smooth phase, 8 coils (birdcage or random and
-smooth), noise of 0.2 to 2 % of the brightest pixel, Cartesian undersampling; training draws 1, 4 or 8 coils.
-No motion, no field inhomogeneity, no correlated noise. *Contrast medium* is a volume of a kind (T1 after
-contrast medium, tumour) that no training saw; *inverted contrast* turns the test volumes' brightness
-over, a stand-in for an unknown sequence. *Measured head* and *measured knee* are genuine k-space of one coil
-each, of which only the undersampling is simulated: one slice each, so no spread and no test.
+**What is simulated**: for volumes, contrast (an exponent), smooth phase, 8 coils (birdcage or
+random and smooth), noise of 0.2 to 2 % of the brightest pixel, Cartesian undersampling; training
+draws 1, 4 or 8 coils. No motion, no field inhomogeneity, no correlated noise. *Contrast medium* is
+a volume of a kind (T1 after contrast medium, tumour) that no training saw; *inverted contrast*
+turns the test volumes' brightness over, a stand-in for an unknown sequence. *Measured head* and
+*measured knee* are genuine k-space of one coil each, of which only the undersampling is simulated:
+one slice each, so no spread and no test.
 
-**Budget.** Every trained arm sees the same slices in the same order, as often as the table says, with the same
-optimiser; the backbone is frozen. `none` is the codec whose tokens pass no backbone; `transformer` and
-`gated_deltanet` are frozen with random weights, since no trained ones of this size are packaged, so they tell
-what an untrained network there does; the two Nirvanas share the packaged `tiny`'s weights.
+**Budget.** Every trained arm sees the same slices in the same order, as often as the table says,
+with the same optimiser; the backbone is frozen. `none` is the codec whose tokens pass no backbone;
+`transformer` and `gated_deltanet` are frozen with random weights, since no trained ones of this
+size are packaged, so they tell what an untrained network there does; the two Nirvanas share the
+packaged `tiny`'s weights.
 
-**Scores** per volume, over its slices: PSNR in dB with the volume's maximum, SSIM (scikit-image, uniform window 7),
-NMSE. Mean ± standard deviation over volumes{seeds}; p: two-sided paired Wilcoxon test against `{reference}`.
+**Scores** per volume, over its slices: PSNR in dB with the volume's maximum, SSIM (scikit-image,
+uniform window 7), NMSE. Mean ± standard deviation over volumes{seeds}; p: two-sided paired Wilcoxon
+test against `{reference}`.
 """
 
 
@@ -106,8 +110,8 @@ def scores(lines: list[Line]) -> list[str]:
 def budgets(lines: list[Line]) -> list[str]:
     """Parameters, training and speed of every trained arm."""
     text = [
-        "| arm | seed | trained parameters | frozen | steps | slices seen | training, s | slices/s | "
-        "training, GiB | a slice of 320 x 320, 16 coils | weights, MB | on |",
+        "| arm | seed | trained parameters | frozen | steps | slices seen | training, s | "
+        "slices/s | training, GiB | a slice of 320 x 320, 16 coils | weights, MB | on |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:

@@ -48,8 +48,8 @@ class Wavelet:
     threshold: float = 0.02
     crop: float = 0.9
     calibration_rows: int = 24
-    sense_weight: float = 3e-3
-    sense_iterations: int = 30
+    sense_weight: float = 1e-2
+    sense_iterations: int = 15
 
 
 def zero_filled(kspace: Any, mask: Any) -> np.ndarray:

@@ -89,6 +89,12 @@ class CodecModel(nn.Module):
         self.image_cascades = _cascades(config.image_cascades, config)
 
     @property
+    def num_trained(self) -> int:
+        """Parameters of the codec's own, those of the backbone not counted."""
+        own = own_state_dict(self)
+        return sum(p.numel() for name, p in self.named_parameters() if name in own)
+
+    @property
     def backbone(self) -> PreTrainedModel | None:
         """The frozen language model."""
         return self.specialist.backbone if self.config.correction == "tokens" else None
