@@ -1,6 +1,9 @@
 """Training a codec: samples from a seed, a gain on zero-filling, bitwise resumption."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +238,30 @@ def test_training_gains_on_zero_filling(config):
     valid = out.last["valid"]
     assert valid["psnr"] > valid["zero_filled_psnr"] + 0.02
     assert valid["ssim"] > valid["zero_filled_ssim"]
+
+
+def test_two_processes_compute_what_one_computes(config, tmp_path):
+    """Codec and frozen backbone in two parts each (FSDP2)."""
+    settings = ["--run.steps", "2", "--optim.accumulation", "2", "--run.compile", "false"]
+    settings += ["--run.device", "cpu"]
+    train(config("nirvana", "alone"), settings)
+    program = Path(__file__).with_name("train_codec.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["2", str(program), str(config("nirvana", "together")), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    alone, together = (
+        load_file(tmp_path / run / "model" / "model.safetensors") for run in ("alone", "together")
+    )
+    assert alone.keys() == together.keys()
+    for name, x in alone.items():
+        torch.testing.assert_close(together[name], x, rtol=1e-3, atol=2e-5, msg=name)
+    lines = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])
+        for run in ("alone", "together")
+    ]
+    assert lines[1]["valid"]["psnr"] == pytest.approx(lines[0]["valid"]["psnr"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
