@@ -144,8 +144,10 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
     backbone = model.backbone
     frozen = 0 if backbone is None else sum(p.numel() for p in backbone.parameters())
     trained = sum(p.numel() for p in model.parameters()) - frozen
+    described = to_dict(config)
+    described["run"]["out"] = Path(config.run.out).name  # where it lay is nobody's business
     facts = {
-        "config": to_dict(config),
+        "config": described,
         "parameters": {"trained": trained, "frozen": frozen},
         "training": {
             "seconds": seconds,
@@ -283,7 +285,8 @@ def main() -> None:
         print(f"{options.arm}, seed {options.seed}: done already, see {results}")
         return show(done)
     archive = np.load(options.data, allow_pickle=False)
-    line: dict[str, Any] = {"arm": options.arm, "seed": options.seed, "commit": commit()}
+    line: dict[str, Any] = {"arm": options.arm, "seed": options.seed}
+    line["commit"] = options.commit or commit()
     line["torch"] = torch.__version__
     if options.arm in CLASSICAL:
         method, line["device"] = classical(options.arm), "cpu"
@@ -320,8 +323,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--minutes", type=float, default=2.0, help="or its time; --steps goes first"
     )
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", default="", help="of the code, where git does not tell it")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--workers", type=int, help="processes of sense and l1-wavelet")
     parser.add_argument(
