@@ -46,7 +46,7 @@ class Wavelet:
     wavelet: str = "db4"
     kernel: int = 6
     threshold: float = 0.02
-    crop: float = 0.9
+    crop: float = 0.5
     calibration_rows: int = 24
     sense_weight: float = 1e-2
     sense_iterations: int = 15
