@@ -327,7 +327,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", default="", help="of the code, where git does not tell it")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--workers", type=int, help="processes of sense and l1-wavelet")
+    parser.add_argument("--workers", type=int, default=1, help="of sense and l1-wavelet")
     parser.add_argument(
         "--tiny", action="store_true", help="a minute on any machine, to try it out"
     )
