@@ -23,6 +23,8 @@ from nirvana.mri.physics import sampling_mask
 class ZeroFilledModel:
     """Has the interface of a codec."""
 
+    num_trained = 1_230_000
+
     def reconstruct(
         self,
         kspace: torch.Tensor,
@@ -166,6 +168,20 @@ def test_evaluate_scores_scans_and_volumes(volume: Path, full_scan: Path, tmp_pa
     assert report["mask"]["kind"] == "random"
     assert report["summary"][0]["volumes"] == 2
     assert "Nirvana" in result.stdout
+
+
+def test_several_codecs_are_compared_with_the_first(volume: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.json"
+    codecs = ("--codec", "runs/a", "--codec", "runs/b")
+    arguments = ("--slices", "1", "--no-wavelet", "--sense", *codecs, "--json", str(out))
+    result = _run("evaluate", str(volume), *arguments)
+    report = json.loads(out.read_text())
+    assert [row["method"] for row in report["rows"]] == ["zero-filled", "SENSE", "a", "b"]
+    assert [row["parameters"] for row in report["rows"]] == [None, None, 1_230_000, 1_230_000]
+    assert report["rows"][1]["psnr"] > report["rows"][0]["psnr"] + 1
+    assert "1.23 M" in result.stdout
+    with pytest.raises(InputError, match="twice"):
+        _run("evaluate", str(volume), "--codec", "a", "--codec", "a")
 
 
 @pytest.mark.parametrize(

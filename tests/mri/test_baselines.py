@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nirvana.errors import InputError
-from nirvana.mri.baselines import espirit_maps, l1_wavelet, noise_level, zero_filled
+from nirvana.mri.baselines import espirit_maps, l1_wavelet, noise_level, sense, zero_filled
 from nirvana.mri.metrics import score
 from nirvana.mri.physics import calibration_width, fft2c, ifft2c, rss, sampling_mask
 from nirvana.mri.simulate import Simulation, coil_maps, simulate_scan
@@ -43,6 +43,19 @@ def test_wavelet_is_better_than_zero_filled(scan, mask: np.ndarray, wavelet: np.
     assert wavelet.dtype == np.float32
     assert after["psnr"] > before["psnr"] + 4
     assert after["ssim"] > before["ssim"] + 0.1
+
+
+def test_sense_lies_between(scan, mask: np.ndarray, wavelet: np.ndarray) -> None:
+    volume = sense(scan.kspace * mask, mask, calibration_width(mask), workers=1)
+    empty, regularised = (
+        score(scan.target, zero_filled(scan.kspace, mask)),
+        score(scan.target, wavelet),
+    )
+    assert empty["psnr"] + 2 < score(scan.target, volume)["psnr"] < regularised["psnr"]
+    # All of k-space, which needs no model, comes back as it was.
+    full = np.ones_like(mask)
+    whole = sense(scan.kspace, full, calibration_width(full), workers=1)
+    np.testing.assert_allclose(whole, scan.target, atol=1e-4)
 
 
 def test_wavelet_in_processes_equals_wavelet_here(

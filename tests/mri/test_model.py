@@ -1,22 +1,26 @@
 """The codec: data consistency, scale, any size and number of coils, saving and loading."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from nirvana import InputError
+from nirvana.model.backbone import fingerprint, load_backbone
 from nirvana.mri.baselines import zero_filled
 from nirvana.mri.codec import CodecConfig, pad_to_patches
 from nirvana.mri.codec import crop as crop_patches
 from nirvana.mri.metrics import score
-from nirvana.mri.model import CodecModel, fingerprint, load_backbone, load_codec, save_codec
-from nirvana.mri.physics import Sampling, fft2c, ifft2c, rss, sampling_mask
+from nirvana.mri.model import CodecModel, load_codec, save_codec
+from nirvana.mri.physics import Sampling, fft2c, ifft2c, rss, sampling_mask, to_columns
 from nirvana.mri.simulate import Simulation, simulate_scan
 
 SMALL = CodecConfig(
     backbone="none",
-    sensitivity_features=(2, 2, 2, 2, 2, 2),
-    cascade_features=(2, 2, 2, 2, 2, 2),
+    sensitivity_features=(2, 2),
+    cascade_features=(2, 2, 2),
+    unet_features=(2, 2),
     encoder_cascades=1,
     image_cascades=1,
     vit_dim=8,
@@ -25,11 +29,26 @@ SMALL = CodecConfig(
     decoder_features=(2, 2, 2, 2),
     token_dim=8,
 )
+INSTANCE = replace(
+    SMALL,
+    unet="instance",
+    sensitivity_features=(2,) * 6,
+    cascade_features=(2,) * 6,
+    unet_features=(2,) * 6,
+)
 
 
-@pytest.fixture
-def small_codec() -> CodecModel:
-    model = CodecModel(SMALL, None).eval()
+@pytest.fixture(
+    params=[
+        SMALL,
+        INSTANCE,
+        replace(SMALL, correction="unet"),
+        replace(SMALL, correction="none", encoder_cascades=0),
+    ],
+    ids=["residual", "instance", "unet", "varnet"],
+)
+def small_codec(request) -> CodecModel:
+    model = CodecModel(request.param, None).eval()
     with torch.no_grad():  # zero-initialised parts would do nothing
         for parameter in model.parameters():
             if not parameter.any():
@@ -70,9 +89,45 @@ def test_sampled_lines_are_kept(small_codec):
     part.register_forward_hook(lambda _, __, k: captured.update(k=k))
     image = small_codec.reconstruct(kspace * mask, mask)
     scale = rss(ifft2c(kspace * mask)).max()
-    put_back = torch.where(mask, kspace, captured["k"] * scale)
+    # The cascades work with rows in image space and the middle of W first.
+    k = torch.fft.fftshift(captured["k"] * scale, dim=-1)
+    k = fft_rows(k)
+    put_back = torch.where(mask, kspace, k)
     torch.testing.assert_close(image, rss(ifft2c(put_back)), rtol=1e-3, atol=1e-4)
-    assert (captured["k"] * scale - kspace)[..., mask].abs().max() > 1e-3
+    assert (k - kspace)[..., mask].abs().max() > 1e-3
+
+
+def fft_rows(x: torch.Tensor) -> torch.Tensor:
+    """Centred, along H."""
+    shifted = torch.fft.ifftshift(x, dim=-2)
+    return torch.fft.fftshift(torch.fft.fft(shifted, dim=-2, norm="ortho"), dim=-2)
+
+
+@pytest.mark.parametrize("size", [(8, 10), (7, 9)])
+def test_columns_are_between_the_spaces(size):
+    kspace = torch.randn(2, 3, *size, dtype=torch.complex64)
+    columns = to_columns(kspace)
+    torch.testing.assert_close(fft_rows(torch.fft.fftshift(columns, dim=-1)), kspace)
+    image = torch.fft.fftshift(torch.fft.ifft(columns, norm="ortho"), dim=-1)
+    torch.testing.assert_close(image, ifft2c(kspace))
+
+
+def test_every_slice_may_have_a_mask_of_its_own(small_codec):
+    kspace = kspace_of(2, 3, 32, 48)
+    masks = torch.stack([sampling_mask("random", 48, 3, 0.2, seed=seed) for seed in (1, 2)])
+    scale = torch.ones(2)
+    both = small_codec(kspace * masks[:, None, None], masks, masks, scale).image
+    for i in range(2):
+        alone = small_codec(kspace[i : i + 1] * masks[i], masks[i], masks[i], scale[:1]).image
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_codec_keeps_the_measured_and_adds_nothing():
+    """Corrections start at zero, so the image is that of the zero-filled coils."""
+    model = CodecModel(SMALL, None).eval()
+    kspace, mask = kspace_of(1, 3, 32, 48), sampling_mask("random", 48, 3, 0.2, seed=1)
+    image = model.reconstruct(kspace * mask, mask)
+    torch.testing.assert_close(image, rss(ifft2c(kspace * mask)), rtol=1e-3, atol=1e-4)
 
 
 def test_output_follows_the_inputs_scale(small_codec):
@@ -120,9 +175,9 @@ def test_patch_padding_is_undone(size):
     assert torch.equal(crop_patches(padded, padding), image)
 
 
-@pytest.mark.parametrize("backbone", ["none", "tiny"])
+@pytest.mark.parametrize("backbone", ["none", "nirvana", "transformer"])
 def test_save_and_load(tmp_path, backbone):
-    config = CodecConfig(**{**vars(SMALL), "backbone": backbone})
+    config = replace(SMALL, backbone=backbone)
     model = CodecModel(config, load_backbone(backbone)).eval()
     save_codec(model, tmp_path / "codec")
     loaded = load_codec(tmp_path / "codec")
@@ -132,14 +187,14 @@ def test_save_and_load(tmp_path, backbone):
 
 
 def test_another_backbone_is_noticed(tmp_path):
-    config = CodecConfig(**{**vars(SMALL), "backbone": "tiny"})
-    backbone = load_backbone("tiny")
+    config = replace(SMALL, backbone="nirvana")
+    backbone = load_backbone("nirvana")
     same = fingerprint(backbone)
     assert fingerprint(backbone.bfloat16().float()) == same
     with torch.no_grad():
         backbone.model.norm.weight[0] += 0.5
     save_codec(CodecModel(config, backbone), tmp_path / "codec")
-    with pytest.raises(InputError, match="another backbone than 'tiny'"):
+    with pytest.raises(InputError, match="another backbone than 'default'"):
         load_codec(tmp_path / "codec")
 
 
@@ -150,6 +205,11 @@ def test_another_backbone_is_noticed(tmp_path):
         ("config.json", b"[1]", "does not describe an MRI codec"),
         ("config.json", b'{"codec": {"vit_dim": "wide"}, "backbone_sha256": 0}', "vit_dim"),
         ("config.json", b'{"codec": {"vit_dims": 8}, "backbone_sha256": 0}', "did you mean"),
+        (
+            "config.json",
+            b'{"codec": {"correction": "none"}, "backbone_sha256": 0}',
+            "needs codec.correction = 'tokens'",
+        ),
         ("model.safetensors", b"junk", "cannot be read"),
     ],
 )

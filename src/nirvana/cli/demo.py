@@ -155,7 +155,7 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
         f"noise {NOISE:.1%}, equispaced 4x, {sampled:.1%} of columns sampled"
     )
     with progress_bars() as progress:
-        methods = comparison(load_codec(), True, progress, scan.name, slices)
+        methods = comparison({NIRVANA: load_codec()}, True, progress, scan.name, slices)
         results = ev.run_methods(kspace, mask, methods)
     target = ev.target_of(scan)
     table = ev.score_rows(target, results, volume=scan.name, sampled=sampled)

@@ -28,13 +28,15 @@ app = typer.Typer(
 
 RESULTS = ("dicom", "metrics.json", "panel.png", "reconstruction.h5", "reconstruction.nii.gz")
 FORMATS = "fastMRI or ISMRMRD HDF5, BART .cfl, volumes .nii, .nii.gz, .npy."
-TARGET, ZERO_FILLED, WAVELET, NIRVANA = "fully sampled", "zero-filled", "L1-wavelet", "Nirvana"
+TARGET, ZERO_FILLED, SENSE = "fully sampled", "zero-filled", "SENSE"
+WAVELET, NIRVANA = "L1-wavelet", "Nirvana"
 
 CodecOption = Annotated[str, typer.Option(help="Folder of a codec, or a packaged one's name.")]
 KindOption = Annotated[str, typer.Option("--mask", help="equispaced or random, as in fastMRI.")]
 AccelerationOption = Annotated[float, typer.Option(help="All columns over sampled ones.")]
 CenterOption = Annotated[float, typer.Option(help="Share of columns in the middle, all sampled.")]
 WaveletOption = Annotated[bool, typer.Option(help="Reconstruct with ESPIRiT + L1-wavelet, too.")]
+SenseOption = Annotated[bool, typer.Option(help="Reconstruct with ESPIRiT + SENSE, too.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 CoilsOption = Annotated[int, typer.Option(help="Number of simulated coils.")]
 NoiseOption = Annotated[
@@ -104,9 +106,9 @@ def reconstruct(
             if number:
                 prepared = _prepared(path, settings, sampling, seed + number)
             slices = len(prepared.kspace)
-            methods = comparison(
-                model, wavelet, progress, prepared.scan.name, slices, batch_size=batch_size
-            )
+            models = {NIRVANA: model}
+            name = prepared.scan.name
+            methods = comparison(models, wavelet, progress, name, slices, batch_size=batch_size)
             reports.append(_reconstructed(prepared, methods, place, codec))
     rows = [row for report in reports for row in report["results"]]
     report: dict[str, Any] = reports[0]
@@ -216,7 +218,10 @@ def evaluate(
         list[Path],
         typer.Argument(help=f"Fully sampled scans, or folders of them: {FORMATS}"),
     ],
-    codec: CodecOption = "codec",
+    codec: Annotated[
+        list[str],
+        typer.Option(help="Folder of a codec, or a packaged one's name; may be given many times."),
+    ] = ["codec"],  # noqa: B006  (read by typer, never changed)
     kind: KindOption = "equispaced",
     acceleration: AccelerationOption = 4.0,
     center_fraction: CenterOption = 0.08,
@@ -225,10 +230,14 @@ def evaluate(
     noise: NoiseOption = None,
     slices: Annotated[int, typer.Option(help="Middle slices to use; 0 takes all.")] = 0,
     wavelet: WaveletOption = True,
+    sense: SenseOption = False,
     device: DeviceOption = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the results here, too.")] = None,
 ) -> None:
-    """Scores zero-filled, L1-wavelet and Nirvana on undersampled volumes."""
+    """Scores zero-filled, L1-wavelet and codecs on undersampled volumes.
+
+    Several codecs are called by the names of their folders, and compared with the first.
+    """
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import find_scans
     from nirvana.mri.physics import require_calibration
@@ -246,20 +255,24 @@ def evaluate(
     for number, path in enumerate(scans):
         checked = load(path, number)
         require_calibration(sampling.mask(checked.kspace.shape[-1], seed + number), path)
-    model = _load(codec, device)
+    labels = _labels(codec)
+    models = {label: _load(name, device) for label, name in zip(labels, codec, strict=True)}
+    sizes = {label: model.num_trained for label, model in models.items()}
     rows = []
     with progress_bars() as progress:
         for number, path in enumerate(scans):
             scan = load(path, number)
-            methods = comparison(model, wavelet, progress, scan.name, len(scan.kspace))
-            rows += ev.evaluate_volume(scan, methods, sampling, seed + number)
-    summary = ev.summarise(rows, NIRVANA)
+            methods = comparison(models, wavelet, progress, scan.name, len(scan.kspace), sense)
+            scored = ev.evaluate_volume(scan, methods, sampling, seed + number)
+            rows += [{**row, "parameters": sizes.get(row["method"])} for row in scored]
+    summary = ev.summarise(rows, labels[0])
     shares = sorted({f"{row['sampled']:.1%}" for row in rows})
     print(f"{kind} {acceleration:g}x, {', '.join(shares)} of columns sampled")
     console = Console()
     console.print(ev.rows_table(rows))
     if len(scans) > 1:
-        print(f"mean ± standard deviation, paired Wilcoxon against {NIRVANA}: {len(scans)} volumes")
+        print(f"mean ± standard deviation, paired Wilcoxon against {labels[0]}: ", end="")
+        print(f"{len(scans)} volumes")
         console.print(ev.summary_table(summary))
     if json is not None:
         report = {"codec": codec, "mask": asdict(sampling), "rows": rows, "summary": summary}
@@ -366,16 +379,28 @@ def _load(codec: str, device: str) -> Any:
     return load_codec(codec, choose_device(device))
 
 
+def _labels(codecs: list[str]) -> list[str]:
+    """What codecs are called in tables: a single one Nirvana, several by their folders."""
+    if len(codecs) == 1:
+        return [NIRVANA]
+    names = [Path(codec).name for codec in codecs]
+    if len(set(codecs)) < len(codecs):
+        raise InputError("--codec was given twice with the same name")
+    return names if len(set(names)) == len(names) else codecs
+
+
 def comparison(
-    model: Any,
+    models: dict[str, Any],
     wavelet: bool,
     progress: Progress,
     name: str,
     slices: int,
+    sense: bool = False,
     batch_size: int = 4,
 ) -> dict[str, "Method"]:
     """What is compared, each with a line of progress of its own."""
     from nirvana.mri.baselines import l1_wavelet, zero_filled
+    from nirvana.mri.baselines import sense as sense_image
     from nirvana.mri.physics import calibration_width
 
     def reporter(method: str) -> Callable[[int], None]:
@@ -385,13 +410,18 @@ def comparison(
     def with_wavelet(kspace: "Tensor", mask: "Tensor") -> Any:
         return l1_wavelet(kspace, mask, calibration_width(mask), progress=reporter(WAVELET))
 
-    def with_nirvana(kspace: "Tensor", mask: "Tensor") -> Any:
-        return model.reconstruct(kspace, mask, batch_size, reporter(NIRVANA))
+    def with_sense(kspace: "Tensor", mask: "Tensor") -> Any:
+        return sense_image(kspace, mask, calibration_width(mask), progress=reporter(SENSE))
+
+    def with_codec(label: str, model: Any) -> "Method":
+        return lambda kspace, mask: model.reconstruct(kspace, mask, batch_size, reporter(label))
 
     methods: dict[str, Method] = {ZERO_FILLED: zero_filled}
+    if sense:
+        methods[SENSE] = with_sense
     if wavelet:
         methods[WAVELET] = with_wavelet
-    return {**methods, NIRVANA: with_nirvana}
+    return methods | {label: with_codec(label, model) for label, model in models.items()}
 
 
 def progress_bars() -> Progress:

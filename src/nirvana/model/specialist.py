@@ -4,15 +4,14 @@ The domain brings an encoder (signal -> tokens) and a decoder (tokens' hidden st
 this module is what lies between and knows nothing of either.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-@dataclass
-class SpecialistOutput:
+class SpecialistOutput(NamedTuple):
     """What the backbone made of a sample.
 
     Attributes:
@@ -83,7 +82,7 @@ class Specialist(nn.Module):
         if text is not None:
             embeds.append(self.backbone.get_input_embeddings()(text).to(tokens.dtype))
         h = self.backbone.base_model(
-            inputs_embeds=torch.cat(embeds, dim=1), use_cache=False
+            inputs_embeds=torch.cat(embeds, dim=1).to(self.backbone.dtype), use_cache=False
         ).last_hidden_state
         if text is None:
             return SpecialistOutput(h[:, 1 : N + 1])

@@ -1,4 +1,4 @@
-"""Reconstructions without a neural network: zero-filled, and ESPIRiT with an L1-wavelet prior.
+"""Reconstructions without a neural network: zero-filled, and ESPIRiT with SENSE or L1-wavelets.
 
 NumPy only at the top: the worker processes import this file and should not wait for torch.
 """
@@ -36,6 +36,8 @@ class Wavelet:
         crop: sensitivities are zero where ESPIRiT's eigenvalue is below this: no coil saw
             anything there.
         calibration_rows: number of k-space rows of the calibration region.
+        sense_weight: of the squared norm in `sense`.
+        sense_iterations: conjugate-gradient steps of `sense`.
     """
 
     noise_factor: float = 0.15
@@ -44,8 +46,10 @@ class Wavelet:
     wavelet: str = "db4"
     kernel: int = 6
     threshold: float = 0.02
-    crop: float = 0.9
+    crop: float = 0.5
     calibration_rows: int = 24
+    sense_weight: float = 1e-2
+    sense_iterations: int = 15
 
 
 def zero_filled(kspace: Any, mask: Any) -> np.ndarray:
@@ -98,11 +102,37 @@ def l1_wavelet(
     Raises:
         InputError: there is no calibration column.
     """
+    return _by_slices(_wavelet_image, kspace, mask, calibration_width, settings, workers, progress)
+
+
+def sense(
+    kspace: Any,
+    mask: Any,
+    calibration_width: int,
+    settings: Wavelet | None = None,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """As `l1_wavelet`, with a squared norm instead (SENSE, Pruessmann et al., 2001), by conjugate
+    gradients: x = argmin 1/2 || M F S x - y ||^2 + weight / 2 || x ||^2."""
+    return _by_slices(_sense_image, kspace, mask, calibration_width, settings, workers, progress)
+
+
+def _by_slices(
+    image_of: Callable[..., np.ndarray],
+    kspace: Any,
+    mask: Any,
+    calibration_width: int,
+    settings: Wavelet | None,
+    workers: int | None,
+    progress: Callable[[int], None] | None,
+) -> np.ndarray:
     settings = settings or Wavelet()
     kspace, mask = _arrays(kspace, mask)
     if calibration_width < 1:
         raise InputError(
-            "the L1-wavelet reconstruction estimates coil sensitivities from sampled columns in "
+            "this reconstruction estimates coil sensitivities from sampled columns in "
             "the middle of k-space, and this mask has none there"
         )
     scale = float(zero_filled(kspace, mask).max())
@@ -110,7 +140,14 @@ def l1_wavelet(
         return np.zeros((len(kspace), *kspace.shape[-2:]), dtype=np.float32)
     weight = max(settings.noise_factor * noise_level(kspace, mask) / scale, settings.min_weight)
     tasks = [
-        (np.where(mask, slice_, 0) / np.float32(scale), mask, calibration_width, weight, settings)
+        (
+            image_of,
+            np.where(mask, slice_, 0) / np.float32(scale),
+            mask,
+            calibration_width,
+            weight,
+            settings,
+        )
         for slice_ in kspace
     ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -146,27 +183,47 @@ def _mapper(workers: int) -> Iterator[Callable[..., Any]]:
                 os.environ[key] = value
 
 
-def _reconstruct_slice(task: tuple[np.ndarray, np.ndarray, int, float, Wavelet]) -> np.ndarray:
+def _reconstruct_slice(
+    task: tuple[Callable[..., np.ndarray], np.ndarray, np.ndarray, int, float, Wavelet],
+) -> np.ndarray:
     """One slice, `[coils, H, W]` -> `[H, W]`; sampled columns as measured, the others modelled."""
-    from sigpy.mri.app import L1WaveletRecon
-
-    kspace, mask, calibration_width, weight, settings = task
+    image_of, kspace, mask, calibration_width, weight, settings = task
     if not kspace.any():
         return np.zeros(kspace.shape[1:], dtype=np.float32)
     maps = espirit_maps(kspace, calibration_width, settings)
+    weights = np.broadcast_to(mask, kspace.shape[1:]).astype(np.float32)
+    image = image_of(kspace, maps, weights, weight, settings)
+    complete = np.where(mask, kspace, _fft2c(maps * image))
+    return np.linalg.norm(_ifft2c(complete), axis=0)
+
+
+def _wavelet_image(
+    kspace: np.ndarray, maps: np.ndarray, weights: np.ndarray, weight: float, settings: Wavelet
+) -> np.ndarray:
+    from sigpy.mri.app import L1WaveletRecon
+
     # The sensitivities have unit norm, so the operator's norm is at most 1 and so may the step be.
-    image = L1WaveletRecon(
+    app: Any = L1WaveletRecon(
         kspace,
         maps,
         weight,
-        weights=np.broadcast_to(mask, kspace.shape[1:]).astype(np.float32),
+        weights=weights,
         wave_name=settings.wavelet,
         max_iter=settings.iterations,
         alpha=1,
         show_pbar=False,
-    ).run()
-    complete = np.where(mask, kspace, _fft2c(maps * image))
-    return np.linalg.norm(_ifft2c(complete), axis=0)
+    )
+    return app.run()
+
+
+def _sense_image(
+    kspace: np.ndarray, maps: np.ndarray, weights: np.ndarray, _weight: float, settings: Wavelet
+) -> np.ndarray:
+    from sigpy.mri.app import SenseRecon
+
+    options: Any = {"lamda": settings.sense_weight, "max_iter": settings.sense_iterations}
+    app: Any = SenseRecon(kspace, maps, weights=weights, show_pbar=False, **options)
+    return app.run()
 
 
 def espirit_maps(

@@ -1,19 +1,24 @@
-"""The networks around the backbone: k-space to tokens, and tokens' hidden states to an image."""
+"""The networks around the backbone: k-space to tokens, and tokens' hidden states to an image.
+
+They work between the two spaces: rows are transformed once, so that a column of k-space stays a
+column, and only columns are transformed in every cascade. Along W both spaces begin with their
+middle (`physics.to_columns`), which spares a copy of all coils before and after every transform.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.basic_unet import BasicUNet, Down, TwoConv, UpCat
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
-from nirvana.mri.physics import CartesianSense, ifft2c, rss
+from nirvana.model.backbone import DEFAULT, Backbone
+from nirvana.mri.physics import from_middle, rss, to_middle
+from nirvana.mri.residual import ResidualUNet
 
 PATCH = 16
-ACTIVATION = ("LeakyReLU", {"negative_slope": 0.1, "inplace": True})
-NORM = ("instance", {"affine": True})
 
 
 @dataclass(frozen=True)
@@ -21,31 +26,44 @@ class CodecConfig:
     """Sizes of a codec.
 
     Attributes:
-        backbone: folder or packaged name of the frozen language model, or "none" (identity).
-        sensitivity_features: channels of the sensitivity U-Net, at six levels (MONAI's order).
-        cascade_features: channels of every cascade's U-Net, likewise.
+        backbone: kind of the frozen language model; "none" is the identity.
+        weights: of the backbone: a folder or a packaged name, see `load_backbone`.
+        unet: "residual" (`residual.ResidualUNet`), or "instance", MONAI's U-Net with instance
+            normalisation, of which every U-Net of the codec is made.
+        correction: what corrects the combined image between the cascades: "tokens" (ViT, backbone,
+            image decoder), "unet" (a U-Net that sees no tokens) or "none".
+        sensitivity_features: channels of the sensitivity U-Net: of the levels 1/2, 1/4 ... of the
+            resolution (at most four), or the six numbers of MONAI's U-Net.
+        cascade_features: of every cascade's U-Net, likewise.
         encoder_cascades: E2E-VarNet cascades before the tokens.
         image_cascades: cascades after the image decoder.
         vit_dim, vit_depth, vit_heads: the ViT that reads patches of 16 x 16 pixels.
-        decoder_features: channels of the image decoder at scales 1, 1/2, 1/4 and 1/8.
+        decoder_features: channels of the image decoder at four levels, down to 1/16 ("residual") or
+            1/8 ("instance") of the resolution.
+        unet_features: of the U-Net of correction "unet".
         token_dim: size of a token when there is no backbone to give it.
     """
 
-    backbone: str = "tiny"
-    sensitivity_features: tuple[int, int, int, int, int, int] = (8, 8, 16, 32, 32, 8)
-    cascade_features: tuple[int, int, int, int, int, int] = (16, 16, 32, 64, 64, 16)
+    backbone: Backbone = "nirvana"
+    weights: str = DEFAULT
+    unet: Literal["residual", "instance"] = "residual"
+    correction: Literal["tokens", "unet", "none"] = "tokens"
+    sensitivity_features: tuple[int, ...] = (8, 16, 32)
+    cascade_features: tuple[int, ...] = (32, 64, 96)
     encoder_cascades: int = 0
-    image_cascades: int = 5
+    image_cascades: int = 6
     vit_dim: int = 128
-    vit_depth: int = 4
+    vit_depth: int = 2
     vit_heads: int = 4
-    decoder_features: tuple[int, int, int, int] = (16, 32, 48, 64)
+    decoder_features: tuple[int, ...] = (16, 32, 48, 64)
+    unet_features: tuple[int, ...] = (32, 64, 128, 256)
     token_dim: int = 192
 
     def __post_init__(self) -> None:
         for name in ("sensitivity_features", "cascade_features", "decoder_features"):
-            if min(getattr(self, name)) < 1:
-                raise InputError(f"codec.{name} = {getattr(self, name)} must be at least 1 each")
+            self._check_features(name)
+        if self.correction == "unet":
+            self._check_features("unet_features")
         for name in ("encoder_cascades", "image_cascades"):
             if getattr(self, name) < 0:
                 raise InputError(f"codec.{name} = {getattr(self, name)} must be at least 0")
@@ -53,54 +71,99 @@ class CodecConfig:
             raise InputError(
                 f"codec.vit_dim = {self.vit_dim} must be a multiple of 4 and of vit_heads"
             )
+        if self.correction != "tokens" and self.backbone != "none":
+            raise InputError(
+                f"codec.backbone = {self.backbone!r} needs codec.correction = 'tokens', which "
+                f"brings it tokens, not {self.correction!r}"
+            )
+
+    def _check_features(self, name: str) -> None:
+        features = getattr(self, name)
+        if name == "decoder_features":
+            fits, right = len(features) == 4, "4"
+        elif self.unet == "instance":
+            fits, right = len(features) == 6, "6"
+        else:
+            fits, right = 1 <= len(features) <= 4, "1 to 4"
+        if not fits or min(features) < 1:
+            raise InputError(
+                f"codec.{name} = {features} must be {right} numbers of channels, at least 1 each"
+            )
+
+
+def build_unet(config: CodecConfig, features: tuple[int, ...]) -> nn.Module:
+    """A U-Net on two channels of the kind that the configuration asks for."""
+    if config.unet == "residual":
+        return ResidualUNet(features)
+    from nirvana.mri.instance import instance_unet
+
+    return instance_unet(features)
+
+
+def build_decoder(config: CodecConfig, token_dim: int) -> nn.Module:
+    """The image decoder, likewise: image `[B, 2, H, W]` and a map of the tokens' hidden states
+    `[B, D, H/16, W/16]` to a correction `[B, 2, H, W]`."""
+    if config.unet == "residual":
+        return ResidualUNet(config.decoder_features, token_dim)
+    from nirvana.mri.instance import InstanceDecoder
+
+    return InstanceDecoder(config.decoder_features, token_dim)
 
 
 class Sensitivities(nn.Module):
     """Coil sensitivities from the calibration lines: one U-Net over each coil's image.
 
-    Scaled to sum_c |S_c|^2 = 1 at every pixel.
+    The "residual" one adds to that image, which is a first estimate already. Scaled to
+    sum_c |S_c|^2 = 1 at every pixel.
     """
 
-    def __init__(self, features: tuple[int, ...]):
+    def __init__(self, config: CodecConfig):
         super().__init__()
-        self.net = ComplexNet(features)
+        self.net = ComplexNet(config, config.sensitivity_features)
+        self.adds = config.unet == "residual"
 
-    def forward(self, kspace: Tensor, calibration: Tensor) -> Tensor:
+    def forward(self, k: Tensor, calibration: Tensor) -> Tensor:
         """
         Args:
-            kspace: complex `[B, coils, H, W]`.
-            calibration: bool `[W]`, the central columns that were measured without a gap.
+            k: complex `[B, coils, H, W]`, between the spaces.
+            calibration: bool `[B or 1, 1, 1, W]`, the central columns, measured without a gap.
 
-        Returns: complex `[B, coils, H, W]`.
+        Returns: complex `[B, coils, H, W]`, the middle of W first.
         """
-        coils = ifft2c(kspace * calibration)
+        coils = from_middle(torch.fft.ifft(k * calibration, norm="ortho"))
         maps = self.net(coils.flatten(0, 1)).view_as(coils)
-        return maps / rss(maps).clamp(min=1e-8)[:, None]
+        if self.adds:
+            maps = coils + maps
+        return to_middle(maps / rss(maps).clamp(min=1e-8)[:, None])
 
 
 class ComplexNet(nn.Module):
-    """MONAI's U-Net on a complex image, `[B, H, W]` to `[B, H, W]`, equivariant to its scale.
+    """A U-Net on a complex image, `[B, H, W]` to `[B, H, W]`, equivariant to its scale.
 
     MONAI's own ComplexUnet divides by a standard deviation that is zero for an empty image.
     """
 
-    def __init__(self, features: tuple[int, ...]):
+    def __init__(self, config: CodecConfig, features: tuple[int, ...]):
         super().__init__()
-        self.net = BasicUNet(
-            spatial_dims=2,
-            in_channels=2,
-            out_channels=2,
-            features=features,
-            act=ACTIVATION,
-            norm=NORM,
-        )
+        self.net = build_unet(config, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = (x.real.square() + x.imag.square()).mean((-2, -1), keepdim=True).sqrt()
-        scale = scale.clamp(min=1e-12)[:, None]
+        with torch.no_grad():  # a residual network's output does not depend on it
+            scale = torch.view_as_real(x).square().mean((-3, -2, -1)) * 2
+            scale = scale.sqrt().clamp(min=1e-12)[:, None, None, None]
         channels, padding = pad_to_patches(to_channels(x))
         y = crop(self.net(channels / scale), padding).float() * scale
         return to_complex(y)
+
+
+def combine(k: Tensor, sensitivities: Tensor) -> Tensor:
+    """x = S^H F^-1 k: `[B, coils, H, W]` between the spaces to a combined image `[B, H, W]`."""
+    return from_middle((sensitivities.conj() * torch.fft.ifft(k, norm="ortho")).sum(1))
+
+
+def spread(image: Tensor, sensitivities: Tensor) -> Tensor:
+    """F S x, the adjoint of `combine`."""
+    return torch.fft.fft(sensitivities * to_middle(image)[:, None], norm="ortho")
 
 
 class Cascade(nn.Module):
@@ -109,19 +172,20 @@ class Cascade(nn.Module):
     k <- k - eta M (k - y) - F S U(S^H F^-1 k)
     """
 
-    def __init__(self, features: tuple[int, ...]):
+    def __init__(self, config: CodecConfig):
         super().__init__()
-        self.refine = ComplexNet(features)
+        self.refine = ComplexNet(config, config.cascade_features)
         # A new cascade only pulls k towards y; random corrections would have to be unlearned.
-        nn.init.zeros_(self.refine.net.final_conv.weight)
-        nn.init.zeros_(self.refine.net.final_conv.bias)
+        if config.unet == "instance":
+            nn.init.zeros_(self.refine.net.final_conv.weight)  # type: ignore[union-attr,arg-type]
+            nn.init.zeros_(self.refine.net.final_conv.bias)  # type: ignore[union-attr,arg-type]
         self.eta = nn.Parameter(torch.ones(()))
 
     def forward(self, k: Tensor, y: Tensor, mask: Tensor, sensitivities: Tensor) -> Tensor:
-        """k, y, sensitivities: complex `[B, coils, H, W]`; mask: bool `[W]`."""
-        coils = CartesianSense(sensitivities)
-        correction = coils.forward(self.refine(coils.adjoint(k)))
-        return k - self.eta * mask * (k - y) - correction
+        """k, y: complex `[B, coils, H, W]` between the spaces; mask: bool `[B or 1, 1, 1, W]`;
+        sensitivities: of `Sensitivities`."""
+        correction = self.refine(combine(k, sensitivities))
+        return k - self.eta * mask * (k - y) - spread(correction, sensitivities)
 
 
 class PatchEncoder(nn.Module):
@@ -155,36 +219,9 @@ class PatchEncoder(nn.Module):
         return self.projection(self.norm(x))
 
 
-class ImageDecoder(nn.Module):
-    """U-Net whose deepest level is the backbone's hidden states; it gives a correction."""
-
-    def __init__(self, config: CodecConfig, token_dim: int):
-        super().__init__()
-        first, second, third, fourth = config.decoder_features
-        common = {"act": ACTIVATION, "norm": NORM, "bias": True}
-        self.read = TwoConv(2, 2, first, **common)
-        self.down = nn.ModuleList(
-            Down(2, a, b, **common) for a, b in ((first, second), (second, third), (third, fourth))
-        )
-        self.tokens = nn.Conv2d(token_dim, fourth, 1)
-        self.up = nn.ModuleList(
-            UpCat(2, a, b, b, halves=False, **common)
-            for a, b in ((fourth, fourth), (fourth, third), (third, second), (second, first))
-        )
-        self.write = nn.Conv2d(first, 2, 1)
-        nn.init.zeros_(self.write.weight)
-        nn.init.zeros_(self.write.bias)  # type: ignore[arg-type]
-
-    def forward(self, image: Tensor, hidden: Tensor) -> Tensor:
-        """Image `[B, 2, H, W]` and hidden states `[B, N, D]` to `[B, 2, H, W]`."""
-        levels = [self.read(image)]
-        for down in self.down:
-            levels.append(down(levels[-1]))
-        rows = image.shape[2] // PATCH
-        x = self.tokens(hidden.mT.unflatten(2, (rows, -1)))
-        for up, level in zip(self.up, reversed(levels), strict=True):
-            x = up(x, level)
-        return self.write(x)
+def token_map(hidden: Tensor, height: int) -> Tensor:
+    """Hidden states `[B, N, D]` of an image of that height, laid out as `[B, D, H/16, W/16]`."""
+    return hidden.mT.unflatten(2, (height // PATCH, -1))
 
 
 def to_channels(x: Tensor) -> Tensor:

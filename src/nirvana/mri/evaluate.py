@@ -177,16 +177,22 @@ def rows_table(rows: Sequence[Row]) -> Table:
     """The rows of `evaluate_volume`, to print."""
     shown = [key for key in FORMATS if all(key in row for row in rows)]
     several = len({row["volume"] for row in rows}) > 1
+    sized = any(row.get("parameters") is not None for row in rows)
     table = Table(box=SIMPLE_HEAD)
     if several:
         table.add_column("volume", overflow="fold")
     table.add_column("method", no_wrap=True)
+    if sized:
+        table.add_column("parameters", justify="right", no_wrap=True)
     for key in shown:
         # Names of volumes give way on a narrow terminal, numbers do not.
         longest = max(len(FORMATS[key].format(row[key])) for row in rows)
         table.add_column(_heading(key), justify="right", min_width=longest)
     for row in rows:
         cells = ([row["volume"]] if several else []) + [row["method"]]
+        if sized:
+            number = row.get("parameters")
+            cells.append("" if number is None else f"{number / 1e6:.2f} M")
         table.add_row(*cells, *(FORMATS[key].format(row[key]) for key in shown))
     return table
 

@@ -1,9 +1,9 @@
 """Reconstruction from undersampled k-space on a frozen language model."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -13,27 +13,54 @@ from transformers import PreTrainedModel
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder
-from nirvana.model.assets import load_language_model, resolve
+from nirvana.model.assets import resolve
+from nirvana.model.backbone import fingerprint, load_backbone
 from nirvana.model.specialist import Specialist, own_state_dict
 from nirvana.mri.codec import (
     Cascade,
     CodecConfig,
-    ImageDecoder,
     PatchEncoder,
     Sensitivities,
+    build_decoder,
+    build_unet,
+    combine,
     crop,
     pad_to_patches,
+    spread,
     to_channels,
     to_complex,
+    token_map,
 )
 from nirvana.mri.physics import (
-    CartesianSense,
     calibration_columns,
+    from_middle,
     ifft2c,
     require_calibration,
     rss,
+    to_columns,
+    to_middle,
 )
 from nirvana.train.config import from_dict, to_dict
+
+
+class Seen(NamedTuple):
+    """What a codec has made of k-space before the backbone reads it."""
+
+    k: Tensor  # complex [B, coils, H, W], between the spaces, see `physics.to_columns`
+    y: Tensor  # the measured, likewise, zero where not measured
+    mask: Tensor  # bool [B or 1, 1, 1, W], the middle of W first
+    sensitivities: Tensor  # complex [B, coils, H, W], the middle of W first
+    image: Tensor  # [B, 2, H', W'], combined, padded to patches
+    padding: tuple[int, int, int, int]
+
+
+class CodecOutput(NamedTuple):
+    """What a codec gives."""
+
+    image: Tensor | None  # [B, H, W], RSS, magnitude, scaled as the input; None if not wanted
+    logits: (
+        Tensor | None
+    )  # [B, M, vocabulary]; those at i predict text token i + 1; None without text
 
 
 class CodecModel(nn.Module):
@@ -51,37 +78,84 @@ class CodecModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.token_dim if backbone is None else backbone.config.hidden_size
-        self.sensitivities = Sensitivities(config.sensitivity_features)
+        self.sensitivities = Sensitivities(config)
         self.encoder_cascades = _cascades(config.encoder_cascades, config)
-        self.encoder = PatchEncoder(config, dim)
-        self.specialist = Specialist(backbone, dim)
-        self.decoder = ImageDecoder(config, dim)
+        if config.correction == "tokens":
+            self.encoder = PatchEncoder(config, dim)
+            self.specialist = Specialist(backbone, dim)
+            self.decoder = build_decoder(config, dim)
+        elif config.correction == "unet":
+            self.decoder = build_unet(config, config.unet_features)
         self.image_cascades = _cascades(config.image_cascades, config)
 
-    def forward(self, y: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor) -> Tensor:
+    @property
+    def num_trained(self) -> int:
+        """Parameters of the codec's own, those of the backbone not counted."""
+        own = own_state_dict(self)
+        return sum(p.numel() for name, p in self.named_parameters() if name in own)
+
+    @property
+    def backbone(self) -> PreTrainedModel | None:
+        """The frozen language model."""
+        return self.specialist.backbone if self.config.correction == "tokens" else None
+
+    def forward(
+        self,
+        y: Tensor,
+        mask: Tensor,
+        calibration: Tensor,
+        scale: Tensor,
+        text: Tensor | None = None,
+        image: bool = True,
+    ) -> CodecOutput:
         """
         Args:
             y: complex `[B, coils, H, W]`, zero where not measured.
-            mask: bool `[W]`, the measured columns.
-            calibration: bool `[W]`, the central block of them; see `physics.calibration_columns`.
+            mask: bool `[W]` or `[B, W]`, the measured columns.
+            calibration: the central block of them, of the same shape; see
+                `physics.calibration_columns`.
             scale: `[B]`, what brightness 1 is; `volume_scale` gives one for a whole volume.
+            text: `[B, M]`, token ids of prompt and report, read by the backbone after the image.
+            image: whether the image is wanted.
 
-        Returns: RSS image `[B, H, W]`, magnitude, scaled as the input.
+        Raises:
+            ValueError: text for a codec without a backbone.
         """
-        scale = scale[:, None, None]
-        y = y * mask / scale[:, None]
+        seen = self.see(y, mask, calibration, scale)
+        hidden = logits = None
+        if self.config.correction == "tokens":
+            hidden, logits = self.specialist(self.encoder(seen.image), text)
+        elif text is not None:
+            raise ValueError("text needs tokens: this codec's correction reads none")
+        return CodecOutput(self.show(seen, hidden, scale) if image else None, logits)
+
+    def see(self, y: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor) -> Seen:
+        """Sensitivities, first cascades and combined image; arguments as of `forward`."""
+        mask, calibration = (to_middle(m).view(-1, 1, 1, m.shape[-1]) for m in (mask, calibration))
+        y = to_columns(y) * mask / scale[:, None, None, None]
         sensitivities = self.sensitivities(y, calibration)
         k = y
         for cascade in self.encoder_cascades:
             k = cascade(k, y, mask, sensitivities)
-        coils = CartesianSense(sensitivities)
-        image, padding = pad_to_patches(to_channels(coils.adjoint(k)))
-        hidden = self.specialist(self.encoder(image)).hidden
-        correction = to_complex(crop(self.decoder(image, hidden), padding).float())
-        k = k + coils.forward(correction)
+        image, padding = pad_to_patches(to_channels(combine(k, sensitivities)))
+        return Seen(k, y, mask, sensitivities, image, padding)
+
+    def show(self, seen: Seen, hidden: Tensor | None, scale: Tensor) -> Tensor:
+        """Correction, last cascades, and the measured columns put back: `[B, H, W]`.
+
+        Args:
+            hidden: `[B, N, D]` of the image's tokens; None unless the correction reads tokens.
+            scale: `[B]`.
+        """
+        k, y, mask, sensitivities, image, padding = seen
+        if self.config.correction != "none":
+            maps = () if hidden is None else (token_map(hidden, image.shape[2]),)
+            correction = to_complex(crop(self.decoder(image, *maps), padding).float())
+            k = k + spread(correction, sensitivities)
         for cascade in self.image_cascades:
             k = cascade(k, y, mask, sensitivities)
-        return rss(ifft2c(torch.where(mask, y, k))) * scale
+        coils = torch.fft.ifft(torch.where(mask, y, k), norm="ortho")
+        return from_middle(rss(coils)) * scale[:, None, None]
 
     @torch.inference_mode()
     def reconstruct(
@@ -117,8 +191,8 @@ class CodecModel(nn.Module):
         images = []
         for part in kspace.split(batch_size):
             part = part.to(device, torch.complex64)
-            image = self(part, mask, calibration, scale.expand(len(part)))
-            images.append(image.float().cpu())
+            output = self(part, mask, calibration, scale.expand(len(part)))
+            images.append(output.image.float().cpu())
             if progress is not None:
                 progress(len(part))
         return torch.cat(images)
@@ -131,30 +205,12 @@ def volume_scale(kspace: Tensor) -> Tensor:
 
 
 def _cascades(count: int, config: CodecConfig) -> nn.ModuleList:
-    return nn.ModuleList(Cascade(config.cascade_features) for _ in range(count))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, and the values in bfloat16, of a model's parameters.
-
-    bfloat16, so that a checkpoint and its packaged bfloat16 copy are the same backbone.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_backbone(name: str, device: str | torch.device = "cpu") -> PreTrainedModel | None:
-    """The language model called `name`; None for "none"."""
-    return None if name == "none" else load_language_model(name, device)[0]
+    return nn.ModuleList(Cascade(config) for _ in range(count))
 
 
 def save_codec(model: CodecModel, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes `config.json` and `model.safetensors`, the backbone's weights left out."""
-    backbone = model.specialist.backbone
+    backbone = model.backbone
     config = {
         "codec": to_dict(model.config),
         "backbone_sha256": None if backbone is None else fingerprint(backbone),
@@ -185,10 +241,11 @@ def load_codec(name: str | Path = "codec", device: str | torch.device = "cpu") -
         state = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder}/model.safetensors cannot be read: {error}") from error
-    backbone = load_backbone(config.backbone)
+    backbone = load_backbone(config.backbone, config.weights)
     if backbone is not None and fingerprint(backbone) != expected_backbone:
         raise InputError(
-            f"the codec in {folder} was trained on another backbone than {config.backbone!r} is now"
+            f"the codec in {folder} was trained on another backbone than {config.weights!r}, "
+            f"{config.backbone}, is now"
         )
     model = CodecModel(config, backbone)
     expected = own_state_dict(model)

@@ -39,6 +39,26 @@ def ifft2c(x: Tensor) -> Tensor:
     return torch.fft.fftshift(torch.fft.ifft2(shifted, norm="ortho"), dim=(-2, -1))
 
 
+def to_middle(x: Tensor) -> Tensor:
+    """Puts the middle of W, where the origin lies, first: a plain FFT then needs no shift."""
+    return torch.fft.ifftshift(x, dim=-1)
+
+
+def from_middle(x: Tensor) -> Tensor:
+    """Undoes `to_middle`."""
+    return torch.fft.fftshift(x, dim=-1)
+
+
+def to_columns(kspace: Tensor) -> Tensor:
+    """K-space `[..., H, W]` with its rows transformed to image space and the middle of W first.
+
+    What is measured are whole columns, so the transform along H commutes with the sampling, and
+    an iteration that starts here needs only `torch.fft.fft(x, norm="ortho")` and its inverse.
+    """
+    rows = torch.fft.ifft(torch.fft.ifftshift(kspace, dim=(-2, -1)), dim=-2, norm="ortho")
+    return torch.fft.fftshift(rows, dim=-2)
+
+
 def rss(x: Tensor, dim: int = -3) -> Tensor:
     """Root-sum-of-squares magnitude sqrt(sum_c |x_c|^2) over the coil dimension `dim`.
 

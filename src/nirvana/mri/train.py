@@ -2,96 +2,75 @@
 
 import glob
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.losses.ssim_loss import SSIMLoss
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
+from nirvana.model.backbone import fingerprint, load_backbone, load_tokenizer
 from nirvana.mri.baselines import zero_filled
-from nirvana.mri.codec import CodecConfig
-from nirvana.mri.data import MriBatch, SlicePool, simulate_batch
-from nirvana.mri.io import read_volume
+from nirvana.mri.data import MriBatch, Reports, SlicePool, read_reports, simulate_batch
+from nirvana.mri.evaluate import is_full, target_of
+from nirvana.mri.io import Scan, is_volume, read_scan, read_volume
+from nirvana.mri.loss import ssim
+from nirvana.mri.measured import SUFFIXES, ScanPool
 from nirvana.mri.metrics import score
-from nirvana.mri.model import CodecModel, load_backbone, save_codec
-from nirvana.mri.physics import MaskKind, Sampling
-from nirvana.mri.simulate import Simulation, simulate_scan
-from nirvana.train.config import OptimConfig, RunConfig, load_config, require, to_dict
+from nirvana.mri.model import CodecModel, load_codec, save_codec
+from nirvana.mri.physics import Sampling
+from nirvana.mri.settings import MriConfig, StageSection
+from nirvana.mri.simulate import simulate_scan
+from nirvana.text import text_encoder
+from nirvana.train import checkpoint
+from nirvana.train.config import load_config, to_dict
 from nirvana.train.loop import Outcome, fit
+from nirvana.train.parallel import shard
 from nirvana.train.task import Task
 from nirvana.train.world import World, join
 
-
-@dataclass(frozen=True)
-class MriDataSection:
-    """[data]: volumes, and how they are scanned. Every batch draws one of each list."""
-
-    train: list[str]  # magnitude volumes (NIfTI, npy); patterns with * are expanded
-    valid: list[str] = field(default_factory=list)  # the same, scored during the training
-    batch_size: int = 8  # slices in a micro batch
-    sizes: list[tuple[int, int]] = field(default_factory=lambda: [(128, 96), (192, 160)])  # H, W
-    coils: list[int] = field(default_factory=lambda: [4, 8, 12])  # number of receive coils
-    masks: list[MaskKind] = field(default_factory=lambda: ["equispaced", "random"])
-    accelerations: list[float] = field(default_factory=lambda: [4.0, 8.0])
-    center_fractions: list[float] = field(default_factory=lambda: [0.08, 0.04])  # one for each
-    valid_slices: int = 8  # slices, evenly spread, of every validation volume
-    ssim_weight: float = 1.0  # of 1 - SSIM in the loss
-    l1_weight: float = 1.0  # of the mean absolute error in the loss
-
-    def __post_init__(self) -> None:
-        for name in ("train", "sizes", "coils", "masks", "accelerations"):
-            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "not empty")
-        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
-        require(
-            len(self.center_fractions) == len(self.accelerations),
-            "data.center_fractions",
-            self.center_fractions,
-            f"{len(self.accelerations)} numbers, one for each acceleration",
-        )
-
-
-@dataclass(frozen=True)
-class MriConfig:
-    """All of a codec's training."""
-
-    data: MriDataSection
-    run: RunConfig
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    simulation: Simulation = field(default_factory=Simulation)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+IGNORE = -100
+ENCODER = ("sensitivities.", "encoder_cascades.", "encoder.", "specialist.")
 
 
 class ReconstructionTask(Task):
-    """Undersampled k-space to the RSS image, 1 - SSIM and L1.
+    """Undersampled k-space to the RSS image, 1 - SSIM and L1, and to reports, cross-entropy.
 
     Args:
         config: of the whole run.
         device: where the model lies and scans are simulated.
+        pool: training slices, which `data.train` then only names; None reads them.
 
     Raises:
-        InputError: for volumes that cannot be read or a backbone that does not exist.
+        InputError: for volumes that cannot be read, a backbone that does not exist, or a codec to
+            begin with that is another one.
     """
 
     unit = "slices"
 
-    def __init__(self, config: MriConfig, device: torch.device):
-        self.config = config
-        self.valid = [_validation_scan(path, config) for path in expand(config.data.valid)]
-        self.files = expand(config.data.train)
-        self.pool = SlicePool(self.files, device)
-        backbone = load_backbone(config.codec.backbone)
-        self.model: nn.Module = CodecModel(config.codec, backbone).to(device)
-        self.ssim = SSIMLoss(spatial_dims=2, data_range=1.0, kernel_type="uniform", win_size=7)
+    def __init__(
+        self,
+        config: MriConfig,
+        device: torch.device,
+        pool: SlicePool | ScanPool | None = None,
+    ):
+        data = config.data
+        self.config, self.device = config, device
+        self.valid = [_validation_scan(path, config) for path in expand(data.valid)]
+        self.files = expand(data.train) if pool is None else [Path(name) for name in data.train]
+        reports = read_reports(data.reports) if data.reports else None
+        self.pool = pool or _pool(self.files, device, config, reports)
+        self.targets = ReportTargets(config.codec.weights, config.stage) if data.reports else None
+        self.model: nn.Module = _initial(config).to(device)
+        _trained(self.model, config.stage.name)
+        self.frozen_before = self._backbone_bits()
         self.graphs: dict[tuple[int, ...], Callable[..., Tensor]] | None = None
-        self.units_per_step = config.data.batch_size * config.optim.accumulation
+        self.units_per_step = data.batch_size * config.optim.accumulation
 
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Every parameter but the backbone's."""
+        """What the stage trains, never the backbone's."""
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def position(self, step: int) -> dict[str, Any]:
@@ -108,35 +87,58 @@ class ReconstructionTask(Task):
         def draw(options: list) -> int:
             return int(torch.randint(len(options), (), generator=generator).item())
 
-        which = draw(data.accelerations)
-        sampling = Sampling(
-            data.masks[draw(data.masks)], data.accelerations[which], data.center_fractions[which]
-        )
+        size, coils = data.sizes[draw(data.sizes)], data.coils[draw(data.coils)]
+        if isinstance(self.pool, ScanPool):
+            return self.pool.batch(data.batch_size, size, coils, data.samplings, generator)
         return simulate_batch(
             self.pool,
             data.batch_size,
-            data.sizes[draw(data.sizes)],
-            data.coils[draw(data.coils)],
-            sampling,
+            size,
+            coils,
+            data.samplings,
             self.config.simulation,
             generator,
         )
 
     def loss(self, batch: MriBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """1 - SSIM + L1."""
-        data = self.config.data
-        inputs = (batch.kspace, batch.mask, batch.calibration, batch.scale)
-        image = self._callable(inputs)(*inputs)
-        with torch.autocast(image.device.type, enabled=False):
-            scale = batch.scale[:, None, None]
-            image, target = image.float() / scale, batch.target / scale
-            dissimilarity = self.ssim(image[:, None], target[:, None])
-            l1 = F.l1_loss(image, target)
-        loss = data.ssim_weight * dissimilarity + data.l1_weight * l1
-        return loss, {"ssim": 1 - dissimilarity.detach(), "l1": l1.detach()}
+        """Of stage 1 the reports' cross-entropy, of stage 2 1 - SSIM and L1, jointly a weighted sum
+        of all."""
+        stage = self.config.stage
+        terms: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.device)
+        if stage.name == "2" or self.targets is None:
+            image = self._callable(batch.inputs)(*batch.inputs)
+        else:
+            text, labels = self.targets(batch.reports, self.device)
+            image, logits = self.model(*batch.inputs, text=text, image=stage.name == "joint")
+            with torch.autocast(self.device.type, enabled=False):
+                entropy = F.cross_entropy(
+                    logits[:, :-1].float().flatten(0, 1),
+                    labels[:, 1:].flatten(),
+                    ignore_index=IGNORE,
+                )
+            total = entropy if stage.name == "1" else stage.text_weight * entropy
+            terms["report_nats"] = entropy.detach()
+        if image is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                scale = batch.scale[:, None, None]
+                image, target = image.float() / scale, batch.target / scale
+                similarity, l1 = ssim(image, target), F.l1_loss(image, target)
+            total = total + stage.ssim_weight * (1 - similarity) + stage.l1_weight * l1
+            terms |= {"ssim": similarity.detach(), "l1": l1.detach()}
+        return total, terms
 
     def validate(self) -> dict[str, float]:
-        """Mean PSNR and SSIM over the validation volumes, beside the zero-filled images'."""
+        """Mean PSNR and SSIM over the validation volumes, beside the zero-filled images'; not in
+        stage 1, which has no image.
+
+        Raises:
+            RuntimeError: when the backbone's weights are not those of before.
+        """
+        if self._backbone_bits() != self.frozen_before:
+            raise RuntimeError("the frozen backbone's weights have changed during the training")
+        if self.config.stage.name == "1":
+            return {}
         rows: dict[str, list[float]] = {}
         for kspace, target, mask in self.valid:
             masked = kspace * mask
@@ -151,36 +153,85 @@ class ReconstructionTask(Task):
         return {name: float(np.mean(values)) for name, values in rows.items()}
 
     def prepare(self, world: World, compiled: bool) -> None:
-        """Compiled: captures a CUDA graph for every shape of batch when it first comes, for a step
-        is thousands of small kernels, and launching them takes longer than running them.
+        """In several processes cuts codec and backbone into parts (FSDP2). Compiled: captures a
+        CUDA graph for every shape of batch when it first comes, for a step is thousands of small
+        kernels, and launching them takes longer than running them; not of steps that read reports.
 
         Raises:
-            InputError: with accumulation, where replays would overwrite kept gradients; for more
-                than one process.
+            InputError: with accumulation, where replays would overwrite kept gradients; compiled in
+                several processes, whose parts move.
         """
-        super().prepare(world, compiled)
+        self.world = world
+        if world.size > 1:
+            if compiled:
+                raise InputError(f"run.compile must be false in {world.size} processes")
+            backbone = self.model.backbone
+            blocks = [] if backbone is None else list(backbone.base_model.layers)  # type: ignore[union-attr,arg-type]
+            shard(self.model, blocks, self.config.parallel, world)
+            self.frozen_before = self._backbone_bits()
+            return
         if not compiled:
             return
         if self.config.optim.accumulation > 1:
             raise InputError("run.compile needs optim.accumulation = 1 here; set one or the other")
-        self.graphs = {}
+        self.graphs = self.graphs or {}
 
     def _callable(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         if self.graphs is None:
-            return self.model
+            return lambda *inputs: self.model(*inputs).image
         shape = tuple(inputs[0].shape)
         if shape not in self.graphs:
             bf16 = torch.is_autocast_enabled("cuda")
             # A cast weight that autocast kept would be one graph's memory in another graph.
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 self.graphs[shape] = torch.cuda.make_graphed_callables(  # type: ignore[assignment]
-                    _Captured(self.model), tuple(x.clone() for x in inputs)
+                    _Captured(self.model),
+                    tuple(x.clone() for x in inputs),
+                    allow_unused_input=True,  # start and end vectors without a backbone
                 )
         return self.graphs[shape]
 
+    def _backbone_bits(self) -> str | None:
+        backbone = self.model.backbone
+        return None if backbone is None else fingerprint(backbone, None)  # type: ignore[arg-type]
+
     def export(self, folder: Path) -> None:
         """Writes the codec, without its backbone."""
-        save_codec(self.model, folder, self.config.run.export_dtype)  # type: ignore[arg-type]
+        model = self.model
+        if self.world.size > 1:  # this process holds only a part of it; a checkpoint is whole
+            model = _initial(self.config)
+            _trained(model, self.config.stage.name)
+            newest = checkpoint.latest(self.config.run.out)
+            assert newest is not None
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            checkpoint.restore(newest, model, named)
+        save_codec(model, folder, self.config.run.export_dtype)  # type: ignore[arg-type]
+
+
+class ReportTargets:
+    """Reports as token ids: [BOS, prompt, report, EOS], and labels for the report and its end.
+
+    Args:
+        weights: of the backbone, beside which its tokenizer lies.
+        stage: prompt and longest report.
+    """
+
+    def __init__(self, weights: str, stage: StageSection):
+        tokenizer = load_tokenizer(weights)
+        self.encode = text_encoder(tokenizer)
+        self.bos, self.eos = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self.prompt, self.longest = self.encode([stage.prompt])[0], stage.report_tokens
+
+    def __call__(self, reports: Iterable[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids and labels, each `[B, M]`; labels are -100 where nothing is asked."""
+        answers = [[*ids[: self.longest], self.eos] for ids in self.encode(list(reports))]
+        before = [self.bos, *self.prompt]
+        longest = max(map(len, answers))
+        text = [[*before, *ids, *[self.eos] * (longest - len(ids))] for ids in answers]
+        labels = [
+            [*[IGNORE] * len(before), *ids, *[IGNORE] * (longest - len(ids))] for ids in answers
+        ]
+        return torch.tensor(text, device=device), torch.tensor(labels, device=device)
 
 
 class _Captured(nn.Module):
@@ -191,7 +242,39 @@ class _Captured(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(*inputs)
+        return self.model(*inputs).image
+
+
+def _pool(
+    files: list[Path], device: torch.device, config: MriConfig, reports: Reports | None
+) -> SlicePool | ScanPool:
+    measured = [file.suffix in SUFFIXES for file in files]
+    if all(measured):
+        return ScanPool(files, device, config.data.coils, reports)
+    if any(measured):
+        raise InputError("data.train: either scans (.h5) or image volumes, not both in one run")
+    return SlicePool.read(files, device, reports=reports)
+
+
+def _initial(config: MriConfig) -> CodecModel:
+    """The codec that a run begins with, on the CPU."""
+    if not config.stage.initial:
+        return CodecModel(config.codec, load_backbone(config.codec.backbone, config.codec.weights))
+    model = load_codec(config.stage.initial)
+    if model.config != config.codec:
+        raise InputError(
+            f"configuration: stage.initial = {config.stage.initial!r} is another codec than "
+            "[codec] describes; make them equal"
+        )
+    return model
+
+
+def _trained(model: nn.Module, stage: str) -> None:
+    """Leaves gradients to what a stage trains."""
+    for name, parameter in model.named_parameters():
+        encoder = name.startswith(ENCODER)
+        if (stage == "1" and not encoder) or (stage == "2" and encoder):
+            parameter.requires_grad_(False)
 
 
 def train(
@@ -236,13 +319,23 @@ def expand(patterns: list[str]) -> list[Path]:
 
 
 def _validation_scan(path: Path, config: MriConfig) -> tuple[Tensor, np.ndarray, Tensor]:
-    """K-space, target and mask of evenly spread slices, simulated once with a fixed seed."""
+    """K-space, target and mask of evenly spread slices: of a scan, or of a volume's, simulated once
+    with a fixed seed."""
     data = config.data
-    volume = read_volume(path)
-    middle = volume[len(volume) // 5 : -(len(volume) // 5) or None]
-    chosen = np.linspace(0, len(middle) - 1, min(data.valid_slices, len(middle))).round()
-    scan = simulate_scan(middle[chosen.astype(int)], path.name, 0, config.simulation)
-    assert scan.target is not None
+
+    def spread(volume: np.ndarray) -> np.ndarray:
+        middle = volume[len(volume) // 5 : -(len(volume) // 5) or None]
+        chosen = np.linspace(0, len(middle) - 1, min(data.valid_slices, len(middle))).round()
+        return middle[chosen.astype(int)]
+
+    if is_volume(path):
+        scan = simulate_scan(spread(read_volume(path)), path.name, 0, config.simulation)
+    else:
+        whole = read_scan(path)
+        if not is_full(whole):
+            raise InputError(f"{path} is undersampled; only a fully sampled scan can be scored")
+        target = None if whole.target is None else spread(whole.target)
+        scan = Scan(spread(whole.kspace), None, target, whole.name)
     sampling = Sampling(data.masks[0], data.accelerations[0], data.center_fractions[0])
     mask = sampling.mask(scan.kspace.shape[-1], seed=0)
-    return torch.from_numpy(scan.kspace), scan.target, mask
+    return torch.from_numpy(scan.kspace), target_of(scan), mask

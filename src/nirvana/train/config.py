@@ -290,9 +290,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     """Checks `value` against the type `kind`; text from the command line is parsed first."""
     if is_dataclass(kind):
         return from_dict(kind, value, path)  # type: ignore[arg-type]
-    if isinstance(value, _Text):
-        value = _parse(value, wants_text=kind is str)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, _Text):
+        named = origin is Literal and value in arguments  # "1" is a name there, no number
+        value = _parse(value, wants_text=kind is str or named)
     if kind is Any:
         return None if value == "none" else value
     if origin in (typing.Union, types.UnionType):
@@ -306,6 +307,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return {key: _convert(arguments[1], each, f"{path}.{key}") for key, each in value.items()}
     if origin is list and isinstance(value, list):
         return [_convert(arguments[0], each, path) for each in value]
+    if origin is tuple and arguments[-1] is ... and isinstance(value, list):
+        return tuple(_convert(arguments[0], each, path) for each in value)
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(_convert(each, v, path) for each, v in zip(arguments, value, strict=True))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -328,10 +331,10 @@ def _parse(text: str, wants_text: bool) -> Any:
 def _spell(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list or (origin is tuple and arguments[-1] is ...):
+        return f"a list, each {_spell(arguments[0])}"
     if origin is tuple:
         return f"a list of {len(arguments)}: {', '.join(map(_spell, arguments))}"
-    if origin is list:
-        return f"a list, each {_spell(arguments[0])}"
     if origin is dict:
         return f"a table, each value {_spell(arguments[1])}"
     return names.get(kind, str(kind))

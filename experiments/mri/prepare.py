@@ -1,0 +1,104 @@
+"""Packs the study's real data into one small file that needs no reader of medical images.
+
+    python experiments/mri/prepare.py DATA [--out data/mri-study.npz]
+
+DATA holds train, valid and test, each with `<person>_<contrast>.nii.gz`, and kspace. Kept are
+8-bit slices: of training volumes evenly spaced ones, and of those with cubic voxels sagittal and
+coronal ones, too; of the others the middle ones. Names of arrays: `train/NAME`, `valid/NAME`,
+`test/NAME` uint8 `[slices, H, W]`, and `kspace/NAME` complex64 `[slices, coils, H, W]`, measured.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from nirvana.files import atomic_file
+from nirvana.mri.io import read_spacing, read_volume
+
+AXIAL, OTHER, TESTED = 26, 8, 8  # slices of a volume
+CUBIC = 1.3  # most that the longest side of a voxel may exceed the shortest
+CONTENT = 0.08  # least share of pixels above 5 % of the maximum
+MASKS = ("lesion", "change", "autoseg", "label", "brainmask", "gm", "wm")  # no images
+
+
+def volumes(folder: Path) -> dict[str, Path]:
+    """Image volumes of a folder by name."""
+    files = sorted(folder.glob("*.nii.gz"))
+    named = {file.name.removesuffix(".nii.gz"): file for file in files}
+    return {name: file for name, file in named.items() if not name.endswith(MASKS)}
+
+
+def spread(volume: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` evenly spaced ones of the slices that show something, 8 bits, cut to them."""
+    shown = np.flatnonzero((volume > 0.05).mean((1, 2)) > CONTENT)
+    chosen = volume[
+        shown[np.linspace(0, len(shown) - 1, min(count, len(shown))).round().astype(int)]
+    ]
+    return cut(np.round(chosen * 255).astype(np.uint8))
+
+
+def cut(slices: np.ndarray, margin: int = 6) -> np.ndarray:
+    """Without the empty border that all slices share, but for a margin."""
+    bright = slices > 12
+    rows, columns = np.flatnonzero(bright.any((0, 2))), np.flatnonzero(bright.any((0, 1)))
+    top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
+    return slices[:, top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
+
+
+def training(file: Path) -> dict[str, np.ndarray]:
+    """Slices of a training volume in up to three directions."""
+    volume, spacing = read_volume(file), read_spacing(file)
+    parts = {"axial": spread(volume, AXIAL)}
+    if spacing is not None and max(spacing) < CUBIC * min(spacing):
+        # Upside down, as slices are numbered from below.
+        parts["coronal"] = spread(volume.transpose(1, 0, 2)[:, ::-1], OTHER)
+        parts["sagittal"] = spread(volume.transpose(2, 0, 1)[:, ::-1], OTHER)
+    return parts
+
+
+def middle(file: Path) -> np.ndarray:
+    """The middle slices of a volume, with all of their background."""
+    volume = read_volume(file)
+    first = max(len(volume) - TESTED, 0) // 2
+    return np.round(volume[first : first + TESTED] * 255).astype(np.uint8)
+
+
+def measured(folder: Path) -> dict[str, np.ndarray]:
+    """Fully sampled k-space as `[1, 1, H, W]`, H the readout, its oversampling cut off."""
+    from scipy.io import loadmat
+
+    head = loadmat(folder / "larson_se_t1_sag_data.mat")["data"]
+    knee = loadmat(folder / "larson_coronal_fatsat_2D_knee.mat")["kdata"].T
+    axes = (0,)
+    image = np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(knee, axes), axis=0, norm="ortho"), axes)
+    quarter = len(image) // 4
+    image = image[quarter : len(image) - quarter]
+    knee = np.fft.fftshift(np.fft.fft(np.fft.ifftshift(image, axes), axis=0, norm="ortho"), axes)
+    kept = {"head_sagittal": head, "knee_coronal": knee}
+    return {name: x.astype(np.complex64)[None, None] for name, x in kept.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder with train, valid, test and kspace")
+    parser.add_argument("--out", type=Path, default=Path("data/mri-study.npz"))
+    options = parser.parse_args()
+    arrays: dict[str, np.ndarray] = {}
+    for name, file in volumes(options.data / "train").items():
+        for direction, slices in training(file).items():
+            arrays[f"train/{name}_{direction}"] = slices
+    for part in ("valid", "test"):
+        for name, file in volumes(options.data / part).items():
+            arrays[f"{part}/{name}"] = middle(file)
+    for name, kspace in measured(options.data / "kspace").items():
+        arrays[f"kspace/{name}"] = kspace
+    with atomic_file(options.out) as temporary:
+        np.savez_compressed(temporary, **arrays)
+    slices = sum(len(x) for name, x in arrays.items() if name.startswith("train/"))
+    print(f"{options.out}: {len(arrays)} arrays, {slices} training slices, ", end="")
+    print(f"{options.out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Writes docs/evidence-mri.md from the lines that run.py left.
+
+python experiments/mri/report.py experiments/mri/results.jsonl [--out docs/evidence-mri.md]
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from nirvana.files import atomic_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from arms import ARMS, CLASSICAL
+
+REFERENCE = "nirvana"
+METRICS = {"psnr": "{:.2f}", "ssim": "{:.4f}", "nmse": "{:.4f}"}
+GROUPS = ("unseen people", "contrast medium", "inverted contrast", "measured head", "measured knee")
+Line = dict[str, Any]
+
+METHOD = """# MRI reconstruction: what was measured
+
+Made by `experiments/mri/report.py` from the lines of `experiments/mri/run.py`; the commands are at
+the end.
+
+**Data.** Training: slices of 20 volumes of 11 people and a template (T1, T2, FLAIR; 8 bits), none
+of whom is in the test. Test: 8 middle slices of each of 11 volumes of six other people; two people
+give three contrasts of them each, so volumes are not fully independent. Licences: the card of the
+packaged codec.
+
+**What is simulated**: for volumes, contrast (an exponent), smooth phase, 8 coils (birdcage or
+random and smooth), noise of 0.2 to 2 % of the brightest pixel, Cartesian undersampling; training
+draws 1, 4 or 8 coils. No motion, no field inhomogeneity, no correlated noise. *Contrast medium* is
+a volume of a kind (T1 after contrast medium, tumour) that no training saw; *inverted contrast*
+turns the test volumes' brightness over, a stand-in for an unknown sequence. *Measured head* and
+*measured knee* are genuine k-space of one coil each, of which only the undersampling is simulated:
+one slice each, so no spread and no test.
+
+**Budget.** Every trained arm sees the same slices in the same order, as often as the table says,
+with the same optimiser; the backbone is frozen. `none` is the codec whose tokens pass no backbone;
+`transformer` and `gated_deltanet` are frozen with random weights, since no trained ones of this
+size are packaged, so they tell what an untrained network there does; the two Nirvanas share the
+packaged `tiny`'s weights.
+
+**Scores** per volume, over its slices: PSNR in dB with the volume's maximum, SSIM (scikit-image,
+uniform window 7), NMSE. Mean ± standard deviation over volumes{seeds}; p: two-sided paired Wilcoxon
+test against `{reference}`.
+"""
+
+
+def read(path: Path) -> list[Line]:
+    """The finished arms."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def by_volume(lines: list[Line], group: str, mask: str, metric: str) -> dict[str, dict[str, float]]:
+    """Arm -> volume -> score, the mean over seeds."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        for row in line["volumes"]:
+            if (row["group"], row["mask"]) == (group, mask):
+                found[line["arm"]][row["volume"]].append(row[metric])
+    return {
+        arm: {volume: float(np.mean(values)) for volume, values in volumes.items()}
+        for arm, volumes in found.items()
+    }
+
+
+def cell(own: dict[str, float], reference: dict[str, float], form: str) -> str:
+    """Mean ± spread, and p of the test against the reference where there is one."""
+    values = np.array(list(own.values()))
+    text = form.format(values.mean())
+    if len(values) > 1:
+        text += " ± " + form.format(values.std(ddof=1))
+    shared = [volume for volume in own if volume in reference]
+    differences = np.array([own[volume] - reference[volume] for volume in shared])
+    if len(shared) > 1 and differences.any():
+        result: Any = wilcoxon(differences)
+        text += f" (p {result.pvalue:.2g})"
+    return text
+
+
+def scores(lines: list[Line]) -> list[str]:
+    """A table for every group of scans and mask."""
+    text = []
+    masks = list(dict.fromkeys(row["mask"] for line in lines for row in line["volumes"]))
+    for group in GROUPS:
+        for mask in masks:
+            tables = {m: by_volume(lines, group, mask, m) for m in METRICS}
+            if not tables["psnr"]:
+                continue
+            count = max(map(len, tables["psnr"].values()))
+            plural = "volume" if count == 1 else "volumes"
+            text += ["", f"### {group}, {mask} ({count} {plural})", ""]
+            text += ["| arm | PSNR, dB | SSIM | NMSE |", "|---|---|---|---|"]
+            for arm in tables["psnr"]:
+                cells = [
+                    cell(table[arm], table.get(REFERENCE, {}), METRICS[metric])
+                    for metric, table in tables.items()
+                ]
+                text.append(f"| {arm} | {' | '.join(cells)} |")
+    return text
+
+
+def budgets(lines: list[Line]) -> list[str]:
+    """Parameters, training and speed of every trained arm."""
+    text = [
+        "| arm | seed | trained parameters | frozen | steps | slices seen | training, s | "
+        "slices/s | training, GiB | a slice of 320 x 320, 16 coils | weights, MB | on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        if "training" not in line:
+            continue
+        training, parameters, speed = line["training"], line["parameters"], line["speed"]
+        memory = "" if training["memory_gib"] is None else f"{training['memory_gib']:.1f}"
+        once = f"{1000 * speed['seconds']:.0f} ms"
+        if speed["memory_gib"] is not None:
+            once += f", {speed['memory_gib']:.2f} GiB"
+        cells = [
+            line["arm"],
+            str(line["seed"]),
+            f"{parameters['trained']:,}",
+            f"{parameters['frozen']:,}",
+            f"{training['steps']:,}",
+            f"{training['slices']:,}",
+            f"{training['seconds']:.0f}",
+            f"{training['slices_per_second']:.0f}",
+            memory,
+            once,
+            f"{line['weights_bytes'] / 1e6:.2f}",
+            line["device"],
+        ]
+        text.append(f"| {' | '.join(cells)} |")
+    return text
+
+
+def classical_speed(lines: list[Line]) -> list[str]:
+    """Seconds per slice of the methods that nothing is trained for."""
+    text = []
+    for line in lines:
+        if "training" not in line:
+            seconds = np.mean([row["seconds_per_slice"] for row in line["volumes"]])
+            text.append(f"- {line['arm']}: {seconds:.2f} s a slice of the test on {line['device']}")
+    return text
+
+
+def report(lines: list[Line]) -> str:
+    """The whole document."""
+    seeds = len({line["seed"] for line in lines if "training" in line})
+    text = [
+        METHOD.format(
+            seeds=f" (of each the mean over {seeds} seeds)" if seeds > 1 else ", one seed",
+            reference=REFERENCE,
+        ),
+        "## Budget",
+        "",
+        *budgets(lines),
+        "",
+        *classical_speed(lines),
+        "",
+        "## Scores",
+        *scores(lines),
+        "",
+        "## Commands",
+        "",
+        "    python experiments/mri/prepare.py DATA --out data/mri-study.npz",
+    ]
+    for line in lines:
+        options = f"--arm {line['arm']} --seed {line['seed']}"
+        if "training" in line:
+            config = line["config"]
+            options += f" --steps {line['training']['steps']} --lr {config['optim']['lr']:g}"
+        text.append(f"    python experiments/mri/run.py {options}  # commit {line['commit'][:12]}")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+", help="results.jsonl, one or several")
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence-mri.md"))
+    options = parser.parse_args()
+    lines = [line for path in options.results for line in read(path)]
+    order = [*CLASSICAL, *ARMS]
+    lines.sort(key=lambda line: (order.index(line["arm"]), line["seed"]))
+    with atomic_file(options.out) as temporary:
+        temporary.write_text(report(lines), encoding="utf-8")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

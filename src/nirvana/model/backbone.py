@@ -1,0 +1,142 @@
+"""The frozen language model under a specialist: of which kind, with which weights."""
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nirvana.errors import InputError
+from nirvana.model.assets import load_language_model, resolve
+from nirvana.model.config import preset
+from nirvana.model.nirvana import NirvanaForCausalLM
+from nirvana.model.trigger import Trigger
+
+Backbone = Literal["nirvana", "nirvana-without-trigger", "gated_deltanet", "transformer", "none"]
+"""Kinds of backbone; "none" is the identity."""
+
+DEFAULT = "default"
+PACKAGED = "tiny"
+RANDOM_SEED = 0
+
+
+def load_backbone(
+    kind: Backbone, weights: str = DEFAULT, device: str | torch.device = "cpu"
+) -> PreTrainedModel | None:
+    """A language model in eval mode, float32; None for "none".
+
+    Args:
+        kind: what is built. "nirvana-without-trigger" is a Nirvana none of whose Triggers takes its
+            step.
+        weights: folder in transformers' format, or a packaged name. "default" is the packaged
+            `tiny` for a Nirvana, and for the other two, of which no trained one is packaged, a
+            network of `tiny`'s width and depth with random weights, the same ones every time.
+        device: where it lies.
+
+    Raises:
+        InputError: for weights that do not exist or are of another kind.
+    """
+    if kind == "none":
+        return None
+    if kind in ("nirvana", "nirvana-without-trigger"):
+        model = load_language_model(_place(weights), device)[0]
+        if kind == "nirvana-without-trigger":
+            for module in model.modules():
+                if isinstance(module, Trigger):
+                    module.enabled = False
+        return model
+    model = _random(kind) if weights == DEFAULT else _foreign(weights, kind)
+    nn.Module.to(model, device)
+    return model.eval()
+
+
+def load_tokenizer(weights: str = DEFAULT) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone's weights; `tiny`'s for "default".
+
+    Raises:
+        InputError: for weights that do not exist or lie there without a tokenizer.
+    """
+    folder = resolve(_place(weights))
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder} has no tokenizer.json beside its weights")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def fingerprint(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> str:
+    """SHA-256 over the names and values of a model's parameters; of the parts that this process has
+    of parameters that several share.
+
+    Args:
+        dtype: what values are rounded to first: in bfloat16 a checkpoint and its packaged bfloat16
+            copy are the same backbone. None takes every bit as it is.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        values = part.detach().to("cpu", dtype or part.dtype).contiguous()
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _place(weights: str) -> str:
+    """ "default" is the packaged folder, whatever lies in the working directory."""
+    return str(resources.files("nirvana") / "assets" / PACKAGED) if weights == DEFAULT else weights
+
+
+def _random(kind: str) -> PreTrainedModel:
+    shape = preset(PACKAGED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        if kind == "gated_deltanet":
+            return gated_deltanet(shape.num_hidden_layers, PACKAGED)
+        return LlamaForCausalLM._from_config(
+            LlamaConfig(
+                vocab_size=shape.vocab_size,
+                hidden_size=shape.hidden_size,
+                num_hidden_layers=shape.num_hidden_layers,
+                num_attention_heads=shape.num_attention_heads,
+                intermediate_size=shape.intermediate_size or 0,
+                tie_word_embeddings=True,
+            ),
+            attn_implementation="sdpa",
+        )
+
+
+def gated_deltanet(num_layers: int, size: str = PACKAGED, **overrides: Any) -> NirvanaForCausalLM:
+    """A Nirvana that has prelude layers alone: gated delta rule and SwiGLU, random weights."""
+    config = preset(
+        size, num_hidden_layers=num_layers + 1, num_prelude_layers=num_layers, **overrides
+    )
+    model = NirvanaForCausalLM(config)
+    # The configuration wants one layer with a Trigger; it is the last.
+    del model.model.layers[num_layers:]
+    return model
+
+
+def _foreign(weights: str, kind: str) -> PreTrainedModel:
+    folder = resolve(weights) if Path(weights).exists() else None
+    if folder is None:
+        raise InputError(f"no {kind} at {weights!r}: give a folder in transformers' format")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} does not hold a language model: {reason}") from error
+    if isinstance(model, NirvanaForCausalLM):
+        raise InputError(f"{folder} holds a nirvana, not a {kind}; set backbone = 'nirvana'")
+    return model
