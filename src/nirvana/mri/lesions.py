@@ -1,0 +1,438 @@
+"""Simulated lesions of the brain, put into magnitude slices before they are scanned.
+
+A lesion is an ellipsoid with a wavy outline. A pixel takes of it the share of its volume, over the
+whole thickness of the slice, that lies inside (partial volume):
+
+    rho    = |A (x - centre)| / r(angle),  A scales the semi-axes a, b to 1, r = 1 + sum_k e_k cos(k .)
+    height = c sqrt(1 - rho^2)                         half of the chord through the slices at rho < 1
+    share  = |[-height, height] n [s - t/2, s + t/2]| / t      s offset, t thickness of the slice
+
+averaged over 3 x 3 places of the pixel. The image becomes
+
+    x <- x + share * (target - x),   target = tissue * (1 + contrast * profile + texture)
+
+with the slice's median brain as `tissue`. Which contrast a type has in which sequence, and whether
+it has a core of fluid, stands in `TYPES`; how often, how large and how many they are is that of
+fastMRI+ (`PREVALENCE`).
+
+Everything is drawn for a whole batch at once, its random numbers from a generator on the CPU, and
+computed where the images lie.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from nirvana.errors import InputError
+from nirvana.mri.lobes import lobe_map
+
+SEQUENCES = ("T1", "T2", "FLAIR")
+SIGNALS = ("hypointense", "hyperintense", "mixed")
+MAX_COUNT = 5
+SUBPIXELS = 3
+CANDIDATES = 16
+SMALLEST = 3.0  # mm, the smallest lesion that is drawn
+
+
+@dataclass(frozen=True)
+class LesionType:
+    """One kind of finding.
+
+    Attributes:
+        name: as reports call it.
+        slices: slices of fastMRI+ that show it, its frequency.
+        size: mean and standard deviation of the logarithm of its longest diameter in mm.
+        limits: the smallest and the largest diameter drawn, mm.
+        elongation: mean of the logarithm of longest over shortest diameter.
+        counts: slices with 1, 2, 3, 4, and 5 or more of them.
+        fluid: it has a core of fluid, with a rim of tissue; on FLAIR that is dark within bright.
+        texture: standard deviation of its texture over the tissue's brightness.
+        ragged: size e of the waves of its outline.
+    """
+
+    name: str
+    slices: int
+    size: tuple[float, float]
+    limits: tuple[float, float]
+    elongation: float
+    counts: tuple[int, int, int, int, int]
+    fluid: bool
+    texture: float
+    ragged: float
+
+    def signal(self, sequence: str) -> str:
+        """How it looks beside normal brain: T1 dark, T2 bright, FLAIR bright or, around fluid,
+        mixed."""
+        if sequence == "T1":
+            return "hypointense"
+        return "mixed" if self.fluid and sequence == "FLAIR" else "hyperintense"
+
+
+# Counted from fastMRI+ (Zhao et al., Scientific Data 2022, doi 10.1038/s41597-022-01255-z; brain.csv
+# of microsoft/fastmri-plus, MIT): 8,213 boxes over 1,001 brain scans with a 320 x 320 grid. Sizes are
+# the boxes' longer sides at a nominal 220 mm field of view, which the file does not state. The
+# limits are ours: about its 5 % and 95 % quantiles, and what fits into a hemisphere.
+TYPES = (
+    LesionType(
+        "white matter lesion",
+        slices=729,
+        size=(2.294, 0.864),
+        limits=(3.0, 25.0),
+        elongation=0.426,
+        counts=(341, 164, 78, 54, 92),
+        fluid=False,
+        texture=0.03,
+        ragged=0.06,
+    ),
+    LesionType(
+        "mass",
+        slices=260,
+        size=(3.070, 0.680),
+        limits=(7.0, 50.0),
+        elongation=0.219,
+        counts=(181, 51, 17, 9, 2),
+        fluid=False,
+        texture=0.18,
+        ragged=0.12,
+    ),
+    LesionType(
+        "encephalomalacia",
+        slices=115,
+        size=(3.503, 0.639),
+        limits=(12.0, 50.0),
+        elongation=0.388,
+        counts=(82, 23, 7, 3, 0),
+        fluid=True,
+        texture=0.05,
+        ragged=0.15,
+    ),
+    LesionType(
+        "lacunar infarct",
+        slices=88,
+        size=(2.277, 0.534),
+        limits=(4.0, 20.0),
+        elongation=0.477,
+        counts=(69, 14, 4, 1, 0),
+        fluid=True,
+        texture=0.03,
+        ragged=0.03,
+    ),
+)
+NORMAL_SHARE = 371 / 1001  # scans labelled "Normal for age"
+
+
+@dataclass(frozen=True)
+class LesionSettings:
+    """What is drawn; frequencies, sizes and numbers are fastMRI+'s unless told otherwise.
+
+    Attributes:
+        normal_share: probability of a slice without any lesion.
+        weights: of the types, in the order of `TYPES`.
+        contrast: range of |contrast| over the tissue's brightness, uniform.
+        thickness: range of the slice's thickness in mm.
+        size_factor: of all sizes.
+    """
+
+    normal_share: float = NORMAL_SHARE
+    weights: tuple[float, ...] = field(
+        default_factory=lambda: tuple(float(kind.slices) for kind in TYPES)
+    )
+    contrast: tuple[float, float] = (0.3, 0.9)
+    thickness: tuple[float, float] = (3.0, 5.0)
+    size_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.normal_share <= 1:
+            raise InputError(f"normal_share = {self.normal_share} must be from 0 to 1")
+        if len(self.weights) != len(TYPES) or min(self.weights) < 0 or sum(self.weights) == 0:
+            raise InputError(f"weights = {self.weights} must be {len(TYPES)} numbers, not all 0")
+        for name in ("contrast", "thickness"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise InputError(f"{name} = ({low}, {high}) is no range above 0")
+        if self.size_factor <= 0:
+            raise InputError(f"size_factor = {self.size_factor} must be above 0")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What must be known of slices `[B, H, W]` to place lesions in them.
+
+    Attributes:
+        images: magnitude.
+        depth: way to the nearest border of the brain in mm, 0 outside the brain.
+        u: `[B, H, W]`, v: `[B, H, W]`, w: `[B]`: coordinates of the head, see `lobes`.
+        sequence: `[B]`, index in `SEQUENCES`.
+        width: `[B]`, half the brain's width in mm, the unit of u.
+        pixel: side of a pixel in mm.
+    """
+
+    images: Tensor
+    depth: Tensor
+    u: Tensor
+    v: Tensor
+    w: Tensor
+    sequence: Tensor
+    width: Tensor
+    pixel: float
+
+
+@dataclass(frozen=True)
+class Lesions:
+    """Lesions of a batch; the first of a slice is its largest.
+
+    Attributes:
+        present: bool `[B, L]`.
+        kind: `[B]`, index in `TYPES`; all lesions of a slice are of one type.
+        row, column: `[B, L]`, centres in pixels.
+        size: `[B, L]`, longest diameter within the slice's middle plane in mm.
+        elongation: `[B, L]`, longest over shortest diameter.
+        angle: `[B, L]`, of the longest diameter to the columns, in radians.
+        waves: `[B, L, 3, 2]`, size and phase of the outline's waves k = 2, 3, 4.
+        offset: `[B, L]`, of the slice's middle from the centre, in semi-axes c, -1..1.
+        thickness: `[B]`, of the slice in mm.
+        contrast: `[B]`, |contrast| over the tissue's brightness.
+        texture: `[B, H, W]`, smooth, standard deviation 1.
+        lobe: `[B]`, index in `LOBES` of the largest one; side: `[B]`, index in `SIDES` of it.
+    """
+
+    present: Tensor
+    kind: Tensor
+    row: Tensor
+    column: Tensor
+    size: Tensor
+    elongation: Tensor
+    angle: Tensor
+    waves: Tensor
+    offset: Tensor
+    thickness: Tensor
+    contrast: Tensor
+    texture: Tensor
+    lobe: Tensor
+    side: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """`[B]`, lesions of each slice."""
+        return self.present.sum(1)
+
+
+def draw_lesions(
+    anatomy: Anatomy, generator: Generator, settings: LesionSettings | None = None
+) -> Lesions:
+    """Lesions for every slice of a batch.
+
+    The largest is placed first: every lobe and side that the slice shows is equally probable, then
+    every place in it that is tissue (no fluid), a third of the diameter or more away from the
+    brain's border and from its middle plane. It shrinks where it is larger than the brain has room
+    for. The others, up to three quarters as large, keep away from those before them; one that
+    finds no place is left out. So is every lesion of a slice without any room.
+    """
+    settings = settings or LesionSettings()
+    B, H, W = anatomy.images.shape
+    device = anatomy.images.device
+    L = MAX_COUNT
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).to(device)
+
+    weights = torch.tensor(settings.weights)
+    kind = torch.multinomial(weights, B, replacement=True, generator=generator)
+    counts = torch.tensor([each.counts for each in TYPES], dtype=torch.float32)[kind]
+    wanted = 1 + torch.multinomial(counts, 1, generator=generator)[:, 0]
+    wanted = torch.where(
+        torch.rand(B, generator=generator) < settings.normal_share, 0, wanted
+    ).to(device)
+    first = _first_size(kind, generator, settings).to(device)
+    kind = kind.to(device)
+
+    room = _room(anatomy)
+    size = first.minimum(3 * room.amax((1, 2)))
+    smaller = size[:, None] * (0.3 + 0.45 * uniform(B, L - 1))
+    size = torch.cat([size[:, None], smaller.clamp(min=SMALLEST)], dim=1)
+    lobes = lobe_map(anatomy.u, anatomy.v, anatomy.w[:, None, None])
+    cell = torch.where(lobes > 0, 2 * lobes - 1 + (anatomy.u > 0).long(), 0)
+    present, row, column = _places(cell, room, size, wanted, uniform, anatomy.pixel)
+
+    elongation = _of(kind, "elongation", device)[:, None] * 2 * uniform(B, L)
+    ragged = _of(kind, "ragged", device)[:, None, None] * (0.5 + uniform(B, L, 3))
+    waves = torch.stack([ragged, 2 * math.pi * uniform(B, L, 3)], dim=-1)
+    index = (row[:, 0].long(), column[:, 0].long())
+    chosen = cell[torch.arange(B, device=device), *index]
+    low, high = settings.contrast
+    thin, thick = settings.thickness
+    return Lesions(
+        present=present,
+        kind=kind,
+        row=row,
+        column=column,
+        size=size,
+        elongation=elongation.exp().clamp(max=3.0),
+        angle=math.pi * uniform(B, L),
+        waves=waves,
+        offset=1.2 * uniform(B, L) - 0.6,
+        thickness=thin + (thick - thin) * uniform(B),
+        contrast=low + (high - low) * uniform(B),
+        texture=_texture(B, (H, W), anatomy.pixel, generator, device),
+        lobe=(chosen - 1).clamp(min=0) // 2,
+        side=(chosen - 1).clamp(min=0) % 2,
+    )
+
+
+def paint(anatomy: Anatomy, lesions: Lesions) -> Tensor:
+    """The slices with the lesions in them, `[B, H, W]`; slices without any stay as they are."""
+    images = anatomy.images
+    inside = anatomy.depth > 0
+    tissue = torch.where(inside, images, torch.nan).flatten(1).nanmedian(dim=1).values
+    tissue = tissue.nan_to_num(0.0)[:, None, None]
+    sequence = anatomy.sequence[:, None, None]
+    fluid = _of(lesions.kind, "fluid", images.device)[:, None, None] > 0
+    texture = _of(lesions.kind, "texture", images.device)[:, None, None] * lesions.texture
+    for number in range(lesions.present.shape[1]):
+        if not lesions.present[:, number].any():
+            break
+        share, core = _share(anatomy, lesions, number)
+        # T1: tissue loses signal. T2, FLAIR: it gains. Fluid is darkest on T1, brightest on T2, and
+        # FLAIR suppresses it within a bright rim.
+        gain = torch.where(sequence == 0, -1.0, 1.0).expand_as(share)
+        gain = torch.where((sequence == 0), gain * (0.75 + 0.25 * fluid), gain)
+        flair_core = fluid & (sequence == 2)
+        gain = torch.where(flair_core, gain - 1.9 * core, gain)
+        contrast = lesions.contrast[:, None, None]
+        target = tissue * (1 + contrast * gain + texture).clamp(min=0.03)
+        share = share * lesions.present[:, number, None, None] * inside
+        images = images + share * (target - images)
+    return images
+
+
+def coverage(anatomy: Anatomy, lesions: Lesions) -> Tensor:
+    """Share of each pixel that any of the slice's lesions takes, `[B, H, W]` in 0..1."""
+    total = torch.zeros_like(anatomy.images)
+    for number in range(lesions.present.shape[1]):
+        share = _share(anatomy, lesions, number)[0]
+        total = total.maximum(share * lesions.present[:, number, None, None])
+    return total
+
+
+def _share(anatomy: Anatomy, lesions: Lesions, number: int) -> tuple[Tensor, Tensor]:
+    """Of lesion `number` of each slice: the share of the module's formula, and the core's, which
+    has 0.6 of its diameters; each `[B, H, W]`."""
+    B, H, W = anatomy.images.shape
+    device, pixel = anatomy.images.device, anatomy.pixel
+
+    def of(x: Tensor) -> Tensor:
+        return x[:, number, None, None]
+
+    # The diameter asked for is that of the middle plane's section, at `offset` of the semi-axis c.
+    offset = of(lesions.offset)
+    a = of(lesions.size) / 2 / (1 - offset**2).sqrt()
+    b = a / of(lesions.elongation)
+    c = (a * b).sqrt()
+    middle, half = offset * c, lesions.thickness[:, None, None] / 2
+    cosine, sine = of(lesions.angle).cos(), of(lesions.angle).sin()
+    waves = lesions.waves[:, number]
+    share = torch.zeros(B, H, W, device=device)
+    core = torch.zeros(B, H, W, device=device)
+    steps = (torch.arange(SUBPIXELS, device=device) + 0.5) / SUBPIXELS - 0.5
+    for dy in steps:
+        y = (torch.arange(H, device=device)[:, None] + dy - of(lesions.row)) * pixel
+        for dx in steps:
+            x = (torch.arange(W, device=device) + dx - of(lesions.column)) * pixel
+            along, across = (x * cosine + y * sine) / a, (y * cosine - x * sine) / b
+            angle = torch.atan2(across, along)
+            outline = torch.ones_like(angle)
+            for k in range(3):
+                strength, phase = waves[:, k, 0, None, None], waves[:, k, 1, None, None]
+                outline = outline + strength * torch.cos((k + 2) * angle + phase)
+            rho = (along**2 + across**2) / outline**2
+            height = c * (1 - rho).clamp(min=0).sqrt()
+            share += _overlap(height, middle, half)
+            inner = 0.6 * c * (1 - rho / 0.36).clamp(min=0).sqrt()
+            core += _overlap(inner, middle * 0.6, half)
+    return share / SUBPIXELS**2, core / SUBPIXELS**2
+
+
+def _overlap(height: Tensor, middle: Tensor, half: Tensor) -> Tensor:
+    """|[-height, height] n [middle - half, middle + half]| / (2 half)"""
+    top = torch.minimum(height, middle + half)
+    bottom = torch.maximum(-height, middle - half)
+    return (top - bottom).clamp(min=0) / (2 * half)
+
+
+def _first_size(kind: Tensor, generator: Generator, settings: LesionSettings) -> Tensor:
+    """Longest diameters in mm, `[B]`: log-normal between the type's limits."""
+    mean, spread = (torch.tensor([each.size[i] for each in TYPES])[kind] for i in (0, 1))
+    low, high = (torch.tensor([math.log(each.limits[i]) for each in TYPES])[kind] for i in (0, 1))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    below, above = normal.cdf((low - mean) / spread), normal.cdf((high - mean) / spread)
+    u = below + (above - below) * torch.rand(len(kind), generator=generator)
+    return (mean + spread * normal.icdf(u)).exp() * settings.size_factor
+
+
+def _room(anatomy: Anatomy) -> Tensor:
+    """How far a place is from the brain's border and middle plane, mm; 0 where it is no tissue or
+    of no lobe: `[B, H, W]`."""
+    inside = anatomy.depth > 0
+    tissue = torch.where(inside, anatomy.images, torch.nan).flatten(1).nanmedian(dim=1).values
+    relative = anatomy.images / tissue.nan_to_num(1.0).clamp(min=1e-6)[:, None, None]
+    # Fluid is dark on T1 and FLAIR and bright on T2.
+    solid = torch.where(
+        anatomy.sequence[:, None, None] == 1,
+        (relative < 1.5) & (relative > 0.4),
+        (relative > 0.65) & (relative < 1.7),
+    )
+    lobes = lobe_map(anatomy.u, anatomy.v, anatomy.w[:, None, None])
+    from_middle = anatomy.u.abs() * anatomy.width[:, None, None]
+    room = torch.minimum(anatomy.depth, from_middle)
+    return torch.where(solid & (lobes > 0), room, 0.0)
+
+
+def _places(
+    cell: Tensor, room: Tensor, size: Tensor, wanted: Tensor, uniform, pixel: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which lesions find a place, and its row and column; each `[B, L]`."""
+    B, H, W = room.shape
+    L = size.shape[1]
+    cell = cell.flatten(1)
+    present = torch.zeros(B, L, dtype=torch.bool, device=room.device)
+    row = torch.zeros(B, L, device=room.device)
+    column = torch.zeros(B, L, device=room.device)
+    for number in range(L):
+        free = room.flatten(1) >= (size[:, number, None] / 3 - 1e-4).clamp(min=SMALLEST / 2)
+        # Every lobe and side equally often, however large.
+        area = torch.zeros(B, int(9), device=room.device).scatter_add_(1, cell, free.float())
+        weight = (free / area.gather(1, cell).clamp(min=1)).double().cumsum(1)
+        u = uniform(B, CANDIDATES).double() * weight[:, -1:]
+        index = torch.searchsorted(weight, u).clamp(max=H * W - 1)
+        rows, columns = index // W, index % W
+        ok = (weight[:, -1:] > 0).expand(B, CANDIDATES)
+        if number:
+            apart = torch.hypot(
+                rows[:, :, None] - row[:, None, :number],
+                columns[:, :, None] - column[:, None, :number],
+            )
+            needed = 0.55 * (size[:, number, None] + size[:, :number]) + 3.0
+            far = apart * pixel > needed[:, None]
+            ok = ok & (far | ~present[:, None, :number]).all(2)
+        best = ok.int().argmax(1, keepdim=True)
+        present[:, number] = ok.gather(1, best)[:, 0] & (wanted > number)
+        row[:, number] = rows.gather(1, best)[:, 0].float()
+        column[:, number] = columns.gather(1, best)[:, 0].float()
+    return present, row, column
+
+
+def _texture(
+    number: int, size: tuple[int, int], pixel: float, generator: Generator, device: torch.device
+) -> Tensor:
+    """Smooth noise of standard deviation about 1 with grains of 4 mm, `[number, H, W]`."""
+    grid = [max(2, round(side * pixel / 4)) for side in size]
+    points = torch.randn(number, 1, *grid, generator=generator).to(device)
+    return 1.4 * F.interpolate(points, size=size, mode="bicubic", align_corners=False)[:, 0]
+
+
+def _of(kind: Tensor, name: str, device: torch.device) -> Tensor:
+    """A figure of `TYPES` for each of `kind`."""
+    return torch.tensor([float(getattr(each, name)) for each in TYPES], device=device)[kind]
