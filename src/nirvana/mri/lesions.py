@@ -30,7 +30,7 @@ from nirvana.errors import InputError
 from nirvana.mri.lobes import lobe_map
 
 SEQUENCES = ("T1", "T2", "FLAIR")
-SIGNALS = ("hypointense", "hyperintense", "mixed")
+SIGNALS = ("hypointense", "hyperintense", "mixed-intensity")
 MAX_COUNT = 5
 SUBPIXELS = 3
 CANDIDATES = 16
@@ -65,10 +65,10 @@ class LesionType:
 
     def signal(self, sequence: str) -> str:
         """How it looks beside normal brain: T1 dark, T2 bright, FLAIR bright or, around fluid,
-        mixed."""
+        of mixed intensity."""
         if sequence == "T1":
-            return "hypointense"
-        return "mixed" if self.fluid and sequence == "FLAIR" else "hyperintense"
+            return SIGNALS[0]
+        return SIGNALS[2] if self.fluid and sequence == "FLAIR" else SIGNALS[1]
 
 
 # Counted from fastMRI+ (Zhao et al., Scientific Data 2022, doi 10.1038/s41597-022-01255-z; brain.csv
@@ -227,7 +227,7 @@ def draw_lesions(
 
     The largest is placed first: every lobe and side that the slice shows is equally probable, then
     every place in it that is tissue (no fluid), a third of the diameter or more away from the
-    brain's border and from its middle plane. It shrinks where it is larger than the brain has room
+    brain's border and half of it from its middle plane. It shrinks where it is larger than the brain has room
     for. The others, up to three quarters as large, keep away from those before them; one that
     finds no place is left out. So is every lesion of a slice without any room.
     """
@@ -285,9 +285,7 @@ def draw_lesions(
 def paint(anatomy: Anatomy, lesions: Lesions) -> Tensor:
     """The slices with the lesions in them, `[B, H, W]`; slices without any stay as they are."""
     images = anatomy.images
-    inside = anatomy.depth > 0
-    tissue = torch.where(inside, images, torch.nan).flatten(1).nanmedian(dim=1).values
-    tissue = tissue.nan_to_num(0.0)[:, None, None]
+    tissue = _tissue(anatomy)
     sequence = anatomy.sequence[:, None, None]
     fluid = _of(lesions.kind, "fluid", images.device)[:, None, None] > 0
     texture = _of(lesions.kind, "texture", images.device)[:, None, None] * lesions.texture
@@ -295,15 +293,12 @@ def paint(anatomy: Anatomy, lesions: Lesions) -> Tensor:
         if not lesions.present[:, number].any():
             break
         share, core = _share(anatomy, lesions, number)
-        # T1: tissue loses signal. T2, FLAIR: it gains. Fluid is darkest on T1, brightest on T2, and
-        # FLAIR suppresses it within a bright rim.
-        gain = torch.where(sequence == 0, -1.0, 1.0).expand_as(share)
-        gain = torch.where((sequence == 0), gain * (0.75 + 0.25 * fluid), gain)
-        flair_core = fluid & (sequence == 2)
-        gain = torch.where(flair_core, gain - 1.9 * core, gain)
+        # T1: tissue loses signal, and fluid most. T2 and FLAIR: it gains, but FLAIR suppresses fluid.
+        gain = torch.where(sequence == 0, -0.75 - 0.25 * fluid, 1.0)
+        gain = gain - 1.9 * core * (fluid & (sequence == 2))
         contrast = lesions.contrast[:, None, None]
         target = tissue * (1 + contrast * gain + texture).clamp(min=0.03)
-        share = share * lesions.present[:, number, None, None] * inside
+        share = share * lesions.present[:, number, None, None] * (anatomy.depth > 0)
         images = images + share * (target - images)
     return images
 
@@ -375,9 +370,7 @@ def _first_size(kind: Tensor, generator: Generator, settings: LesionSettings) ->
 def _room(anatomy: Anatomy) -> Tensor:
     """How far a place is from the brain's border and middle plane, mm; 0 where it is no tissue or
     of no lobe: `[B, H, W]`."""
-    inside = anatomy.depth > 0
-    tissue = torch.where(inside, anatomy.images, torch.nan).flatten(1).nanmedian(dim=1).values
-    relative = anatomy.images / tissue.nan_to_num(1.0).clamp(min=1e-6)[:, None, None]
+    relative = anatomy.images / _tissue(anatomy)
     # Fluid is dark on T1 and FLAIR and bright on T2.
     solid = torch.where(
         anatomy.sequence[:, None, None] == 1,
@@ -385,9 +378,16 @@ def _room(anatomy: Anatomy) -> Tensor:
         (relative > 0.65) & (relative < 1.7),
     )
     lobes = lobe_map(anatomy.u, anatomy.v, anatomy.w[:, None, None])
-    from_middle = anatomy.u.abs() * anatomy.width[:, None, None]
+    # Two thirds, so that no more than a sliver of a finding lies on the other side.
+    from_middle = anatomy.u.abs() * anatomy.width[:, None, None] * 2 / 3
     room = torch.minimum(anatomy.depth, from_middle)
     return torch.where(solid & (lobes > 0), room, 0.0)
+
+
+def _tissue(anatomy: Anatomy) -> Tensor:
+    """The median brightness of the brain in each slice, `[B, 1, 1]`, above 0."""
+    brain = torch.where(anatomy.depth > 0, anatomy.images, torch.nan).flatten(1)
+    return brain.nanmedian(dim=1).values.nan_to_num(1.0).clamp(min=1e-6)[:, None, None]
 
 
 def _places(
@@ -403,10 +403,10 @@ def _places(
     for number in range(L):
         free = room.flatten(1) >= (size[:, number, None] / 3 - 1e-4).clamp(min=SMALLEST / 2)
         # Every lobe and side equally often, however large.
-        area = torch.zeros(B, int(9), device=room.device).scatter_add_(1, cell, free.float())
+        area = torch.zeros(B, 9, device=room.device).scatter_add_(1, cell, free.float())
         weight = (free / area.gather(1, cell).clamp(min=1)).double().cumsum(1)
         u = uniform(B, CANDIDATES).double() * weight[:, -1:]
-        index = torch.searchsorted(weight, u).clamp(max=H * W - 1)
+        index = torch.searchsorted(weight, u, right=True).clamp(max=H * W - 1)
         rows, columns = index // W, index % W
         ok = (weight[:, -1:] > 0).expand(B, CANDIDATES)
         if number:
