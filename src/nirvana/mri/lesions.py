@@ -133,7 +133,7 @@ class LesionSettings:
         weights: of the types, in the order of `TYPES`.
         contrast: range of |contrast| over the tissue's brightness, uniform.
         thickness: range of the slice's thickness in mm.
-        size_factor: of all sizes.
+        size: range of the longest diameter in mm, uniform in its logarithm, in place of the types'.
     """
 
     normal_share: float = NORMAL_SHARE
@@ -142,19 +142,17 @@ class LesionSettings:
     )
     contrast: tuple[float, float] = (0.3, 0.9)
     thickness: tuple[float, float] = (3.0, 5.0)
-    size_factor: float = 1.0
+    size: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.normal_share <= 1:
             raise InputError(f"normal_share = {self.normal_share} must be from 0 to 1")
         if len(self.weights) != len(TYPES) or min(self.weights) < 0 or sum(self.weights) == 0:
             raise InputError(f"weights = {self.weights} must be {len(TYPES)} numbers, not all 0")
-        for name in ("contrast", "thickness"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise InputError(f"{name} = ({low}, {high}) is no range above 0")
-        if self.size_factor <= 0:
-            raise InputError(f"size_factor = {self.size_factor} must be above 0")
+        for name in ("contrast", "thickness", "size"):
+            limits = getattr(self, name)
+            if limits is not None and not 0 < limits[0] <= limits[1]:
+                raise InputError(f"{name} = {limits} is no range above 0")
 
 
 @dataclass(frozen=True)
@@ -282,9 +280,10 @@ def draw_lesions(
     )
 
 
-def paint(anatomy: Anatomy, lesions: Lesions) -> Tensor:
-    """The slices with the lesions in them, `[B, H, W]`; slices without any stay as they are."""
-    images = anatomy.images
+def paint(anatomy: Anatomy, lesions: Lesions) -> tuple[Tensor, Tensor]:
+    """The slices with the lesions in them, and the share of each pixel that a lesion takes; both
+    `[B, H, W]`. Slices without lesions stay as they are."""
+    images, coverage = anatomy.images, torch.zeros_like(anatomy.images)
     tissue = _tissue(anatomy)
     sequence = anatomy.sequence[:, None, None]
     fluid = _of(lesions.kind, "fluid", images.device)[:, None, None] > 0
@@ -300,16 +299,8 @@ def paint(anatomy: Anatomy, lesions: Lesions) -> Tensor:
         target = tissue * (1 + contrast * gain + texture).clamp(min=0.03)
         share = share * lesions.present[:, number, None, None] * (anatomy.depth > 0)
         images = images + share * (target - images)
-    return images
-
-
-def coverage(anatomy: Anatomy, lesions: Lesions) -> Tensor:
-    """Share of each pixel that any of the slice's lesions takes, `[B, H, W]` in 0..1."""
-    total = torch.zeros_like(anatomy.images)
-    for number in range(lesions.present.shape[1]):
-        share = _share(anatomy, lesions, number)[0]
-        total = total.maximum(share * lesions.present[:, number, None, None])
-    return total
+        coverage = coverage.maximum(share)
+    return images, coverage
 
 
 def _share(anatomy: Anatomy, lesions: Lesions, number: int) -> tuple[Tensor, Tensor]:
@@ -358,13 +349,16 @@ def _overlap(height: Tensor, middle: Tensor, half: Tensor) -> Tensor:
 
 
 def _first_size(kind: Tensor, generator: Generator, settings: LesionSettings) -> Tensor:
-    """Longest diameters in mm, `[B]`: log-normal between the type's limits."""
+    """Longest diameters in mm, `[B]`: log-normal between the type's limits, or as told."""
+    uniform = torch.rand(len(kind), generator=generator)
+    if settings.size is not None:
+        smallest, largest = settings.size
+        return smallest * (largest / smallest) ** uniform
     mean, spread = (torch.tensor([each.size[i] for each in TYPES])[kind] for i in (0, 1))
     low, high = (torch.tensor([math.log(each.limits[i]) for each in TYPES])[kind] for i in (0, 1))
     normal = torch.distributions.Normal(0.0, 1.0)
     below, above = normal.cdf((low - mean) / spread), normal.cdf((high - mean) / spread)
-    u = below + (above - below) * torch.rand(len(kind), generator=generator)
-    return (mean + spread * normal.icdf(u)).exp() * settings.size_factor
+    return (mean + spread * normal.icdf(below + (above - below) * uniform)).exp()
 
 
 def _room(anatomy: Anatomy) -> Tensor:
