@@ -3,8 +3,9 @@
 A lesion is an ellipsoid with a wavy outline. A pixel takes of it the share of its volume, over the
 whole thickness of the slice, that lies inside (partial volume):
 
-    rho    = |A (x - centre)| / r(angle),  A scales the semi-axes a, b to 1, r = 1 + sum_k e_k cos(k .)
-    height = c sqrt(1 - rho^2)                         half of the chord through the slices at rho < 1
+    rho    = |A (x - centre)| / r(angle)    A scales the semi-axes a, b to 1
+    r      = 1 + sum_k e_k cos(k angle + phase_k), k = 2, 3, 4
+    height = c sqrt(1 - rho^2)              half of the chord through the slices, at rho < 1
     share  = |[-height, height] n [s - t/2, s + t/2]| / t      s offset, t thickness of the slice
 
 averaged over 3 x 3 places of the pixel. The image becomes
@@ -71,10 +72,10 @@ class LesionType:
         return SIGNALS[2] if self.fluid and sequence == "FLAIR" else SIGNALS[1]
 
 
-# Counted from fastMRI+ (Zhao et al., Scientific Data 2022, doi 10.1038/s41597-022-01255-z; brain.csv
-# of microsoft/fastmri-plus, MIT): 8,213 boxes over 1,001 brain scans with a 320 x 320 grid. Sizes are
-# the boxes' longer sides at a nominal 220 mm field of view, which the file does not state. The
-# limits are ours: about its 5 % and 95 % quantiles, and what fits into a hemisphere.
+# Counted from fastMRI+ (Zhao et al., Scientific Data 2022, doi 10.1038/s41597-022-01255-z;
+# brain.csv of microsoft/fastmri-plus, MIT): 8,213 boxes over 1,001 brain scans of 320 x 320
+# pixels. Sizes are the boxes' longer sides at a nominal 220 mm field of view, which the file does
+# not state. The limits are ours: about the 5 % and 95 % quantiles, and what fits a hemisphere.
 TYPES = (
     LesionType(
         "white matter lesion",
@@ -225,9 +226,9 @@ def draw_lesions(
 
     The largest is placed first: every lobe and side that the slice shows is equally probable, then
     every place in it that is tissue (no fluid), a third of the diameter or more away from the
-    brain's border and half of it from its middle plane. It shrinks where it is larger than the brain has room
-    for. The others, up to three quarters as large, keep away from those before them; one that
-    finds no place is left out. So is every lesion of a slice without any room.
+    brain's border and half of it from its middle plane. It shrinks where it is larger than the
+    brain has room for. The others, up to three quarters as large, keep away from those before them;
+    one that finds no place is left out. So is every lesion of a slice without any room.
     """
     settings = settings or LesionSettings()
     B, H, W = anatomy.images.shape
@@ -237,13 +238,13 @@ def draw_lesions(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator).to(device)
 
-    weights = torch.tensor(settings.weights)
+    weights = torch.tensor(settings.weights, dtype=torch.float32)
     kind = torch.multinomial(weights, B, replacement=True, generator=generator)
     counts = torch.tensor([each.counts for each in TYPES], dtype=torch.float32)[kind]
     wanted = 1 + torch.multinomial(counts, 1, generator=generator)[:, 0]
-    wanted = torch.where(
-        torch.rand(B, generator=generator) < settings.normal_share, 0, wanted
-    ).to(device)
+    wanted = torch.where(torch.rand(B, generator=generator) < settings.normal_share, 0, wanted).to(
+        device
+    )
     first = _first_size(kind, generator, settings).to(device)
     kind = kind.to(device)
 
@@ -292,7 +293,7 @@ def paint(anatomy: Anatomy, lesions: Lesions) -> tuple[Tensor, Tensor]:
         if not lesions.present[:, number].any():
             break
         share, core = _share(anatomy, lesions, number)
-        # T1: tissue loses signal, and fluid most. T2 and FLAIR: it gains, but FLAIR suppresses fluid.
+        # T1: tissue loses signal, fluid most. T2, FLAIR: it gains; FLAIR suppresses fluid.
         gain = torch.where(sequence == 0, -0.75 - 0.25 * fluid, 1.0)
         gain = gain - 1.9 * core * (fluid & (sequence == 2))
         contrast = lesions.contrast[:, None, None]

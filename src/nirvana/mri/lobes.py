@@ -104,7 +104,7 @@ def brain_mask(
         InputError: when nothing like a brain is found.
     """
     shown = magnitude > 0.05 * magnitude.max()
-    head = np.stack([ndimage.binary_fill_holes(part) for part in shown])
+    head = _filled(shown)
     if stripped:
         return head
     slices, rows, columns = (np.flatnonzero(shown.any(axis)) for axis in ((1, 2), (0, 2), (0, 1)))
@@ -119,15 +119,25 @@ def brain_mask(
     inner = magnitude[middle]
     typical = float(np.median(inner[inner > 0.02])) if (inner > 0.02).any() else 0.0
     tissue = (magnitude > 0.5 * typical) & (magnitude < 2.2 * typical)
-    tissue &= ndimage.distance_transform_edt(head, sampling=spacing) > 7.0  # the scalp's thickness
-    parted = ndimage.distance_transform_edt(tissue, sampling=spacing) > 3.0
-    labels, count = ndimage.label(parted)
+    tissue &= distance(head, spacing) > 7.0  # the scalp's thickness
+    parted = distance(tissue, spacing) > 3.0
+    labels, count = (np.asarray(x) for x in ndimage.label(parted))  # type: ignore[union-attr]
     if typical == 0 or count == 0:
         raise InputError("no brain is found in the volume; give one of a head or a brain")
     largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    brain = ndimage.distance_transform_edt(labels != largest, sampling=spacing) <= 6.0
-    brain = ndimage.distance_transform_edt(brain, sampling=spacing) > 1.5
-    return np.stack([ndimage.binary_fill_holes(part) for part in brain])
+    brain = distance(labels != largest, spacing) <= 6.0
+    brain = distance(brain, spacing) > 1.5
+    return _filled(brain)
+
+
+def _filled(inside: np.ndarray) -> np.ndarray:
+    """Without holes in any slice."""
+    return np.stack([np.asarray(ndimage.binary_fill_holes(part)) for part in inside])
+
+
+def distance(inside: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """How far every place inside is from the nearest one outside, mm; 0 outside."""
+    return np.asarray(ndimage.distance_transform_edt(inside, sampling=spacing))
 
 
 def frame_of(brain: np.ndarray, spacing: tuple[float, float, float]) -> Frame:

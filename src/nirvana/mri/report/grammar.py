@@ -174,9 +174,7 @@ def parse_wording(text: str) -> tuple[Facts, int]:
         match = pattern.fullmatch(text)
         if match is None:
             continue
-        values = {
-            _slot(name): _value(name, word) for name, word in match.groupdict().items()
-        }
+        values = {_slot(name): _value(name, word) for name, word in match.groupdict().items()}
         if plural is None:
             return NORMAL, wording
         if (values["count"] > 1) == plural and values["size"] <= LARGEST_SIZE:

@@ -1,8 +1,9 @@
 """Slices of heads on one grid, with what lesions need to know of them: a pool to sample from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from nirvana.files import atomic_file
 from nirvana.mri.io import read_spacing, read_volume
 from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.lesions import SEQUENCES, Anatomy
-from nirvana.mri.lobes import brain_mask, frame_of
+from nirvana.mri.lobes import brain_mask, distance, frame_of
 
 GRID = (192, 160)  # pixels
 PIXEL = 1.2  # mm
@@ -23,6 +24,7 @@ SLAB = 3.0  # mm of the volume that a slice is the mean of
 SHALLOWEST, DEEPEST = 0.12, 0.45  # w of the slices
 STEP = 0.012  # between them, w
 LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
+COLUMNS = ("images", "depth", "frame", "sequence", "subject")
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class Heads:
 
     def to(self, device: str | torch.device) -> "Heads":
         """The same on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Heads(**{k: x.to(device) if isinstance(x, Tensor) else x for k, x in moved.items()})
+        return Heads(*(getattr(self, name).to(device) for name in COLUMNS), names=self.names)
 
     def of_subjects(self, names: Sequence[str]) -> "Heads":
         """The slices of some subjects.
@@ -62,11 +63,12 @@ class Heads:
         """
         unknown = sorted(set(names) - set(self.names))
         if unknown:
-            raise InputError(f"no slices of {', '.join(unknown)}; there are {', '.join(self.names)}")
+            raise InputError(
+                f"no slices of {', '.join(unknown)}; there are {', '.join(self.names)}"
+            )
         wanted = torch.tensor([name in names for name in self.names], device=self.subject.device)
         kept = wanted[self.subject]
-        columns = ("images", "depth", "frame", "sequence", "subject")
-        return Heads(*(getattr(self, name)[kept] for name in columns), names=self.names)
+        return Heads(*(getattr(self, name)[kept] for name in COLUMNS), names=self.names)
 
     def draw(self, count: int, generator: Generator, vary: bool = True) -> tuple[Anatomy, Tensor]:
         """Random slices, every subject as often as any other.
@@ -160,7 +162,7 @@ def slices_of(
             continue
         inside, column, row = _on_grid(brain[low:high].mean(0), zoom, frame.column, frame.row)
         images.append(_on_grid(volume[low:high].mean(0), zoom, frame.column, frame.row)[0])
-        depths.append(ndimage.distance_transform_edt(inside > 0.5) * PIXEL)
+        depths.append(distance(inside > 0.5, (PIXEL, PIXEL)))
         frames.append([column, row, frame.half_width * zoom[1], frame.half_length * zoom[0], w])
     if not images:
         raise InputError(f"{path} has no slice without a known lesion")
@@ -181,9 +183,8 @@ def join_heads(parts: Sequence[Heads]) -> Heads:
     subject = [
         torch.tensor([names.index(name) for name in part.names])[part.subject] for part in parts
     ]
-    columns = ("images", "depth", "frame", "sequence")
     return Heads(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in columns),
+        *(torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[:-1]),
         subject=torch.cat(subject),
         names=names,
     )
@@ -191,9 +192,9 @@ def join_heads(parts: Sequence[Heads]) -> Heads:
 
 def save_heads(path: str | Path, heads: Heads) -> None:
     """Writes a compressed `.npz`, atomically."""
-    arrays = {f.name: np.asarray(getattr(heads, f.name)) for f in fields(heads)}
+    arrays: dict[str, Any] = {name: getattr(heads, name).cpu().numpy() for name in COLUMNS}
     with atomic_file(path) as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(handle, **arrays)
+        np.savez_compressed(handle, names=np.array(heads.names), **arrays)
 
 
 def load_heads(path: str | Path) -> Heads:
@@ -204,11 +205,11 @@ def load_heads(path: str | Path) -> Heads:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {f.name: file[f.name] for f in fields(Heads)}
+            names = tuple(str(name) for name in file["names"])
+            columns = [torch.from_numpy(file[name]) for name in COLUMNS]
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as slices of heads: {error}") from error
-    names = tuple(str(name) for name in arrays.pop("names"))
-    return Heads(**{name: torch.from_numpy(x) for name, x in arrays.items()}, names=names)
+    return Heads(*columns, names=names)
 
 
 def _each(x: Tensor) -> Tensor:
@@ -223,8 +224,7 @@ def _on_grid(
     sigma = [max(0.0, 0.5 * (1 / z - 1)) for z in zoom]
     smooth = ndimage.gaussian_filter(image.astype(np.float32), sigma)
     middle = ((GRID[0] - 1) / 2, (GRID[1] - 1) / 2)
-    offset = [row - middle[0] / zoom[0], column - middle[1] / zoom[1]]
-    moved = ndimage.affine_transform(
-        smooth, [1 / zoom[0], 1 / zoom[1]], offset=offset, output_shape=GRID, order=1
-    )
+    offset: Any = [row - middle[0] / zoom[0], column - middle[1] / zoom[1]]
+    scale = np.array([1 / zoom[0], 1 / zoom[1]])
+    moved = ndimage.affine_transform(smooth, scale, offset, output_shape=GRID, order=1)
     return moved, middle[1], middle[0]

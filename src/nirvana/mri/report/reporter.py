@@ -17,11 +17,9 @@ from transformers.cache_utils import DynamicCache
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.model.assets import resolve
-from nirvana.mri.codec import pad_to_patches, to_channels
 from nirvana.mri.lesions import SIGNALS
 from nirvana.mri.lobes import LOBES, SIDES
 from nirvana.mri.model import CodecModel, load_codec, save_codec
-from nirvana.mri.physics import CartesianSense
 from nirvana.mri.report.grammar import (
     KINDS,
     NORMAL,
@@ -82,24 +80,9 @@ class Reading:
         }
 
 
-def encode(
-    model: CodecModel, kspace: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The codec's k-space encoder: arguments as of `CodecModel.forward`.
-
-    Returns: tokens `[B, N, D]`, and the combined image that they are of, `[B, 2, H', W']`, padded
-        to patches.
-    """
-    y = kspace * mask / scale[:, None, None, None]
-    sensitivities = model.sensitivities(y, calibration)
-    k = y
-    for cascade in model.encoder_cascades:
-        k = cascade(k, y, mask, sensitivities)
-    image, _ = pad_to_patches(to_channels(CartesianSense(sensitivities).adjoint(k)))
-    return model.encoder(image), image
-
-
-def report_loss(model: CodecModel, tokenizer: Any, tokens: Tensor, reports: Sequence[str]) -> Tensor:
+def report_loss(
+    model: CodecModel, tokenizer: Any, tokens: Tensor, reports: Sequence[str]
+) -> Tensor:
     """Mean cross-entropy of the reports' tokens after the image's tokens `[B, N, D]`: stage 1."""
     ids, labels = (x.to(tokens.device) for x in report_tokens(tokenizer, reports))
     logits = model.specialist(tokens, ids).logits
@@ -120,9 +103,7 @@ class Reporter:
         InputError: for a codec without a backbone, which has no words.
     """
 
-    def __init__(
-        self, model: CodecModel, tokenizer: Any, threshold: float = 0.5, wording: int = 0
-    ):
+    def __init__(self, model: CodecModel, tokenizer: Any, threshold: float = 0.5, wording: int = 0):
         if model.specialist.backbone is None:
             raise InputError("a codec without a backbone writes no reports")
         self.model = model
@@ -191,7 +172,9 @@ class Reporter:
                 break
             written.append(ids)
         rows = torch.cat(written, dim=1) if written else ids[:, :0]
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        ]
 
     def _start(self, tokens: Tensor) -> DynamicCache:
         """The cache after start, image, end and the prompt but for its last token."""
@@ -225,7 +208,8 @@ class Reporter:
         ids = F.pad(padded[:, :-1], (1, 0), value=last)
         each = len(options[0])
         branches = copy.deepcopy(cache)
-        branches.reorder_cache(torch.arange(len(options), device=device).repeat_interleave(each))
+        rows: Any = torch.arange(len(options), device=device).repeat_interleave(each)
+        branches.reorder_cache(rows)
         logits = self.backbone(input_ids=ids, past_key_values=branches, use_cache=True).logits
         likelihood = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
         # What follows the end of a shorter alternative changes nothing before it.
@@ -271,14 +255,17 @@ def load_reporter(name: str | Path, device: str | torch.device = "cpu") -> Repor
     about = folder / ABOUT
     if not about.is_file():
         raise InputError(
-            f"the codec in {folder} was not trained on reports (it has no {ABOUT}); give one that was"
+            f"the codec in {folder} was not trained on reports: it has no {ABOUT}; give one "
+            "that was"
         )
     try:
         saved = json.loads(about.read_text(encoding="utf-8"))
         threshold, wording = float(saved["threshold"]), int(saved["wording"])
         pieces(NORMAL, wording)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{about} does not describe a codec that writes reports: {error}") from error
+        raise InputError(
+            f"{about} does not describe a codec that writes reports: {error}"
+        ) from error
     if not (math.isfinite(threshold) and 0 <= threshold <= 1):
         raise InputError(f"{about}: threshold {threshold} must be from 0 to 1")
     model = load_codec(folder, device)

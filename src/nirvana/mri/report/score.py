@@ -61,7 +61,7 @@ def bootstrap(
     samples = [_flat(_rates(row[:-1], row[-1])) for row in picks @ totals]
     intervals = {}
     for name in samples[0]:
-        values = [sample[name] for sample in samples if sample[name] is not None]
+        values = [x for x in (sample[name] for sample in samples) if x is not None]
         if len(values) > draws / 2:
             low, high = np.quantile(values, [0.025, 0.975])
             intervals[name] = (float(low), float(high))
@@ -140,5 +140,3 @@ def most_frequent(found: Sequence[Facts]) -> Facts:
         return max(sorted(set(values)), key=values.count)
 
     return Facts(finding=True, **{slot: mode(slot) for slot in SLOTS})
-
-

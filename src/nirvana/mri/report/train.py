@@ -16,15 +16,16 @@ from nirvana.mri.codec import PATCH, CodecConfig
 from nirvana.mri.lesions import LesionSettings
 from nirvana.mri.model import CodecModel, load_backbone
 from nirvana.mri.physics import MaskKind, Sampling, rss
+from nirvana.mri.report.encode import encode
 from nirvana.mri.report.grammar import WORDINGS
 from nirvana.mri.report.heads import load_heads
-from nirvana.mri.report.reporter import Reporter, encode, report_loss, save_reporter
+from nirvana.mri.report.reporter import Reporter, report_loss, save_reporter
 from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
 from nirvana.mri.simulate import Simulation
 from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
 from nirvana.train.loop import Outcome, fit
 from nirvana.train.task import Task
-from nirvana.train.world import World, join
+from nirvana.train.world import join
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ class ReportTask(Task):
 
     def export(self, folder: Path) -> None:
         """Writes a codec that `load_reporter` reads."""
-        reporter = Reporter(self.learner.codec, self.tokenizer, wording=self.config.data.wordings[0])
+        reporter = Reporter(
+            self.learner.codec, self.tokenizer, wording=self.config.data.wordings[0]
+        )
         save_reporter(reporter, folder)
 
 
