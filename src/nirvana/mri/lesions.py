@@ -256,8 +256,8 @@ def draw_lesions(
     cell = torch.where(lobes > 0, 2 * lobes - 1 + (anatomy.u > 0).long(), 0)
     present, row, column = _places(cell, room, size, wanted, uniform, anatomy.pixel)
 
-    elongation = _of(kind, "elongation", device)[:, None] * 2 * uniform(B, L)
-    ragged = _of(kind, "ragged", device)[:, None, None] * (0.5 + uniform(B, L, 3))
+    elongation = _of(kind, "elongation")[:, None] * 2 * uniform(B, L)
+    ragged = _of(kind, "ragged")[:, None, None] * (0.5 + uniform(B, L, 3))
     waves = torch.stack([ragged, 2 * math.pi * uniform(B, L, 3)], dim=-1)
     index = (row[:, 0].long(), column[:, 0].long())
     chosen = cell[torch.arange(B, device=device), *index]
@@ -284,46 +284,45 @@ def draw_lesions(
 def paint(anatomy: Anatomy, lesions: Lesions) -> tuple[Tensor, Tensor]:
     """The slices with the lesions in them, and the share of each pixel that a lesion takes; both
     `[B, H, W]`. Slices without lesions stay as they are."""
-    images, coverage = anatomy.images, torch.zeros_like(anatomy.images)
-    tissue = _tissue(anatomy)
-    sequence = anatomy.sequence[:, None, None]
-    fluid = _of(lesions.kind, "fluid", images.device)[:, None, None] > 0
-    texture = _of(lesions.kind, "texture", images.device)[:, None, None] * lesions.texture
-    for number in range(lesions.present.shape[1]):
-        if not lesions.present[:, number].any():
-            break
-        share, core = _share(anatomy, lesions, number)
-        # T1: tissue loses signal, fluid most. T2, FLAIR: it gains; FLAIR suppresses fluid.
-        gain = torch.where(sequence == 0, -0.75 - 0.25 * fluid, 1.0)
-        gain = gain - 1.9 * core * (fluid & (sequence == 2))
-        contrast = lesions.contrast[:, None, None]
-        target = tissue * (1 + contrast * gain + texture).clamp(min=0.03)
-        share = share * lesions.present[:, number, None, None] * (anatomy.depth > 0)
-        images = images + share * (target - images)
-        coverage = coverage.maximum(share)
-    return images, coverage
+    slices, numbers = lesions.present.nonzero(as_tuple=True)  # of the N lesions of the batch
+    share, core = _shares(anatomy, lesions, slices, numbers)
+    share = share * (anatomy.depth > 0)[slices]
+    kind, flair = lesions.kind[slices], (anatomy.sequence == 2)[slices]
+    fluid = _of(kind, "fluid")[:, None, None]
+    # T1: tissue loses signal, fluid most. T2, FLAIR: it gains; FLAIR suppresses fluid.
+    t1 = (anatomy.sequence == 0)[slices, None, None]
+    gain = torch.where(t1, -0.75 - 0.25 * fluid, 1.0) - 1.9 * core * fluid * flair[:, None, None]
+    texture = _of(kind, "texture")[:, None, None] * lesions.texture[slices]
+    contrast = lesions.contrast[slices, None, None]
+    target = _tissue(anatomy)[slices] * (1 + contrast * gain + texture).clamp(min=0.03)
+    # Lesions of a slice lie apart, so that their changes add up.
+    change = share * (target - anatomy.images[slices])
+    empty = torch.zeros_like(anatomy.images)
+    return anatomy.images + empty.index_add(0, slices, change), empty.index_add(0, slices, share)
 
 
-def _share(anatomy: Anatomy, lesions: Lesions, number: int) -> tuple[Tensor, Tensor]:
-    """Of lesion `number` of each slice: the share of the module's formula, and the core's, which
-    has 0.6 of its diameters; each `[B, H, W]`."""
-    B, H, W = anatomy.images.shape
+def _shares(
+    anatomy: Anatomy, lesions: Lesions, slices: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of N lesions: the share of the module's formula, and the core's, which has 0.6 of its
+    diameters; each `[N, H, W]`."""
+    H, W = anatomy.images.shape[1:]
     device, pixel = anatomy.images.device, anatomy.pixel
 
     def of(x: Tensor) -> Tensor:
-        return x[:, number, None, None]
+        return x[slices, numbers, None, None]
 
     # The diameter asked for is that of the middle plane's section, at `offset` of the semi-axis c.
     offset = of(lesions.offset)
     a = of(lesions.size) / 2 / (1 - offset**2).sqrt()
     b = a / of(lesions.elongation)
     c = (a * b).sqrt()
-    middle, half = offset * c, lesions.thickness[:, None, None] / 2
+    middle, half = offset * c, lesions.thickness[slices, None, None] / 2
     cosine, sine = of(lesions.angle).cos(), of(lesions.angle).sin()
-    waves = lesions.waves[:, number]
-    share = torch.zeros(B, H, W, device=device)
-    core = torch.zeros(B, H, W, device=device)
-    steps = (torch.arange(SUBPIXELS, device=device) + 0.5) / SUBPIXELS - 0.5
+    waves = lesions.waves[slices, numbers]
+    share = torch.zeros(len(slices), H, W, device=device)
+    core = torch.zeros_like(share)
+    steps = ((torch.arange(SUBPIXELS) + 0.5) / SUBPIXELS - 0.5).tolist()
     for dy in steps:
         y = (torch.arange(H, device=device)[:, None] + dy - of(lesions.row)) * pixel
         for dx in steps:
@@ -428,6 +427,6 @@ def _texture(
     return 1.4 * F.interpolate(points, size=size, mode="bicubic", align_corners=False)[:, 0]
 
 
-def _of(kind: Tensor, name: str, device: torch.device) -> Tensor:
+def _of(kind: Tensor, name: str) -> Tensor:
     """A figure of `TYPES` for each of `kind`."""
-    return torch.tensor([float(getattr(each, name)) for each in TYPES], device=device)[kind]
+    return torch.tensor([float(getattr(each, name)) for each in TYPES], device=kind.device)[kind]
