@@ -1,4 +1,4 @@
-"""`nirvana mri report`, with a small codec that never learned: what it writes and what it refuses."""
+"""`nirvana mri report` with a small codec that never learned: what it writes, what it refuses."""
 
 import json
 import sys

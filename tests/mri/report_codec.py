@@ -24,7 +24,9 @@ BACKBONE = {
 def small_backbone(folder: Path) -> str:
     """Writes a language model with the packaged tokenizer; returns its name."""
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")
+    }
     torch.manual_seed(1)
     config = NirvanaConfig(vocab_size=len(tokenizer), **BACKBONE, **special)
     model = NirvanaForCausalLM(config)

@@ -24,6 +24,7 @@ from nirvana.mri.simulate import Simulation, simulate
 
 PROMPT = "Report:"
 IGNORE = -100
+LENGTHS = 32  # text is padded to multiples of it: kernels are tuned, or compiled, for every length
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def report_tokens(tokenizer: Any, reports: Sequence[str]) -> tuple[Tensor, Tenso
     prompt = prompt_tokens(tokenizer)
     texts = tokenizer([" " + report for report in reports], add_special_tokens=False).input_ids
     longest = len(prompt) + max(len(ids) for ids in texts)
+    longest += -longest % LENGTHS
     rows, labels = [], []
     for ids in texts:
         row = prompt + ids
