@@ -52,6 +52,8 @@ class LesionType:
         fluid: it has a core of fluid, with a rim of tissue; on FLAIR that is dark within bright.
         texture: standard deviation of its texture over the tissue's brightness.
         ragged: size e of the waves of its outline.
+        depth: how far from the brain's border its centre is at least, mm: what belongs to white
+            matter lies below the cortex.
     """
 
     name: str
@@ -63,6 +65,7 @@ class LesionType:
     fluid: bool
     texture: float
     ragged: float
+    depth: float
 
     def signal(self, sequence: str) -> str:
         """How it looks beside normal brain: T1 dark, T2 bright, FLAIR bright or, around fluid,
@@ -87,6 +90,7 @@ TYPES = (
         fluid=False,
         texture=0.03,
         ragged=0.06,
+        depth=8.0,
     ),
     LesionType(
         "mass",
@@ -98,6 +102,7 @@ TYPES = (
         fluid=False,
         texture=0.18,
         ragged=0.12,
+        depth=4.0,
     ),
     LesionType(
         "encephalomalacia",
@@ -109,6 +114,7 @@ TYPES = (
         fluid=True,
         texture=0.05,
         ragged=0.15,
+        depth=3.0,
     ),
     LesionType(
         "lacunar infarct",
@@ -120,6 +126,7 @@ TYPES = (
         fluid=True,
         texture=0.03,
         ragged=0.03,
+        depth=10.0,
     ),
 )
 NORMAL_SHARE = 371 / 1001  # scans labelled "Normal for age"
@@ -141,7 +148,7 @@ class LesionSettings:
     weights: tuple[float, ...] = field(
         default_factory=lambda: tuple(float(kind.slices) for kind in TYPES)
     )
-    contrast: tuple[float, float] = (0.3, 0.9)
+    contrast: tuple[float, float] = (0.4, 1.0)
     thickness: tuple[float, float] = (3.0, 5.0)
     size: tuple[float, float] | None = None
 
@@ -225,10 +232,11 @@ def draw_lesions(
     """Lesions for every slice of a batch.
 
     The largest is placed first: every lobe and side that the slice shows is equally probable, then
-    every place in it that is tissue (no fluid), a third of the diameter or more away from the
-    brain's border and half of it from its middle plane. It shrinks where it is larger than the
-    brain has room for. The others, up to three quarters as large, keep away from those before them;
-    one that finds no place is left out. So is every lesion of a slice without any room.
+    every place in it that is tissue (no fluid), deep enough for the type, a third of the diameter
+    or more away from the brain's border and half of it from its middle plane. It shrinks where it
+    is larger than the brain has room for. The others, up to three quarters as large, keep away from
+    those before them; one that finds no place is left out. So is every lesion of a slice without
+    any room.
     """
     settings = settings or LesionSettings()
     B, H, W = anatomy.images.shape
@@ -248,7 +256,7 @@ def draw_lesions(
     first = _first_size(kind, generator, settings).to(device)
     kind = kind.to(device)
 
-    room = _room(anatomy)
+    room = _room(anatomy, _of(kind, "depth"))
     size = first.minimum(3 * room.amax((1, 2)))
     smaller = size[:, None] * (0.3 + 0.45 * uniform(B, L - 1))
     size = torch.cat([size[:, None], smaller.clamp(min=SMALLEST)], dim=1)
@@ -361,9 +369,9 @@ def _first_size(kind: Tensor, generator: Generator, settings: LesionSettings) ->
     return (mean + spread * normal.icdf(below + (above - below) * uniform)).exp()
 
 
-def _room(anatomy: Anatomy) -> Tensor:
-    """How far a place is from the brain's border and middle plane, mm; 0 where it is no tissue or
-    of no lobe: `[B, H, W]`."""
+def _room(anatomy: Anatomy, deep: Tensor) -> Tensor:
+    """How far a place is from the brain's border and middle plane, mm; 0 where it is no tissue, of
+    no lobe, or less than `deep`, `[B]`, away from the border: `[B, H, W]`."""
     relative = anatomy.images / _tissue(anatomy)
     # Fluid is dark on T1 and FLAIR and bright on T2.
     solid = torch.where(
@@ -375,7 +383,8 @@ def _room(anatomy: Anatomy) -> Tensor:
     # Two thirds, so that no more than a sliver of a finding lies on the other side.
     from_middle = anatomy.u.abs() * anatomy.width[:, None, None] * 2 / 3
     room = torch.minimum(anatomy.depth, from_middle)
-    return torch.where(solid & (lobes > 0), room, 0.0)
+    allowed = solid & (lobes > 0) & (anatomy.depth >= deep[:, None, None])
+    return torch.where(allowed, room, 0.0)
 
 
 def _tissue(anatomy: Anatomy) -> Tensor:
