@@ -25,7 +25,7 @@ from nirvana.mri.report.reporter import (
     report_loss,
     save_reporter,
 )
-from nirvana.mri.report.samples import IGNORE, Scanner, report_batch, report_tokens
+from nirvana.mri.report.samples import IGNORE, LENGTHS, Scanner, report_batch, report_tokens
 from nirvana.mri.report.train import ReportConfig, ReportSection, patches, train_reporter
 from nirvana.mri.simulate import Simulation
 from nirvana.train.config import OptimConfig, RunConfig
@@ -87,7 +87,9 @@ def test_labels_are_the_next_tokens(reporter):
     assert ids.shape == labels.shape
     said = reporter.tokenizer.decode(labels[1][labels[1] != IGNORE])
     assert said == f" {write(MASS, 0)}{reporter.tokenizer.eos_token}"
-    assert reporter.tokenizer.decode(ids[1]) == f"Report: {write(MASS, 0)}"
+    kept = ids[1] != reporter.tokenizer.pad_token_id
+    assert reporter.tokenizer.decode(ids[1][kept]) == f"Report: {write(MASS, 0)}"
+    assert ids.shape[1] % LENGTHS == 0
     after = (labels[:, :-1] != IGNORE) & (ids[:, 1:] != reporter.tokenizer.pad_token_id)
     assert torch.equal(labels[:, :-1][after], ids[:, 1:][after])
 
