@@ -12,7 +12,7 @@ file to OUT/rows when it is whole; those that are there are not made again.
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Study:
     vit_depth: int = 6
     vit_heads: int = 8
     lr: float = 1e-3
+    place_weight: float = 1.0  # see `ReportSection`
 
 
 TOY = Study(
@@ -76,12 +77,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("heads", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbones", nargs="+", default=[CodecConfig().backbone])
-    parser.add_argument("--steps", type=int, default=Study.steps)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--toy", action="store_true", help="the same at a size for a test")
+    for size in fields(Study):
+        name = size.name.replace("_", "-")
+        parser.add_argument(
+            f"--{name}", type=type(size.default), help=f"{size.default} if not given"
+        )
     given = parser.parse_args(arguments)
-    study = TOY if given.toy else replace(Study(), steps=given.steps)
+    asked = {size.name: getattr(given, size.name) for size in fields(Study)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    study = replace(TOY if given.toy else Study(), **asked)
     heads = load_heads(given.heads)
     first, *_ = (name for name, _, _ in models(given.backbones, study))
     write_json(given.out / "study.json", {"model": first, **vars(study)})
@@ -122,6 +129,7 @@ def config_of(
             accelerations=list(CENTER),
             center_fractions=list(CENTER.values()),
             wordings=list(SEEN),
+            place_weight=study.place_weight,
             image_weight=1.0 if cascades else 0.0,
         ),
         run=RunConfig(
