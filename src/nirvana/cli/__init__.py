@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from nirvana.cli import bench, convert, demo, evaluate, language, mri
+from nirvana.cli import bench, convert, demo, evaluate, language, mri, report
 from nirvana.errors import InputError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ UsageError: type[Exception] = next(
 
 app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
+mri.app.command("report")(report.report)
 app.add_typer(mri.app, name="mri")
 app.add_typer(language.data_app, name="data")
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)

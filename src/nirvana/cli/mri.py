@@ -139,6 +139,20 @@ class Prepared:
     drawn: dict[str, Any] | None
 
 
+def prepared_scan(
+    path: Path,
+    kind: str,
+    acceleration: float,
+    center_fraction: float,
+    coils: int,
+    noise: float | None,
+    seed: int,
+) -> Prepared:
+    """A scan or volume, undersampled where it is not so already."""
+    sampling = _sampling(kind, acceleration, center_fraction)
+    return _prepared(path, _settings(coils, noise), sampling, seed)
+
+
 def _prepared(path: Path, settings: "Simulation", sampling: "Sampling", seed: int) -> Prepared:
     from nirvana.mri import evaluate as ev
     from nirvana.mri.physics import require_calibration

@@ -1,0 +1,250 @@
+"""Writes the evidence page from the study's rows: python report.py OUT docs/evidence-report.md"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_file
+from nirvana.mri.report.grammar import Facts, parse, write
+from nirvana.mri.report.score import FACTS, bootstrap, majority, most_frequent, score
+
+Row = dict[str, Any]
+LARGE = 10.0  # mm
+BINS = ((4.0, 6.0), (6.0, 10.0), (10.0, 15.0), (15.0, 25.0), (25.0, 40.0))
+TARGETS = (
+    ("presence F1", "f1.finding", ">=", 0.90),
+    ("side accuracy", "side_accuracy", ">=", 0.95),
+    ("hallucination", "hallucination", "<=", 0.05),
+)
+INTRODUCTION = """# Evidence: reports
+
+Made by `experiments/report/report.py` from the rows of `experiments/report/run.py`. Lesions are
+simulated (`nirvana.mri.lesions`) in slices of real heads, scanned by the simulator with {coils}
+coils, phase and noise, and read by the frozen backbone through the trained k-space encoder. Test
+persons, and wordings 4 and 5, were in no training; the threshold of a finding was chosen on the
+validation person. "Normal" means that no lesion was simulated: what multiple sclerosis or glioma a
+test person really has may be "hallucinated" here, so figures are given by person, too. This is
+research software, not for diagnosis; simulated lesions are no proof of what it does on patients.
+
+Persons tested: {persons}. Intervals are 95 % bootstrap intervals over slices; slices of one person
+are not independent, so they are too narrow for a statement about persons.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("page", type=Path)
+    given = parser.parse_args(arguments)
+    cells = load(given.out / "rows")
+    study = json.loads((given.out / "study.json").read_text(encoding="utf-8"))
+    with atomic_file(given.page) as temporary:
+        temporary.write_text(page(cells, study["model"], study["coils"]), encoding="utf-8")
+    print(given.page)
+
+
+def load(folder: Path) -> dict[tuple[str, str, float, int], list[Row]]:
+    """(model, kind, acceleration, wording) -> rows.
+
+    Raises:
+        InputError: when there are none.
+    """
+    cells: dict[tuple[str, str, float, int], list[Row]] = defaultdict(list)
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            row["truth"] = Facts(**row["truth"])
+            row["said"] = None if row["said"] is None else Facts(**row["said"])
+            cells[row["model"], row["kind"], row["acceleration"], row["wording"]].append(row)
+    if not cells:
+        raise InputError(f"{folder} holds no rows; run experiments/report/run.py first")
+    return dict(cells)
+
+
+def page(cells: dict[tuple[str, str, float, int], list[Row]], model: str, coils: int) -> str:
+    main = cells[model, "wording", 4.0, 0]
+    persons = sorted({row["subject"].removeprefix("test/") for row in main})
+    parts = [INTRODUCTION.format(coils=coils, persons=", ".join(persons))]
+    parts += ["## Targets\n", targets(main)]
+    parts += ["## Models, accelerations, wordings\n", readings(cells)]
+    parts += ["## F1 of each fact, wording 0\n", facts_table(cells)]
+    parts += ["## Controls, 4x\n", controls(cells, model)]
+    parts += ["## Detection by size, contrast and acceleration\n", curve(cells, model)]
+    parts += ["## By person, 4x, wording 0\n", by_person(main)]
+    return "\n".join(parts)
+
+
+def large(rows: Sequence[Row]) -> list[Row]:
+    """Normal slices, and those whose largest lesion has 10 mm or more."""
+    return [row for row in rows if not row["truth"].finding or row["size"] >= LARGE]
+
+
+def figures(rows: Sequence[Row]) -> tuple[dict[str, float | None], dict[str, tuple[float, float]]]:
+    """Scores, flat, and their intervals."""
+    truth, said = [row["truth"] for row in rows], [row["said"] for row in rows]
+    result = score(truth, said)
+    flat = {f"f1.{fact}": result["facts"][fact]["f1"] for fact in FACTS}
+    flat |= {name: result[name] for name in ("hallucination", "omission", "side_accuracy")}
+    return flat, bootstrap(truth, said)
+
+
+def targets(main: Sequence[Row]) -> str:
+    flat, intervals = figures(large(main))
+    lines = [
+        "| lesions of 10 mm and more, 4x, wording 0 | asked | measured | met |",
+        "|---|---|---|---|",
+    ]
+    for label, name, sign, limit in TARGETS:
+        value = flat[name]
+        met = value is not None and (value >= limit if sign == ">=" else value <= limit)
+        measured = shown(flat, intervals, name)
+        lines.append(f"| {label} | {sign} {limit:.2f} | {measured} | {'yes' if met else 'no'} |")
+    return "\n".join(lines) + "\n"
+
+
+def readings(cells: dict[tuple[str, str, float, int], list[Row]]) -> str:
+    lines = [
+        "| model | acceleration | wording | presence F1 | presence F1, >= 10 mm | side, >= 10 mm | "
+        "hallucination | omission |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (model, kind, acceleration, wording), rows in sorted(cells.items()):
+        if kind != "wording":
+            continue
+        everything, of_large = figures(rows), figures(large(rows))
+        told = "unseen" if wording >= 4 else "seen"
+        columns = [
+            shown(*everything, "f1.finding"),
+            shown(*of_large, "f1.finding"),
+            shown(*of_large, "side_accuracy"),
+            shown(*everything, "hallucination"),
+            shown(*everything, "omission"),
+        ]
+        label = f"| {model} | {acceleration:g}x | {wording} ({told}) | "
+        lines.append(label + " | ".join(columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def facts_table(cells: dict[tuple[str, str, float, int], list[Row]]) -> str:
+    lines = [
+        "| model | acceleration | lesions | " + " | ".join(FACTS) + " |",
+        "|---|---|---|" + "---|" * len(FACTS),
+    ]
+    for (model, kind, acceleration, wording), rows in sorted(cells.items()):
+        if kind != "wording" or wording != 0:
+            continue
+        for label, chosen in (("all", rows), (">= 10 mm", large(rows))):
+            flat, intervals = figures(chosen)
+            columns = [shown(flat, intervals, f"f1.{fact}") for fact in FACTS]
+            lines.append(f"| {model} | {acceleration:g}x | {label} | {' | '.join(columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def controls(cells: dict[tuple[str, str, float, int], list[Row]], model: str) -> str:
+    main = cells[model, "wording", 4.0, 0]
+    truth = [row["truth"] for row in main]
+    most = majority(truth)
+    frequent = most_frequent([facts for facts in truth if facts.finding])
+    shifted = [row["said"] for row in main[len(main) // 2 :] + main[: len(main) // 2]]
+    free = cells[model, "free", 4.0, 0]
+    spoken = sum(row["valid"] for row in free) / len(free)
+    rows: list[tuple[str, Sequence[Row]]] = [
+        (f"{model}", main),
+        ("the same, written freely", free),
+        ("the same, fully sampled scan (ground truth)", cells[model, "full image", 1.0, 0]),
+        ("trained on the zero-filled image", cells["zero-filled", "wording", 4.0, 0]),
+        ("no image", cells[model, "no image", 4.0, 0]),
+        ("reports of other slices (shuffled)", with_said(main, shifted)),
+        ("majority report", with_said(main, [most] * len(main))),
+        ("most frequent finding, always", with_said(main, [frequent] * len(main))),
+        ("oracle: the true facts through the grammar", with_said(main, oracle(truth))),
+    ]
+    lines = [
+        "| | presence F1 | side accuracy | exact | hallucination | omission |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, chosen in rows:
+        flat, intervals = figures(chosen)
+        exact = score([r["truth"] for r in chosen], [r["said"] for r in chosen])["exact"]
+        columns = [
+            shown(flat, intervals, "f1.finding"),
+            shown(flat, intervals, "side_accuracy"),
+            f"{exact:.3f}",
+            shown(flat, intervals, "hallucination"),
+            shown(flat, intervals, "omission"),
+        ]
+        lines.append(f"| {label} | {' | '.join(columns)} |")
+    note = (
+        f"\n{spoken:.1%} of the freely written texts are reports of the grammar; others count as "
+    )
+    return "\n".join(lines) + "\n" + note + "normal.\n"
+
+
+def oracle(truth: Sequence[Facts]) -> list[Facts]:
+    return [parse(write(facts, number % 6)) for number, facts in enumerate(truth)]
+
+
+def with_said(rows: Sequence[Row], said: Sequence[Facts]) -> list[Row]:
+    return [{**row, "said": facts} for row, facts in zip(rows, said, strict=True)]
+
+
+def curve(cells: dict[tuple[str, str, float, int], list[Row]], model: str) -> str:
+    parts = []
+    for (name, kind, acceleration, _), rows in sorted(cells.items()):
+        if name != model or kind != "curve":
+            continue
+        contrasts = sorted({row["contrast"] for row in rows})
+        sampled = "fully sampled" if acceleration == 1 else f"{acceleration:g}x"
+        lines = [
+            f"{sampled}: share of lesions found",
+            "",
+            "| size, mm | " + " | ".join(f"contrast {c:g}" for c in contrasts) + " |",
+            "|---|" + "---|" * len(contrasts),
+        ]
+        for low, high in BINS:
+            columns = []
+            for contrast in contrasts:
+                found = [
+                    row["finding"] >= row["threshold"]
+                    for row in rows
+                    if row["contrast"] == contrast
+                    and row["truth"].finding
+                    and low <= row["size"] < high
+                ]
+                share = f"{sum(found) / len(found):.2f}" if found else "-"
+                columns.append(f"{share} ({len(found)})")
+            lines.append(f"| {low:g} to {high:g} | {' | '.join(columns)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def by_person(main: Sequence[Row]) -> str:
+    lines = ["| person | slices | " + " | ".join(("presence F1", "side", "hallucination")) + " |"]
+    lines.append("|---|---|---|---|---|")
+    for person in sorted({row["subject"] for row in main}):
+        rows = [row for row in main if row["subject"] == person]
+        flat, intervals = figures(rows)
+        names = ("f1.finding", "side_accuracy", "hallucination")
+        columns = " | ".join(shown(flat, intervals, name) for name in names)
+        lines.append(f"| {person.removeprefix('test/')} | {len(rows)} | {columns} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(
+    flat: dict[str, float | None], intervals: dict[str, tuple[float, float]], name: str
+) -> str:
+    value = flat[name]
+    if value is None:
+        return "-"
+    if name not in intervals:
+        return f"{value:.3f}"
+    low, high = intervals[name]
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The study of reports: trains on simulated lesions, reads unseen persons in unseen wordings.
+
+    python experiments/report/prepare.py MRI_FOLDER heads.npz
+    python experiments/report/run.py heads.npz OUT
+    python experiments/report/report.py OUT docs/evidence-report.md
+
+Persons are named role/person with the roles train, valid and test. Every model is trained into
+OUT/NAME (an interrupted training goes on where it stopped), and every cell of the study appends one
+file to OUT/rows when it is whole; those that are there are not made again.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_file, write_json
+from nirvana.mri.codec import CodecConfig
+from nirvana.mri.lesions import LesionSettings
+from nirvana.mri.physics import Sampling
+from nirvana.mri.report.encode import encode
+from nirvana.mri.report.grammar import NORMAL, WORDINGS, Facts, parse
+from nirvana.mri.report.heads import Heads, load_heads
+from nirvana.mri.report.reporter import Reporter, load_reporter, save_reporter
+from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
+from nirvana.mri.report.train import ReportConfig, ReportSection, train_reporter
+from nirvana.mri.simulate import Simulation
+from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.world import choose_device
+
+SEEN, UNSEEN = (0, 1, 2, 3), (4, 5)
+assert sorted(SEEN + UNSEEN) == list(range(len(WORDINGS)))
+CENTER = {1.0: 0.08, 4.0: 0.08, 8.0: 0.04}
+SIMULATION = Simulation(noise=(0.002, 0.01))
+CONTRASTS = (0.15, 0.3, 0.5, 0.8)
+HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the test
+THRESHOLDS = tuple(i / 100 for i in range(5, 100))
+
+
+@dataclass(frozen=True)
+class Study:
+    """Sizes of the study."""
+
+    steps: int = 4000
+    batch_size: int = 64
+    samples: int = 1000  # of every cell
+    curve: int = 400  # of every contrast and acceleration
+    coils: int = 4
+    cascades: int = 2
+    vit_dim: int = 256
+    vit_depth: int = 6
+    vit_heads: int = 8
+    lr: float = 1e-3
+    place_weight: float = 1.0  # see `ReportSection`
+
+
+TOY = Study(
+    steps=2,
+    batch_size=4,
+    samples=8,
+    curve=4,
+    coils=2,
+    cascades=1,
+    vit_dim=16,
+    vit_depth=1,
+    vit_heads=2,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("heads", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--backbones", nargs="+", default=[CodecConfig().backbone])
+    parser.add_argument("--weights", default=CodecConfig().weights)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--toy", action="store_true", help="the same at a size for a test")
+    for size in fields(Study):
+        name = size.name.replace("_", "-")
+        parser.add_argument(
+            f"--{name}", type=type(size.default), help=f"{size.default} if not given"
+        )
+    given = parser.parse_args(arguments)
+    asked = {size.name: getattr(given, size.name) for size in fields(Study)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    study = replace(TOY if given.toy else Study(), **asked)
+    heads = load_heads(given.heads)
+    first, *_ = (name for name, _, _ in models(given.backbones, study))
+    write_json(given.out / "study.json", {"model": first, **vars(study)})
+    for name, backbone, cascades in models(given.backbones, study):
+        folder = given.out / name
+        if not (folder / "model" / "report.json").is_file():
+            config = config_of(study, given, heads, folder, backbone, cascades)
+            outcome = train_reporter(config, resume=(folder / "checkpoints").is_dir())
+            if not outcome.finished:
+                return  # interrupted; what there is goes on next time
+        evaluate(study, heads, given.out, name, choose_device(given.device))
+
+
+def models(backbones: list[str], study: Study) -> Iterator[tuple[str, str, int]]:
+    """Name, backbone and encoder cascades of every model: one for each backbone, and the first
+    backbone again on the zero-filled image."""
+    for backbone in backbones:
+        yield Path(backbone).name, backbone, study.cascades
+    yield "zero-filled", backbones[0], 0
+
+
+def config_of(
+    study: Study,
+    given: argparse.Namespace,
+    heads: Heads,
+    folder: Path,
+    backbone: str,
+    cascades: int,
+) -> ReportConfig:
+    """What a model is trained with."""
+    codec: Any = {"backbone": backbone, "weights": given.weights}
+    return ReportConfig(
+        data=ReportSection(
+            heads=str(given.heads),
+            subjects=of_role(heads, "train"),
+            batch_size=study.batch_size,
+            coils=study.coils,
+            accelerations=list(CENTER),
+            center_fractions=list(CENTER.values()),
+            wordings=list(SEEN),
+            place_weight=study.place_weight,
+            image_weight=1.0 if cascades else 0.0,
+        ),
+        run=RunConfig(
+            out=str(folder),
+            steps=study.steps,
+            device=given.device,
+            precision=given.precision,
+            compile=False,
+            log_interval=max(1, study.steps // 100),
+            validation_interval=0,
+            checkpoint_interval=max(1, study.steps // 8),
+            keep_checkpoints=1,
+        ),
+        codec=CodecConfig(
+            **codec,
+            encoder_cascades=cascades,
+            image_cascades=0,
+            vit_dim=study.vit_dim,
+            vit_depth=study.vit_depth,
+            vit_heads=study.vit_heads,
+        ),
+        simulation=SIMULATION,
+        optim=OptimConfig(lr=study.lr, min_lr=study.lr / 20, warmup_steps=study.steps // 20),
+    )
+
+
+def of_role(heads: Heads, role: str) -> list[str]:
+    """The persons of a role."""
+    names = [name for name in heads.names if name.startswith(f"{role}/")]
+    if not names:
+        raise InputError(f"no person in the heads is of the role {role}")
+    return names
+
+
+def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.device) -> None:
+    """All cells of a model that are not there yet."""
+    reporter = load_reporter(out / name / "model", device)
+    threshold = out / name / "threshold.json"
+    if not threshold.is_file():
+        valid = heads.of_subjects(of_role(heads, "valid")).to(device)
+        write_json(threshold, calibrated(study, reporter, valid))
+    reporter.threshold = json.loads(threshold.read_text())["threshold"]
+    save_reporter(reporter, out / name / "reporter")
+    test = heads.of_subjects(of_role(heads, "test")).to(device)
+    for cell in cells(name == "zero-filled"):
+        path = out / "rows" / f"{name}.{cell.name}.jsonl"
+        if path.is_file():
+            continue
+        count = study.curve if cell.contrast else study.samples
+        rows = []
+        for batch in batches(study, test, cell.acceleration, count, 2, cell.contrast):
+            for row in read(reporter, batch, cell):
+                subject = test.names[int(test.subject[batch.index[row.pop("i")]])]
+                facts = {"model": name, **vars(cell), "subject": subject}
+                rows.append({**facts, "threshold": reporter.threshold, **row})
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{path}: {len(rows)} rows", flush=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of reading the test's samples."""
+
+    kind: str  # "wording", "free", "no image", "full image" or "curve"
+    acceleration: float
+    wording: int
+    contrast: float = 0.0
+
+    @property
+    def name(self) -> str:
+        contrast = f".{self.contrast:g}" if self.contrast else ""
+        kind = self.kind.replace(" ", "-")
+        return f"{kind}.{self.acceleration:g}x.w{self.wording}{contrast}"
+
+
+def cells(few: bool) -> list[Cell]:
+    """The cells of a model; the control on the zero-filled image has the main ones alone."""
+    main = [Cell("wording", a, w) for a in (4.0, 8.0) for w in (SEEN[0], *UNSEEN)]
+    if few:
+        return main
+    controls = [Cell("full image", 1.0, 0), Cell("no image", 4.0, 0), Cell("free", 4.0, 0)]
+    curve = [Cell("curve", a, 0, c) for a in CENTER for c in CONTRASTS]
+    return main + controls + curve
+
+
+def batches(
+    study: Study, heads: Heads, acceleration: float, count: int, seed: int, contrast: float = 0.0
+) -> Iterator[ReportBatch]:
+    """`count` samples, the same heads, lesions, coils and noise for every acceleration."""
+    lesions = LesionSettings()
+    if contrast:
+        lesions = LesionSettings(normal_share=0.0, contrast=(contrast, contrast), size=(4.0, 40.0))
+    sampling = Sampling("equispaced", acceleration, CENTER[acceleration])
+    scanner = Scanner(sampling, SIMULATION, study.coils)
+    for first in range(0, count, study.batch_size):
+        generator = torch.Generator().manual_seed((seed << 32) + first)
+        size = min(study.batch_size, count - first)
+        yield report_batch(heads, size, generator, scanner, lesions, SEEN, vary=False)
+
+
+def read(reporter: Reporter, batch: ReportBatch, cell: Cell) -> Iterator[dict[str, Any]]:
+    """What the model says of each sample of a batch."""
+    if cell.kind == "no image":
+        batch = replace(batch, kspace=torch.zeros_like(batch.kspace))
+    scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+    with torch.inference_mode():
+        tokens, _ = encode(reporter.model, *scan)
+    valid = [True] * len(tokens)
+    if cell.kind == "curve":
+        finding = reporter.findings(tokens, cell.wording)
+        said: list[Facts | None] = [None] * len(tokens)
+    elif cell.kind == "free":
+        finding = [None] * len(tokens)
+        said = [parsed(text) for text in reporter.write(tokens)]
+        valid = [facts is not None for facts in said]
+        said = [facts or NORMAL for facts in said]
+    else:
+        readings = reporter.read(tokens, cell.wording)
+        finding = [reading.finding for reading in readings]
+        said = [reading.facts for reading in readings]
+    for i, truth in enumerate(batch.facts):
+        facts = said[i]
+        yield {
+            "i": i,
+            "truth": truth.to_dict(),
+            "said": None if facts is None else facts.to_dict(),
+            "valid": valid[i],
+            "finding": finding[i],
+            "size": float(batch.size[i]),
+            "lesion_contrast": float(batch.contrast[i]),
+        }
+
+
+def parsed(text: str) -> Facts | None:
+    """The facts of a free text, None where the grammar has no such text."""
+    try:
+        return parse(text)
+    except InputError:
+        return None
+
+
+def calibrated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, float]:
+    """The threshold with the best F1 of presence among those that stay below `HALLUCINATED` on the
+    validation's normals; the highest one where none does."""
+    truth, finding = [], []
+    for batch in batches(study, heads, 4.0, study.samples, 1):
+        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+        with torch.inference_mode():
+            finding += reporter.findings(encode(reporter.model, *scan)[0])
+        truth += [facts.finding for facts in batch.facts]
+    present, likely = torch.tensor(truth), torch.tensor(finding)
+
+    def rates(threshold: float) -> tuple[float, float]:
+        said = likely >= threshold
+        right = float((said & present).sum())
+        f1 = 2 * right / max(1.0, float(said.sum() + present.sum()))
+        return f1, float((said & ~present).sum()) / max(1.0, float((~present).sum()))
+
+    good = [t for t in THRESHOLDS if rates(t)[1] <= HALLUCINATED]
+    best = max(good, key=lambda t: rates(t)[0]) if good else THRESHOLDS[-1]
+    f1, hallucination = rates(best)
+    return {"threshold": best, "valid_f1": f1, "valid_hallucination": hallucination}
+
+
+if __name__ == "__main__":
+    main()

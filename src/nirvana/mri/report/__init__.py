@@ -1,0 +1,1 @@
+"""Reports of brain slices whose facts can be counted: grammar, scores, samples, generation."""

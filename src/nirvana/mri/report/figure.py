@@ -1,0 +1,110 @@
+"""The picture of a report: a slice, and where in it the finding is said to lie."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_file
+from nirvana.mri.figure import BACKGROUND, FAINT, INK
+from nirvana.mri.lobes import LOBES, SIDES, Frame, brain_mask, frame_of, lobe_map
+from nirvana.mri.report.grammar import Facts
+from nirvana.mri.report.heads import PIXEL
+from nirvana.mri.report.reporter import DISCLAIMER, Reading
+
+MARK = "#ffb000"
+WIDTH = 4.6
+
+
+def place(
+    images: np.ndarray, slice_index: int, spacing: float, facts: Facts, stripped: bool
+) -> np.ndarray | None:
+    """Where the largest lesion is said to lie: bool `[H, W]` of its lobe on its side.
+
+    Args:
+        images: real `[slices, H, W]` on the reports' grid, as `encode_scan` yields them.
+        spacing: of slices, mm.
+        facts: of the slice.
+        stripped: the images show the brain alone.
+
+    Returns: None without a finding, where no brain is found, or where the lobe map has no such lobe
+        in this slice.
+    """
+    found = frame(images, spacing, stripped)
+    if found is None or facts.lobe is None or facts.side is None:
+        return None
+    brain, box = found
+    u, v = box.coordinates(images.shape[1:])
+    lobes = lobe_map(u, v, torch.tensor(box.depth(slice_index)))
+    inside = (lobes == 1 + LOBES.index(facts.lobe)) & ((u > 0) == bool(SIDES.index(facts.side)))
+    marked = inside.numpy() & brain[slice_index]
+    return marked if marked.any() else None
+
+
+def frame(images: np.ndarray, spacing: float, stripped: bool) -> tuple[np.ndarray, Frame] | None:
+    """The brain's mask and box; None where none is found."""
+    try:
+        brain = brain_mask(images, (spacing, PIXEL, PIXEL), stripped)
+        return brain, frame_of(brain, (spacing, PIXEL, PIXEL))
+    except InputError:
+        return None
+
+
+def report_panel(
+    path: str | Path, image: np.ndarray, reading: Reading, marked: np.ndarray | None, title: str
+) -> None:
+    """Writes a PNG, atomically: the slice in radiological convention with its finding's lobe
+    outlined, the report, the probability of each fact, and what this is not for.
+
+    Args:
+        image: real `[H, W]`.
+        marked: bool `[H, W]` of `place`.
+        title: a line on top.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = image.shape
+    tall = WIDTH * height / width
+    size = (WIDTH + 4.4, tall + 0.5)
+    figure = Figure(figsize=size, facecolor=BACKGROUND)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, WIDTH / size[0], tall / size[1]), xticks=[], yticks=[])
+    axes.set_frame_on(False)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=float(np.quantile(image, 0.998)) or 1.0)
+    if marked is not None:
+        axes.contour(marked, [0.5], colors=MARK, linewidths=1.4)
+    for x, letter in ((0.02, "R"), (0.98, "L")):  # the patient's
+        axes.text(
+            x, 0.5, letter, color=INK, fontsize=13, transform=axes.transAxes, va="center",
+            ha="left" if letter == "R" else "right",
+        )  # fmt: skip
+    left = (WIDTH + 0.2) / size[0]
+    figure.text(0.01, 1 - 0.32 / size[1], title, color=FAINT, fontsize=10)
+    lines = _wrapped(reading.text, 44)
+    lines += ["", *_facts(reading)]
+    if reading.facts.finding:
+        outline = "its lobe is outlined" if marked is not None else "its lobe could not be outlined"
+        lines += ["", f"({outline}; R and L are the patient's)"]
+    figure.text(
+        left, 1 - 0.75 / size[1], "\n".join(lines), color=INK, fontsize=11, va="top",
+        linespacing=1.5,
+    )  # fmt: skip
+    figure.text(left, 0.2 / size[1], DISCLAIMER, color=MARK, fontsize=11)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, facecolor=BACKGROUND)
+
+
+def _facts(reading: Reading) -> list[str]:
+    described = reading.to_dict()
+    return [
+        f"{name}: {described['facts'][name]}   {probability:.0%}"
+        for name, probability in described["probability"].items()
+    ]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)

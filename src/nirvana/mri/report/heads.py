@@ -1,0 +1,230 @@
+"""Slices of heads on one grid, with what lesions need to know of them: a pool to sample from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Generator, Tensor
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_file
+from nirvana.mri.io import read_spacing, read_volume
+from nirvana.mri.io.scan import UNREADABLE
+from nirvana.mri.lesions import SEQUENCES, Anatomy
+from nirvana.mri.lobes import brain_mask, distance, frame_of
+
+GRID = (192, 160)  # pixels
+PIXEL = 1.2  # mm
+SLAB = 3.0  # mm of the volume that a slice is the mean of
+SHALLOWEST, DEEPEST = 0.12, 0.45  # w of the slices
+STEP = 0.012  # between them, w
+LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
+COLUMNS = ("images", "depth", "frame", "sequence", "subject")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Slices of any number of volumes, `[S, H, W]` of one grid and pixel size.
+
+    Attributes:
+        images: uint8, 255 is the volume's brightest voxel.
+        depth: uint8, way to the border of the brain in mm, 0 outside.
+        frame: float32 `[S, 5]`: column, row, half width and half length of the brain in pixels, and
+            the slice's w; see `lobes`.
+        sequence: int64 `[S]`, index in `SEQUENCES`.
+        subject: int64 `[S]`, index in `names`.
+        names: of the subjects.
+    """
+
+    images: Tensor
+    depth: Tensor
+    frame: Tensor
+    sequence: Tensor
+    subject: Tensor
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: str | torch.device) -> "Heads":
+        """The same on another device."""
+        return Heads(*(getattr(self, name).to(device) for name in COLUMNS), names=self.names)
+
+    def of_subjects(self, names: Sequence[str]) -> "Heads":
+        """The slices of some subjects.
+
+        Raises:
+            InputError: for a subject that is not there.
+        """
+        unknown = sorted(set(names) - set(self.names))
+        if unknown:
+            raise InputError(
+                f"no slices of {', '.join(unknown)}; there are {', '.join(self.names)}"
+            )
+        wanted = torch.tensor([name in names for name in self.names], device=self.subject.device)
+        kept = wanted[self.subject]
+        return Heads(*(getattr(self, name)[kept] for name in COLUMNS), names=self.names)
+
+    def draw(self, count: int, generator: Generator, vary: bool = True) -> tuple[Anatomy, Tensor]:
+        """Random slices, every subject as often as any other.
+
+        Each is turned up to 10 degrees, scaled by 0.92 to 1.08, stretched up to 4 %, moved up to
+        5 mm and mirrored half of the time, unless `vary` is off. All of that comes before lesions
+        do, so sides are true.
+
+        Returns: the slices' anatomy, and their indices `[count]`.
+        """
+        per_subject = torch.bincount(self.subject, minlength=len(self.names)).cpu()
+        weight = 1.0 / per_subject[self.subject.cpu()].float()
+        index = torch.multinomial(weight, count, replacement=True, generator=generator)
+        return self.views(index, generator, vary), index
+
+    def views(self, index: Tensor, generator: Generator, vary: bool = True) -> Anatomy:
+        """Slices `index`, `[B]`, as `draw` returns them."""
+        B, device = len(index), self.images.device
+        index = index.to(device)
+        H, W = self.images.shape[1:]
+        r = 2 * torch.rand(B, 6, generator=generator) - 1
+        r = (r if vary else torch.zeros_like(r)).to(device)
+        angle, scale, stretch = r[:, 0] * torch.pi / 18, 1 + 0.08 * r[:, 1], 1 + 0.04 * r[:, 2]
+        flip = torch.where(r[:, 3] < 0, -1.0, 1.0)
+        # Of a pixel of the view from the middle, in pixels, to the slice's, likewise.
+        row, column = torch.meshgrid(
+            torch.arange(H, device=device) - (H - 1) / 2,
+            torch.arange(W, device=device) - (W - 1) / 2,
+            indexing="ij",
+        )
+        y = (row[None] - _each(r[:, 4] * 5 / PIXEL)) / _each(scale * stretch)
+        x = (column[None] - _each(r[:, 5] * 5 / PIXEL)) / _each(scale / stretch)
+        cosine, sine = _each(angle.cos()), _each(angle.sin())
+        source_x = (x * cosine - y * sine) * _each(flip) + (W - 1) / 2
+        source_y = x * sine + y * cosine + (H - 1) / 2
+        grid = torch.stack([(2 * source_x + 1) / W - 1, (2 * source_y + 1) / H - 1], dim=-1)
+        both = torch.stack([self.images[index], self.depth[index]], dim=1).float()
+        view = F.grid_sample(both, grid, align_corners=False, padding_mode="zeros")
+        frame = self.frame[index]
+        u = (source_x - _each(frame[:, 0])) / _each(frame[:, 2]) * _each(flip)
+        v = (_each(frame[:, 1]) - source_y) / _each(frame[:, 3])
+        return Anatomy(
+            images=view[:, 0] / 255,
+            depth=view[:, 1] * _each(scale),
+            u=u,
+            v=v,
+            w=frame[:, 4],
+            sequence=self.sequence[index],
+            width=frame[:, 2] * scale * PIXEL,
+            pixel=PIXEL,
+        )
+
+
+def slices_of(
+    path: str | Path,
+    sequence: str,
+    subject: str,
+    stripped: bool = False,
+    lesions: str | Path | None = None,
+) -> Heads:
+    """The slices of a volume that can carry simulated lesions.
+
+    Args:
+        path: NIfTI volume.
+        sequence: one of `SEQUENCES`.
+        subject: whose it is.
+        stripped: the volume shows the brain alone.
+        lesions: mask of known lesions on the same grid; slices that show them are left out.
+
+    Raises:
+        InputError: for an unknown sequence or a file that cannot be used.
+    """
+    if sequence not in SEQUENCES:
+        raise InputError(f"sequence {sequence!r} must be one of {', '.join(SEQUENCES)}")
+    spacing = read_spacing(path)
+    if spacing is None:
+        raise InputError(f"{path} does not tell its spacing; give a NIfTI volume")
+    volume = read_volume(path)
+    brain = brain_mask(volume, spacing, stripped)
+    frame = frame_of(brain, spacing)
+    known = np.zeros_like(brain) if lesions is None else read_volume(lesions) > 0.5
+    if known.shape != brain.shape:
+        raise InputError(f"{lesions} is not on the grid of {path}")
+    half = max(0, round((SLAB / spacing[0] - 1) / 2))
+    images, depths, frames = [], [], []
+    zoom = (spacing[1] / PIXEL, spacing[2] / PIXEL)
+    for w in np.arange(SHALLOWEST, DEEPEST + STEP / 2, STEP):
+        middle = round(frame.top - w * frame.slices_per_length)
+        low, high = max(0, middle - half), min(len(volume), middle + half + 1)
+        if low >= high or known[low:high].any(0).sum() * spacing[1] * spacing[2] > LESION_AREA:
+            continue
+        inside, column, row = _on_grid(brain[low:high].mean(0), zoom, frame.column, frame.row)
+        images.append(_on_grid(volume[low:high].mean(0), zoom, frame.column, frame.row)[0])
+        depths.append(distance(inside > 0.5, (PIXEL, PIXEL)))
+        frames.append([column, row, frame.half_width * zoom[1], frame.half_length * zoom[0], w])
+    if not images:
+        raise InputError(f"{path} has no slice without a known lesion")
+    count = len(images)
+    return Heads(
+        images=torch.from_numpy(np.stack(images) * 255).round().clamp(0, 255).byte(),
+        depth=torch.from_numpy(np.stack(depths)).round().clamp(0, 255).byte(),
+        frame=torch.tensor(frames, dtype=torch.float32),
+        sequence=torch.full((count,), SEQUENCES.index(sequence)),
+        subject=torch.zeros(count, dtype=torch.int64),
+        names=(subject,),
+    )
+
+
+def join_heads(parts: Sequence[Heads]) -> Heads:
+    """Many as one; a subject may come in several."""
+    names = tuple(sorted({name for part in parts for name in part.names}))
+    subject = [
+        torch.tensor([names.index(name) for name in part.names])[part.subject] for part in parts
+    ]
+    return Heads(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in COLUMNS[:-1]),
+        subject=torch.cat(subject),
+        names=names,
+    )
+
+
+def save_heads(path: str | Path, heads: Heads) -> None:
+    """Writes a compressed `.npz`, atomically."""
+    arrays: dict[str, Any] = {name: getattr(heads, name).cpu().numpy() for name in COLUMNS}
+    with atomic_file(path) as temporary, open(temporary, "wb") as handle:
+        np.savez_compressed(handle, names=np.array(heads.names), **arrays)
+
+
+def load_heads(path: str | Path) -> Heads:
+    """What `save_heads` wrote.
+
+    Raises:
+        InputError: for a file that is missing or no such file; nothing is unpickled from it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = tuple(str(name) for name in file["names"])
+            columns = [torch.from_numpy(file[name]) for name in COLUMNS]
+    except UNREADABLE as error:
+        raise InputError(f"{path} cannot be read as slices of heads: {error}") from error
+    return Heads(*columns, names=names)
+
+
+def _each(x: Tensor) -> Tensor:
+    return x[:, None, None]
+
+
+def _on_grid(
+    image: np.ndarray, zoom: tuple[float, float], column: float, row: float
+) -> tuple[np.ndarray, float, float]:
+    """A slice resampled to `GRID`, its brain in the middle; and where the brain's middle came."""
+    # Blurred to the new pixel first, so that finer detail does not alias.
+    sigma = [max(0.0, 0.5 * (1 / z - 1)) for z in zoom]
+    smooth = ndimage.gaussian_filter(image.astype(np.float32), sigma)
+    middle = ((GRID[0] - 1) / 2, (GRID[1] - 1) / 2)
+    offset: Any = [row - middle[0] / zoom[0], column - middle[1] / zoom[1]]
+    scale = np.array([1 / zoom[0], 1 / zoom[1]])
+    moved = ndimage.affine_transform(smooth, scale, offset, output_shape=GRID, order=1)
+    return moved, middle[1], middle[0]

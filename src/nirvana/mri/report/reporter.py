@@ -1,0 +1,274 @@
+"""A codec that writes reports: probabilities of facts, and texts, from undersampled k-space."""
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from nirvana.errors import InputError
+from nirvana.files import write_json
+from nirvana.model.assets import resolve
+from nirvana.model.backbone import load_tokenizer
+from nirvana.mri.lesions import SIGNALS
+from nirvana.mri.lobes import LOBES, SIDES
+from nirvana.mri.model import CodecModel, load_codec, save_codec
+from nirvana.mri.report.grammar import (
+    KINDS,
+    NORMAL,
+    NUMBERS,
+    SIZES,
+    SLOTS,
+    Facts,
+    pieces,
+    write,
+)
+from nirvana.mri.report.samples import IGNORE, prompt_tokens, report_tokens
+
+DISCLAIMER = "Research software, not for diagnosis."
+ABOUT = "report.json"
+CHOICES: dict[str, tuple] = {
+    "count": tuple(range(1, len(NUMBERS) + 1)),
+    "type": KINDS,
+    "side": SIDES,
+    "lobe": LOBES,
+    "size": SIZES,
+    "signal": SIGNALS,
+}
+"""What the model is asked to choose from."""
+ANY = Facts(True, 1, KINDS[0], SIDES[0], LOBES[0], SIZES[0], SIGNALS[0])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model says about one slice.
+
+    Attributes:
+        facts: the most probable ones, each given those before it in the wording.
+        finding: probability of a finding.
+        probabilities: fact -> value -> probability, each given a finding and the facts before it in
+            the wording as they were decided; sums to 1.
+        text: the report.
+    """
+
+    facts: Facts
+    finding: float
+    probabilities: dict[str, dict[Any, float]]
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: facts, the probability of each as said, all probabilities, the text."""
+        said = {"finding": self.finding if self.facts.finding else 1 - self.finding}
+        if self.facts.finding:
+            said |= {slot: self.probabilities[slot][getattr(self.facts, slot)] for slot in SLOTS}
+        return {
+            "text": self.text,
+            "facts": self.facts.to_dict(),
+            "probability": said,
+            "probability_of_a_finding": self.finding,
+            "alternatives": {
+                slot: {str(value): p for value, p in values.items()}
+                for slot, values in self.probabilities.items()
+            },
+        }
+
+
+def report_loss(
+    model: CodecModel, tokenizer: Any, tokens: Tensor, reports: Sequence[str]
+) -> Tensor:
+    """Mean cross-entropy of the reports' tokens after the image's tokens `[B, N, D]`: stage 1."""
+    ids, labels = (x.to(tokens.device) for x in report_tokens(tokenizer, reports))
+    logits = model.specialist(tokens, ids).logits
+    assert logits is not None
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+
+class Reporter:
+    """Reads image tokens once, and then scores sentences from the backbone's cache.
+
+    Args:
+        model: a codec whose encoder learned from reports.
+        tokenizer: its backbone's.
+        threshold: probability of a finding from which on one is reported.
+        wording: of the reports, an index in `grammar.WORDINGS`.
+
+    Raises:
+        InputError: for a codec without a backbone, which has no words.
+    """
+
+    def __init__(self, model: CodecModel, tokenizer: Any, threshold: float = 0.5, wording: int = 0):
+        if model.backbone is None:
+            raise InputError("a codec without a backbone writes no reports")
+        self.model = model
+        self.backbone = model.backbone
+        self.tokenizer = tokenizer
+        self.threshold = threshold
+        self.wording = wording
+
+    @torch.inference_mode()
+    def findings(self, tokens: Tensor, wording: int | None = None) -> list[float]:
+        """Probability of a finding in each of the image tokens `[B, N, D]`; the first step of
+        `read`."""
+        wording = self.wording if wording is None else wording
+        options = [[NORMAL, *_alternatives(ANY, "count")]] * len(tokens)
+        rows = self._compare(self._start(tokens), options, "count", wording)
+        return [1 - row[0] for row in rows]
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor, wording: int | None = None) -> list[Reading]:
+        """Readings of image tokens `[B, N, D]` in a wording.
+
+        Fact by fact in the order of the wording: the alternatives are written out, each from the
+        beginning to the word after the fact, and their likelihoods made probabilities. Without a
+        finding the alternative is the whole sentence that says so.
+        """
+        wording = self.wording if wording is None else wording
+        cache = self._start(tokens)
+        options = [[NORMAL, *_alternatives(ANY, "count")]] * len(tokens)
+        rows = self._compare(cache, options, "count", wording)
+        finding = [1 - row[0] for row in rows]
+        rows = [[p / max(sum(row[1:]), 1e-300) for p in row[1:]] for row in rows]
+        decided = [ANY] * len(tokens)
+        tables: list[dict[str, dict[Any, float]]] = [{} for _ in decided]
+        for slot in (slot for slot, _ in pieces(ANY, wording) if slot is not None):
+            if slot != "count":
+                options = [_alternatives(facts, slot) for facts in decided]
+                rows = self._compare(cache, options, slot, wording)
+            for i, row in enumerate(rows):
+                tables[i][slot] = dict(zip(CHOICES[slot], row, strict=True))
+                best = max(CHOICES[slot], key=tables[i][slot].__getitem__)
+                decided[i] = replace(decided[i], **{slot: best})
+        said = [
+            facts if p >= self.threshold else NORMAL
+            for facts, p in zip(decided, finding, strict=True)
+        ]
+        return [
+            Reading(facts, p, table, write(facts, wording))
+            for facts, p, table in zip(said, finding, tables, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def write(self, tokens: Tensor, max_tokens: int = 64) -> list[str]:
+        """What the model writes by itself after image tokens `[B, N, D]`: the most probable token,
+        again and again, until the text ends."""
+        cache = self._start(tokens)
+        last = prompt_tokens(self.tokenizer)[-1]
+        ids = torch.full((len(tokens), 1), last, device=tokens.device)
+        written = []
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _ in range(max_tokens):
+            logits = self.backbone(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            ids = logits[:, -1:].argmax(-1)
+            ids[done] = self.tokenizer.eos_token_id
+            done |= ids[:, 0] == self.tokenizer.eos_token_id
+            if done.all():
+                break
+            written.append(ids)
+        rows = torch.cat(written, dim=1) if written else ids[:, :0]
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        ]
+
+    def _start(self, tokens: Tensor) -> DynamicCache:
+        """The cache after start, image, end and the prompt but for its last token."""
+        specialist = self.model.specialist
+        B = len(tokens)
+        words = torch.tensor([prompt_tokens(self.tokenizer)[:-1]], device=tokens.device)
+        embeds = torch.cat(
+            [
+                specialist.start.expand(B, 1, -1),
+                specialist.norm(tokens),
+                specialist.end.expand(B, 1, -1),
+                self.backbone.get_input_embeddings()(words).expand(B, -1, -1),
+            ],
+            dim=1,
+        )
+        cache = DynamicCache(config=self.backbone.config)
+        self.backbone.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        return cache
+
+    def _compare(
+        self, cache: DynamicCache, options: list[list[Facts]], slot: str, wording: int
+    ) -> list[list[float]]:
+        """Probabilities of alternatives that differ in one fact, for each slice."""
+        texts = [self._beginning(facts, slot, wording) for row in options for facts in row]
+        last = prompt_tokens(self.tokenizer)[-1]
+        longest = max(map(len, texts))
+        padded = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+        length = torch.tensor([len(text) for text in texts])
+        device = self.model.specialist.start.device
+        padded, length = padded.to(device), length.to(device)
+        ids = F.pad(padded[:, :-1], (1, 0), value=last)
+        each = len(options[0])
+        branches = copy.deepcopy(cache)
+        rows: Any = torch.arange(len(options), device=device).repeat_interleave(each)
+        branches.reorder_cache(rows)
+        logits = self.backbone(input_ids=ids, past_key_values=branches, use_cache=True).logits
+        likelihood = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
+        # What follows the end of a shorter alternative changes nothing before it.
+        counted = torch.arange(longest, device=device) < length[:, None]
+        total = (likelihood * counted).sum(1).view(len(options), each)
+        return total.double().softmax(1).tolist()
+
+    def _beginning(self, facts: Facts, slot: str, wording: int) -> list[int]:
+        """Tokens of a report up to the one after a fact, which tells that the fact is complete; of
+        the whole report, and its end, without a finding."""
+        parts = pieces(facts, wording)
+        text = " " + "".join(part for _, part in parts)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if not facts.finding:
+            return [*encoded.input_ids, self.tokenizer.eos_token_id]
+        number = next(i for i, (name, _) in enumerate(parts) if name == slot)
+        end = 1 + sum(len(part) for _, part in parts[: number + 1])
+        # A blank alone leads to the next fact, whose words are not decided yet.
+        following = parts[number + 1][1] if number + 1 < len(parts) else ""
+        more = 1 if following.strip() else 0
+        inside = sum(1 for low, _ in encoded.offset_mapping if low < end)
+        return encoded.input_ids[: inside + more]
+
+
+def _alternatives(facts: Facts, slot: str) -> list[Facts]:
+    return [replace(facts, **{slot: value}) for value in CHOICES[slot]]
+
+
+def save_reporter(reporter: Reporter, folder: str | Path) -> None:
+    """Writes the codec (`save_codec`) and, last, what makes it one that writes reports."""
+    save_codec(reporter.model, folder)
+    about = {"threshold": reporter.threshold, "wording": reporter.wording}
+    write_json(Path(folder) / ABOUT, about)
+
+
+def load_reporter(name: str | Path, device: str | torch.device = "cpu") -> Reporter:
+    """A codec that `save_reporter` wrote.
+
+    Raises:
+        InputError: for what is no codec, or one that never learned to report.
+    """
+    folder = resolve(name, "MRI codec")
+    about = folder / ABOUT
+    if not about.is_file():
+        raise InputError(
+            f"the codec in {folder} was not trained on reports: it has no {ABOUT}; give one "
+            "that was"
+        )
+    try:
+        saved = json.loads(about.read_text(encoding="utf-8"))
+        threshold, wording = float(saved["threshold"]), int(saved["wording"])
+        pieces(NORMAL, wording)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{about} does not describe a codec that writes reports: {error}"
+        ) from error
+    if not (math.isfinite(threshold) and 0 <= threshold <= 1):
+        raise InputError(f"{about}: threshold {threshold} must be from 0 to 1")
+    model = load_codec(folder, device)
+    if model.backbone is None:
+        raise InputError(f"the codec in {folder} has no backbone, which would write reports")
+    return Reporter(model, load_tokenizer(model.config.weights), threshold, wording)

@@ -1,0 +1,183 @@
+"""Stage 1: the k-space encoder learns to make a frozen backbone write reports."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nirvana.errors import InputError
+from nirvana.model.backbone import load_backbone, load_tokenizer
+from nirvana.mri.codec import PATCH, CodecConfig
+from nirvana.mri.lesions import LesionSettings
+from nirvana.mri.model import CodecModel
+from nirvana.mri.physics import MaskKind, Sampling, rss
+from nirvana.mri.report.encode import encode
+from nirvana.mri.report.grammar import WORDINGS
+from nirvana.mri.report.heads import load_heads
+from nirvana.mri.report.reporter import Reporter, report_loss, save_reporter
+from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
+from nirvana.mri.simulate import Simulation
+from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
+from nirvana.train.loop import Outcome, fit
+from nirvana.train.task import Task
+from nirvana.train.world import join
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """[data]: slices of heads, and how they are scanned and described."""
+
+    heads: str  # file that `heads.save_heads` wrote
+    subjects: list[str]  # whose slices are used
+    batch_size: int = 64  # slices in a micro batch
+    coils: int = 4  # number of receive coils
+    masks: list[MaskKind] = field(default_factory=lambda: ["equispaced", "random"])
+    accelerations: list[float] = field(default_factory=lambda: [1.0, 4.0, 8.0])
+    center_fractions: list[float] = field(default_factory=lambda: [0.08, 0.08, 0.04])
+    wordings: list[int] = field(default_factory=lambda: [0, 1, 2, 3])  # of `grammar.WORDINGS`
+    place_weight: float = 1.0  # of a loss on where lesions are, asked of the image tokens alone
+    image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens
+
+    def __post_init__(self) -> None:
+        for name in ("subjects", "masks", "accelerations", "wordings"):
+            require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "not empty")
+        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        right = f"numbers from 0 to {len(WORDINGS) - 1}"
+        known = all(0 <= wording < len(WORDINGS) for wording in self.wordings)
+        require(known, "data.wordings", self.wordings, right)
+        fractions = self.center_fractions
+        right = "as many numbers as data.accelerations"
+        fits = len(fractions) == len(self.accelerations)
+        require(fits, "data.center_fractions", fractions, right)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """All of a reporter's training."""
+
+    data: ReportSection
+    run: RunConfig
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    simulation: Simulation = field(default_factory=lambda: Simulation(noise=(0.002, 0.01)))
+    lesions: LesionSettings = field(default_factory=LesionSettings)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+class Learner(nn.Module):
+    """A codec and, for the training alone, one linear unit that tells lesions from an image token.
+
+    Its gradient reaches every patch at once, where that of a report's few words must be traced back
+    through the backbone.
+    """
+
+    def __init__(self, codec: CodecModel):
+        super().__init__()
+        self.codec = codec
+        self.place = nn.Linear(codec.encoder.projection.out_features, 1)
+
+
+class ReportTask(Task):
+    """Undersampled k-space to a report, cross-entropy of its tokens.
+
+    Args:
+        config: of the whole run.
+        device: where the model lies and scans are simulated.
+
+    Raises:
+        InputError: for heads that cannot be read or a codec without a backbone.
+    """
+
+    unit = "slices"
+
+    def __init__(self, config: ReportConfig, device: torch.device):
+        self.config = config
+        self.heads = load_heads(config.data.heads).of_subjects(config.data.subjects).to(device)
+        backbone = load_backbone(config.codec.backbone, config.codec.weights)
+        if backbone is None:
+            raise InputError("codec.backbone = 'none' has no words; reports need a language model")
+        self.tokenizer: Any = load_tokenizer(config.codec.weights)
+        self.learner = Learner(CodecModel(config.codec, backbone)).to(device)
+        self.model: nn.Module = self.learner
+        self.units_per_step = config.data.batch_size * config.optim.accumulation
+
+    def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The encoder's parameters, the start and end vectors, and the unit of places; what comes
+        after the backbone stays as it is."""
+        later = ("codec.decoder.", "codec.image_cascades.")
+        return (
+            (name, p)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not name.startswith(later)
+        )
+
+    def batch(self, step: int, micro: int) -> ReportBatch:
+        """Slices scanned and described as seed, step and micro batch say."""
+        data, accumulation = self.config.data, self.config.optim.accumulation
+        generator = torch.Generator().manual_seed(
+            (self.config.run.seed << 40) + step * accumulation + micro
+        )
+
+        def draw(options: list) -> int:
+            return int(torch.randint(len(options), (), generator=generator).item())
+
+        which = draw(data.accelerations)
+        acceleration, fraction = data.accelerations[which], data.center_fractions[which]
+        sampling = Sampling(data.masks[draw(data.masks)], acceleration, fraction)
+        return report_batch(
+            self.heads,
+            data.batch_size,
+            generator,
+            Scanner(sampling, self.config.simulation, data.coils),
+            self.config.lesions,
+            data.wordings,
+        )
+
+    def loss(self, batch: ReportBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the report, and the two weighted aids of the encoder."""
+        data, codec = self.config.data, self.learner.codec
+        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+        tokens, image = encode(codec, *scan)
+        words = report_loss(codec, self.tokenizer, tokens, batch.reports)
+        wanted = patches(batch.coverage)
+        seen = self.learner.place(tokens)[..., 0]
+        with torch.autocast(seen.device.type, enabled=False):
+            # A lesion takes few of many patches; without the weight the answer would be: nowhere.
+            place = F.binary_cross_entropy_with_logits(
+                seen.float(), wanted, pos_weight=torch.tensor(5.0, device=seen.device)
+            )
+            target = batch.target / batch.scale[:, None, None]
+            error = F.l1_loss(rss(image.float()), target)
+        loss = words + data.place_weight * place + data.image_weight * error
+        parts = {"words": words, "place": place, "image": error}
+        return loss, {name: x.detach() for name, x in parts.items()}
+
+    def export(self, folder: Path) -> None:
+        """Writes a codec that `load_reporter` reads."""
+        reporter = Reporter(
+            self.learner.codec, self.tokenizer, wording=self.config.data.wordings[0]
+        )
+        save_reporter(reporter, folder)
+
+
+def patches(coverage: Tensor) -> Tensor:
+    """Which patches a lesion takes a sixteenth or more of: `[B, H, W]`, sides multiples of 16, to
+    0/1 `[B, N]`, row by row."""
+    share = F.avg_pool2d(coverage[:, None], PATCH).flatten(1)
+    small = F.max_pool2d(coverage[:, None], PATCH).flatten(1) > 0.5
+    return ((share > 1 / 16) | small).float()
+
+
+def train_reporter(config: ReportConfig, resume: bool = False) -> Outcome:
+    """Trains a codec's encoder on reports; see `nirvana.train.language.train`.
+
+    Raises:
+        InputError: for whatever is wrong in the configuration, the heads or the run's folder.
+    """
+    with join(config.run.device) as world:
+        torch.manual_seed(config.run.seed)
+        task = ReportTask(config, world.device)
+        return fit(task, config.optim, config.run, to_dict(config), resume, world)

@@ -1,0 +1,122 @@
+"""`nirvana mri report` with a small codec that never learned: what it writes, what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from nibabel.testing import data_path
+from typer.testing import CliRunner, Result
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "mri"))
+from report_codec import small_backbone, small_config
+
+from nirvana import InputError
+from nirvana.cli import mri, report
+from nirvana.model.backbone import load_backbone
+from nirvana.mri.model import CodecModel
+from nirvana.mri.report.grammar import parse
+from nirvana.mri.report.reporter import DISCLAIMER, Reporter, save_reporter
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(mri.app, ["report", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reporter that finds something everywhere."""
+    folder = tmp_path_factory.mktemp("reporter")
+    name = small_backbone(folder / "backbone")
+    torch.manual_seed(3)
+    model = CodecModel(small_config(name), load_backbone("nirvana", name)).eval()
+    from transformers import AutoTokenizer
+
+    save_reporter(Reporter(model, AutoTokenizer.from_pretrained(name), 0.0), folder / "codec")
+    return folder / "codec"
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slices of the head that nibabel ships."""
+    image = nibabel.as_closest_canonical(nibabel.load(Path(data_path) / "example4d.nii.gz"))
+    part = image.slicer[:, :, 12:18, :1]
+    path = tmp_path_factory.mktemp("volume") / "head.nii.gz"
+    nibabel.save(part, path)
+    return path
+
+
+def test_a_volume_is_scanned_and_reported(codec: Path, volume: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(volume, "--codec", codec, "--out", out, "--coils", 2)
+    assert sorted(file.name for file in out.iterdir()) == sorted(report.RESULTS)
+    described = json.loads((out / "report.json").read_text())
+    assert described["note"] == DISCLAIMER
+    assert described["orientation"] == "of the scan"
+    assert described["mask"]["acceleration"] == 4
+    text = (out / "report.txt").read_text().splitlines()
+    assert text[-1] == DISCLAIMER
+    assert DISCLAIMER in result.stdout
+    assert [one["slice"] for one in described["slices"]] == [1, 2, 3, 4, 5, 6]
+    for one, line in zip(described["slices"], text, strict=False):
+        assert line == f"Slice {one['slice']}: {one['text']}"
+        facts = parse(one["text"])
+        assert one["facts"] == facts.to_dict()
+        assert set(one["probability"]) == set(one["facts"])
+        assert all(0 <= p <= 1 for p in one["probability"].values())
+    shown = max(described["slices"], key=lambda one: one["probability_of_a_finding"])
+    assert described["panel"]["slice"] == shown["slice"]
+    # The folder of an earlier report may be replaced.
+    run(volume, "--codec", codec, "--out", out, "--coils", 2, "--slice", 3)
+    described = json.loads((out / "report.json").read_text())
+    assert [one["slice"] for one in described["slices"]] == [3]
+
+
+def test_a_reconstruction_is_read_as_it_is(codec: Path, volume: Path, tmp_path: Path) -> None:
+    run(volume, "--codec", codec, "--out", tmp_path / "out", "--image", "--slice", 2)
+    described = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert described["mask"] is None
+    assert described["sampled"] == 1
+
+
+def test_a_scan_that_does_not_tell_its_orientation_is_said_to(
+    codec: Path, volume: Path, tmp_path: Path
+) -> None:
+    scan = tmp_path / "scan.h5"
+    CliRunner().invoke(mri.app, ["simulate", str(volume), "--out", str(scan), "--coils", "2"])
+    import h5py
+
+    with h5py.File(scan, "r+") as file:
+        del file.attrs["affine"]
+    result = run(scan, "--codec", codec, "--out", tmp_path / "out", "--slice", 1)
+    assert "does not say how the patient lay" in result.stdout
+    described = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert described["orientation"] == "assumed radiological"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("missing.nii",), "does not exist"),
+        (("VOLUME", "--slice", "7"), "1 to 6"),
+        (("VOLUME", "--batch-size", "0"), "--batch-size"),
+        (("VOLUME", "--codec", "codec"), "was not trained on reports"),
+        (("VOLUME", "--codec", "nowhere"), "no MRI codec"),
+        (("ARRAY", "--image"), "size of its pixels"),
+        (("VOLUME", "--mask", "radial"), "radial"),
+    ],
+)
+def test_wrong_input_is_refused_and_nothing_written(
+    arguments: tuple[str, ...], words: str, codec: Path, volume: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "array.npy", np.ones((2, 32, 32), np.float32))
+    places = {"VOLUME": str(volume), "ARRAY": str(tmp_path / "array.npy")}
+    given = [places.get(argument, argument) for argument in arguments]
+    if "--codec" not in given:
+        given += ["--codec", str(codec)]
+    with pytest.raises(InputError, match=words):
+        run(*given, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,101 @@
+"""Scores of reports: counted by hand, their limits, their intervals."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nirvana.mri.report.grammar import NORMAL, SLOTS, VALUES, Facts, parse, write
+from nirvana.mri.report.score import FACTS, agree, bootstrap, majority, score
+
+MASS = Facts(True, 1, "mass", "left", "frontal", 12, "hyperintense")
+reports = st.one_of(
+    st.just(NORMAL),
+    st.builds(
+        Facts,
+        finding=st.just(True),
+        **{slot: st.sampled_from(list(VALUES[slot])) for slot in SLOTS},
+    ),
+)
+
+
+def test_counted_by_hand():
+    truth = [MASS, MASS, MASS, NORMAL, NORMAL]
+    said = [MASS, replace(MASS, side="right"), NORMAL, MASS, NORMAL]
+    result = score(truth, said)
+    finding = result["facts"]["finding"]
+    assert finding == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert result["facts"]["side"] == {"precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3}
+    assert result["hallucination"] == 0.5
+    assert result["omission"] == pytest.approx(1 / 3)
+    assert result["side_accuracy"] == 0.5
+    assert result["exact"] == 0.4
+    assert (result["reports"], result["normals"]) == (5, 2)
+
+
+@given(st.lists(reports, min_size=1, max_size=12))
+def test_the_truth_through_the_grammar_is_right_in_everything(truth):
+    """The oracle: what is lost between facts and text would show here."""
+    said = [parse(write(facts, i % 6)) for i, facts in enumerate(truth)]
+    result = score(truth, said)
+    assert result["exact"] == 1
+    for figures in result["facts"].values():
+        assert set(figures.values()) <= {1.0, None}
+    assert result["hallucination"] in (0.0, None)
+    assert result["omission"] in (0.0, None)
+
+
+@given(st.lists(st.tuples(reports, reports), min_size=1, max_size=12))
+def test_rates_stay_between_none_and_all(pairs):
+    truth, said = zip(*pairs, strict=True)
+    result = score(truth, said)
+    for figures in result["facts"].values():
+        assert all(value is None or 0 <= value <= 1 for value in figures.values())
+    # No fact can be right more often than the finding it is about.
+    present = result["facts"]["finding"]["recall"]
+    for slot in SLOTS:
+        recall = result["facts"][slot]["recall"]
+        assert (recall is None) == (present is None)
+        assert recall is None or recall <= present
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "right"),
+    [(12, 12, True), (10, 12, True), (15, 12, True), (8, 12, False), (50, 40, True), (4, 6, True)],
+)
+def test_sizes_may_differ_by_a_step(said, true, right):
+    assert agree("size", said, true) is right
+
+
+def test_intervals_hold_the_figure_and_widen_with_groups():
+    truth = [MASS if i % 2 else NORMAL for i in range(200)]
+    # Two of ten subjects are all wrong: the subject, not the slice, is what varies.
+    subjects = [i // 20 for i in range(200)]
+    said = [
+        NORMAL if subject < 2 else facts for facts, subject in zip(truth, subjects, strict=True)
+    ]
+    omission = score(truth, said)["omission"]
+    single = bootstrap(truth, said)["omission"]
+    grouped = bootstrap(truth, said, subjects)["omission"]
+    assert single[0] < omission < single[1]
+    assert grouped[0] <= omission <= grouped[1]
+    assert grouped[1] - grouped[0] > 1.5 * (single[1] - single[0])
+    assert bootstrap(truth, said, seed=3) == bootstrap(truth, said, seed=3)
+
+
+def test_what_cannot_be_counted_is_left_out():
+    result = score([NORMAL], [NORMAL])
+    assert all(result["facts"][slot]["f1"] is None for slot in FACTS)
+    assert result["hallucination"] == 0
+    assert set(bootstrap([NORMAL], [NORMAL])) == {"hallucination"}
+    with pytest.raises(ValueError, match="held against"):
+        score([NORMAL], [])
+    with pytest.raises(ValueError, match="held against"):
+        score([], [])
+
+
+def test_the_majority_report():
+    other = replace(MASS, side="right", size=30)
+    assert majority([MASS, MASS, other, NORMAL]) == MASS
+    assert majority([MASS, NORMAL, NORMAL]) == NORMAL

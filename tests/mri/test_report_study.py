@@ -1,0 +1,71 @@
+"""The study of reports from end to end, at a size for a test."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from report_codec import small_backbone
+from report_heads import drawn_heads
+
+from nirvana import InputError
+from nirvana.mri.report.heads import save_heads
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "report"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"report_study_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
+    run, report = script("run"), script("report")
+    heads, out = tmp_path / "heads.npz", tmp_path / "out"
+    save_heads(heads, drawn_heads((64, 64), names=("train/a", "valid/b", "test/c", "test/d")))
+    options = ["--toy", "--samples", "6", "--weights", small_backbone(tmp_path / "net")]
+    arguments = [str(heads), str(out), *options]
+    run.main(arguments)
+    files = sorted((out / "rows").iterdir())
+    assert len(files) == len(run.cells(False)) + len(run.cells(True))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    wording = [row for row in rows if row["kind"] == "wording" and row["model"] == "nirvana"]
+    assert len(wording) == 6 * 6
+    # The same samples in every cell, whatever the acceleration and wording.
+    by_cell: dict[tuple[float, int], list] = {}
+    for row in wording:
+        by_cell.setdefault((row["acceleration"], row["wording"]), []).append(row["truth"])
+    assert all(truth == by_cell[4.0, 0] for truth in by_cell.values())
+    assert {row["subject"] for row in rows} <= {"test/c", "test/d"}
+    # What is there is not made again; what is missing is.
+    kept = {file: file.stat().st_mtime_ns for file in files}
+    files[0].unlink()
+    run.main(arguments)
+    after = {file: file.stat().st_mtime_ns for file in sorted((out / "rows").iterdir())}
+    assert set(after) == set(kept)
+    assert all(after[file] == kept[file] for file in files[1:])
+    page = tmp_path / "evidence.md"
+    report.main([str(out), str(page)])
+    text = page.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| oracle"))
+    assert "| 1.000 |" in line
+    assert "| presence F1 | >= 0.90 |" in text
+    for words in ("no image", "shuffled", "majority", "zero-filled", "contrast 0.15"):
+        assert words in text
+
+
+def test_roles_must_be_there(tmp_path: Path) -> None:
+    run, report = script("run"), script("report")
+    save_heads(tmp_path / "heads.npz", drawn_heads((64, 64)))
+    with pytest.raises(InputError, match="role train"):
+        run.main([str(tmp_path / "heads.npz"), str(tmp_path / "out"), "--toy"])
+    with pytest.raises(InputError, match="no rows"):
+        report.main([str(tmp_path / "out"), str(tmp_path / "page.md")])

@@ -1,0 +1,278 @@
+"""Reports by a model: probabilities, generation, training, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from report_codec import small_backbone, small_config
+from report_heads import drawn_heads
+
+from nirvana import InputError
+from nirvana.model.backbone import load_backbone
+from nirvana.mri.io import Scan
+from nirvana.mri.lesions import SEQUENCES, TYPES, LesionSettings
+from nirvana.mri.model import CodecModel, save_codec
+from nirvana.mri.physics import Sampling, fft2c, sampling_mask
+from nirvana.mri.report.encode import View, encode, encode_scan, to_grid, view_of
+from nirvana.mri.report.grammar import NORMAL, SLOTS, WORDINGS, Facts, parse_wording, rounded, write
+from nirvana.mri.report.heads import GRID, PIXEL, load_heads, save_heads
+from nirvana.mri.report.reporter import (
+    CHOICES,
+    Reporter,
+    load_reporter,
+    report_loss,
+    save_reporter,
+)
+from nirvana.mri.report.samples import IGNORE, LENGTHS, Scanner, report_batch, report_tokens
+from nirvana.mri.report.train import ReportConfig, ReportSection, patches, train_reporter
+from nirvana.mri.simulate import Simulation
+from nirvana.train.config import OptimConfig, RunConfig
+
+SCANNER = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
+MASS = Facts(True, 2, "mass", "left", "frontal", 12, "hyperintense")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def reporter(backbone: str) -> Reporter:
+    torch.manual_seed(2)
+    from transformers import AutoTokenizer
+
+    model = CodecModel(small_config(backbone), load_backbone("nirvana", backbone)).eval()
+    return Reporter(model, AutoTokenizer.from_pretrained(backbone))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(0))
+
+
+def batch_of(count: int, seed: int = 0, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    heads = drawn_heads((96, 80))
+    return report_batch(heads, count, generator, SCANNER, LesionSettings(**settings), [0, 1, 3])
+
+
+def test_samples_say_what_was_painted():
+    batch = batch_of(24)
+    again = batch_of(24)
+    assert torch.equal(batch.kspace, again.kspace)
+    assert batch.reports == again.reports
+    assert not batch.kspace[..., ~batch.mask].any()
+    heads = drawn_heads((96, 80))
+    wordings = set()
+    for i, (facts, report) in enumerate(zip(batch.facts, batch.reports, strict=True)):
+        read, wording = parse_wording(report)
+        wordings.add(wording)
+        assert read == facts
+        assert facts.finding == bool(batch.coverage[i].any())
+        if not facts.finding:
+            assert batch.size[i] == batch.contrast[i] == 0
+            continue
+        assert facts.size == rounded(float(batch.size[i]))
+        sequence = SEQUENCES[heads.sequence[batch.index[i]]]
+        kind = next(kind for kind in TYPES if kind.name == facts.type)
+        assert facts.signal == kind.signal(sequence)
+    assert wordings == {0, 1, 3}
+
+
+def test_labels_are_the_next_tokens(reporter):
+    ids, labels = report_tokens(reporter.tokenizer, [write(NORMAL, 0), write(MASS, 0)])
+    assert ids.shape == labels.shape
+    said = reporter.tokenizer.decode(labels[1][labels[1] != IGNORE])
+    assert said == f" {write(MASS, 0)}{reporter.tokenizer.eos_token}"
+    kept = ids[1] != reporter.tokenizer.pad_token_id
+    assert reporter.tokenizer.decode(ids[1][kept]) == f"Report: {write(MASS, 0)}"
+    assert ids.shape[1] % LENGTHS == 0
+    after = (labels[:, :-1] != IGNORE) & (ids[:, 1:] != reporter.tokenizer.pad_token_id)
+    assert torch.equal(labels[:, :-1][after], ids[:, 1:][after])
+
+
+@torch.inference_mode()
+def test_probabilities_from_the_cache_are_those_of_the_whole_text(reporter, tokens):
+    """Every alternative in full through the backbone, without a cache."""
+    tokenizer = reporter.tokenizer
+    for slot, wording in (("side", 0), ("size", 3), ("type", 2)):
+        options = [replace(MASS, **{slot: value}) for value in CHOICES[slot]]
+        fast = reporter._compare(reporter._start(tokens), [options] * 3, slot, wording)
+        slow = []
+        for facts in options:
+            length = len(reporter._beginning(facts, slot, wording))
+            ids, labels = report_tokens(tokenizer, [write(facts, wording)] * 3)
+            first = int((labels[0] != IGNORE).nonzero()[0])
+            logits = reporter.model.specialist(tokens, ids).logits.log_softmax(-1)
+            part = slice(first, first + length)
+            likelihood = logits[:, part].gather(-1, labels[:, part, None])
+            slow.append(likelihood.sum((1, 2)))
+        expected = torch.stack(slow, dim=1).double().softmax(1)
+        torch.testing.assert_close(torch.tensor(fast).double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_readings_are_reports_with_probabilities(reporter, tokens):
+    for wording in range(len(WORDINGS)):
+        readings = reporter.read(tokens, wording)
+        assert reporter.findings(tokens, wording) == pytest.approx([r.finding for r in readings])
+        for reading in readings:
+            assert parse_wording(reading.text) == (reading.facts, wording)
+            assert reading.facts.finding == (reading.finding >= reporter.threshold)
+            for slot in SLOTS:
+                table = reading.probabilities[slot]
+                assert tuple(table) == CHOICES[slot]
+                assert sum(table.values()) == pytest.approx(1)
+                if reading.facts.finding:
+                    assert getattr(reading.facts, slot) == max(table, key=table.__getitem__)
+            json.dumps(reading.to_dict(), allow_nan=False)
+
+
+def test_the_threshold_decides(reporter, tokens):
+    for threshold, finding in ((0.0, True), (1.01, False)):
+        strict = Reporter(reporter.model, reporter.tokenizer, threshold)
+        assert all(reading.facts.finding == finding for reading in strict.read(tokens))
+
+
+def test_a_batch_reads_as_its_slices_alone(reporter, tokens):
+    together = reporter.read(tokens)
+    for i, reading in enumerate(together):
+        alone = reporter.read(tokens[i : i + 1])[0]
+        assert alone.facts == reading.facts
+        assert alone.finding == pytest.approx(reading.finding, abs=1e-4)
+
+
+def test_free_writing_is_greedy(reporter, tokens):
+    """The cached tokens are those of the whole text read again at every step."""
+    written = reporter.write(tokens[:1], max_tokens=6)[0]
+    ids = reporter.tokenizer("Report:", add_special_tokens=False, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(6):
+        with torch.no_grad():
+            logits = reporter.model.specialist(tokens[:1], ids).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert written == reporter.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+def test_training_lowers_the_loss_and_exports(tmp_path):
+    heads = tmp_path / "heads.npz"
+    save_heads(heads, drawn_heads((64, 64)))
+    config = ReportConfig(
+        data=ReportSection(str(heads), ["person0"], batch_size=4, coils=2, wordings=[0, 1]),
+        run=RunConfig(str(tmp_path / "run"), steps=16, log_interval=4, validation_interval=0),
+        codec=small_config("tiny"),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1),
+    )
+    assert train_reporter(config).finished
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["words"] for line in lines if "words" in json.loads(line)]
+    assert losses[-1] < 0.97 * losses[0]
+    trained = load_reporter(tmp_path / "run" / "model")
+    batch = batch_of(2)
+    scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+    assert len(trained.read(encode(trained.model, *scan)[0])) == 2
+
+
+def test_only_the_encoder_learns(reporter):
+    batch = batch_of(2)
+    scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+    found = encode(reporter.model, *scan)[0]
+    report_loss(reporter.model, reporter.tokenizer, found, batch.reports).backward()
+    moved = {name for name, p in reporter.model.named_parameters() if p.grad is not None}
+    reporter.model.zero_grad(set_to_none=True)
+    assert {name.split(".")[0] for name in moved} == {"sensitivities", "encoder", "specialist"}
+    assert not any("backbone" in name for name in moved)
+
+
+def test_patches_that_hold_a_lesion():
+    coverage = torch.zeros(1, 32, 48)
+    coverage[0, 20, 40] = 1.0
+    assert patches(coverage).nonzero().tolist() == [[0, 5]]
+
+
+def test_a_codec_without_reports_is_refused(reporter, tmp_path):
+    save_codec(reporter.model, tmp_path / "codec")
+    with pytest.raises(InputError, match="was not trained on reports"):
+        load_reporter(tmp_path / "codec")
+    with pytest.raises(InputError, match="was not trained on reports"):
+        load_reporter("codec")
+    save_reporter(Reporter(reporter.model, reporter.tokenizer, 0.3, 2), tmp_path / "reporter")
+    loaded = load_reporter(tmp_path / "reporter")
+    assert (loaded.threshold, loaded.wording) == (0.3, 2)
+    for content in ("{}", "[]", '{"threshold": 2, "wording": 0}', '{"threshold": 0, "wording": 9}'):
+        (tmp_path / "reporter" / "report.json").write_text(content)
+        with pytest.raises(InputError, match=r"report\.json|wording 9"):
+            load_reporter(tmp_path / "reporter")
+
+
+def test_the_identity_has_no_words():
+    model = CodecModel(replace(small_config("none"), token_dim=8), None)
+    with pytest.raises(InputError, match="without a backbone"):
+        Reporter(model, None)
+
+
+def test_heads_are_saved_and_chosen(tmp_path: Path):
+    heads = drawn_heads((64, 48), subjects=3)
+    save_heads(tmp_path / "heads.npz", heads)
+    loaded = load_heads(tmp_path / "heads.npz")
+    assert loaded.names == heads.names
+    assert torch.equal(loaded.images, heads.images)
+    assert torch.equal(loaded.frame, heads.frame)
+    some = loaded.of_subjects(["person2"])
+    assert len(some) == 9
+    with pytest.raises(InputError, match="no slices of someone"):
+        heads.of_subjects(["someone"])
+    (tmp_path / "heads.npz").write_bytes(b"junk")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_heads(tmp_path / "heads.npz")
+
+
+def scan_with(affine: np.ndarray | None, spacing=None) -> Scan:
+    return Scan(np.zeros((1, 1, 16, 16), np.complex64), None, None, "scan", spacing, affine=affine)
+
+
+def test_views_turn_pictures_to_the_radiological_convention():
+    # (slice, row, column) to right, front, top: rows to the back, columns to the left.
+    radiological = np.array([[0, 0, -2, 0], [0, -1, 0, 0], [3, 0, 0, 0], [0, 0, 0, 1]], float)
+    assert view_of(scan_with(radiological)) == View((3.0, 1.0, 2.0))
+    turned = radiological * np.array([1, -1, -1, 1])
+    assert view_of(scan_with(turned)) == View((3.0, 1.0, 2.0), True, True)
+    assert view_of(scan_with(None, (3.0, 1.0, 1.0))) == View((3.0, 1.0, 1.0), known=False)
+    with pytest.raises(InputError, match="not axial"):
+        view_of(scan_with(radiological[:, [1, 0, 2, 3]]))
+    with pytest.raises(InputError, match="size of its pixels"):
+        view_of(scan_with(None))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_grid_keeps_places_and_sizes(flip):
+    """A mark 30 mm to one side of the middle and 40 mm from front to back of it."""
+    image = torch.zeros(1, 2, 256, 200)
+    rows, columns = (torch.arange(n) - (n - 1) / 2 for n in image.shape[2:])
+    inside = ((rows[:, None] - 50).abs() < 12) & ((columns - 50).abs() < 10)
+    image[0, 0, inside] = 1.0
+    placed = to_grid(image, View((1.0, 0.8, 0.6), False, flip))[0, 0]
+    assert placed.shape == GRID
+    row, column = (placed > 0.5).nonzero().float().mean(0).tolist()
+    assert (row - (GRID[0] - 1) / 2) * PIXEL == pytest.approx(40, abs=1.0)
+    assert (column - (GRID[1] - 1) / 2) * PIXEL == pytest.approx(-30 if flip else 30, abs=1.0)
+    area = float(placed.sum()) * PIXEL**2
+    assert area == pytest.approx(float(image.sum()) * 0.8 * 0.6, rel=0.03)
+
+
+def test_a_scan_is_encoded_slice_by_slice(reporter):
+    kspace = fft2c(torch.rand(5, 1, 64, 48) * torch.ones(1, 2, 1, 1, dtype=torch.complex64))
+    mask = sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    view = View((3.0, 2.0, 2.0))
+    counted = []
+    parts = list(encode_scan(reporter.model, kspace * mask, mask, view, 2, counted.append))
+    assert counted == [2, 2, 1]
+    tokens = torch.cat([part for part, _ in parts])
+    images = torch.cat([image for _, image in parts])
+    assert tokens.shape == (5, GRID[0] * GRID[1] // 256, 32)
+    assert images.shape == (5, *GRID)
+    once = torch.cat([x for x, _ in encode_scan(reporter.model, kspace * mask, mask, view, 5)])
+    torch.testing.assert_close(tokens, once, atol=1e-4, rtol=1e-3)
