@@ -112,7 +112,7 @@ def linear_kernel(
     at_k, at_v = D + at_q, 2 * D + head * K + j
     places = state + head * K * K + i[:, None] * K + j[None, :]
     S = tl.load(places)
-    q, q2, q1, q0 = _convolved(x, conv_state, conv_weight, at_q)
+    q, q2, q1, q0 = _convolved(x, conv_state, conv_weight, at_q)  # type: ignore[reportGeneralTypeIssues]
     k, k2, k1, k0 = _convolved(x, conv_state, conv_weight, at_k)
     v, v2, v1, v0 = _convolved(x, conv_state, conv_weight, at_v)
     beta = tl.sigmoid(tl.load(x + 4 * D + head).to(tl.float32))
@@ -288,7 +288,7 @@ def product(
 def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
     """out `[F]` = silu(gate) * up of x `[K]`, normalised; weight `[2 F, K]`."""
     N, K = out.numel(), weight.shape[1]
-    columns = min(2048, triton.next_power_of_2(K))
+    columns = min(2048, _padded(K))
     given = (weight, x, norm, out, N, eps)
     launch(swiglu_rows_kernel, (N,), *given, K=K, COLUMNS=columns, ROWS=1, num_warps=4)
 
@@ -341,14 +341,14 @@ def window(
     H, places, K = keys.shape
     _, rank, D = up.shape
     columns = 64
-    sizes = {"K": K, "PADDED": triton.next_power_of_2(rank), "COLUMNS": columns}
+    sizes = {"K": K, "PADDED": _padded(rank), "COLUMNS": columns}
     given = (x, factors, up, scratch["q"], keys, values, count, places, D, rank)
     launch(move_kernel, (blocks(D, columns), 3), *given, **sizes)
     parts = (scratch["o"], scratch["most"], scratch["total"])
     splits = blocks(places, KEYS)
     given = (scratch["q"], keys, values, count, *parts, places, K**-0.5)
     launch(attention_kernel, (H, splits), *given, K=K, KEYS=KEYS)
-    padded = triton.next_power_of_2(splits)
+    padded = _padded(splits)
     launch(combine_kernel, (H,), *parts, out, splits, K=K, PADDED=padded)
 
 
@@ -384,7 +384,7 @@ def trigger(
     """
     weight, gain, bias, shift = bank
     C, R = gain.shape
-    pads, columns = {"PC": triton.next_power_of_2(C), "PR": triton.next_power_of_2(R)}, 64
+    pads, columns = {"PC": _padded(C), "PR": _padded(R)}, 64
     launch(
         project_kernel,
         (blocks(C * R, columns),),
@@ -401,9 +401,14 @@ def _tile(N: int, K: int) -> tuple[int, int, int]:
     """Columns and rows of a program of a product, and its warps: the fastest of a few on an H200
     for the sizes of the 1.3b preset."""
     if K <= 512:
-        return triton.next_power_of_2(K), 8, 4
+        return _padded(K), 8, 4
     if N <= 512:
-        return min(2048, triton.next_power_of_2(K)), 1, 4
+        return min(2048, _padded(K)), 1, 4
     if K > 4096:
         return 1024, 1, 2
     return 1024, 4 if N > 4096 else 2, 4
+
+
+def _padded(size: int) -> int:
+    """The next power of two, which a kernel's ranges want."""
+    return 1 << (size - 1).bit_length()
