@@ -91,6 +91,11 @@ def test_packed_is_separate(small_model, variant):
     torch.testing.assert_close(packed, torch.cat(separate, dim=1))
 
 
+def test_borders_beyond_the_batch_are_refused(small_model):
+    with pytest.raises(ValueError, match="cu_seqlens ends at 21, beyond 2 x 10 tokens"):
+        small_model()(torch.randint(61, (2, 10)), cu_seqlens=torch.tensor([0, 4, 21]))
+
+
 @pytest.mark.usefixtures("device")
 @variants
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

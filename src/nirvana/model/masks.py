@@ -32,7 +32,8 @@ def create_masks(
         positions: `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0 again.
 
     Raises:
-        ValueError: when padding would come to stand between a sample's cached and new tokens.
+        ValueError: when padding would come to stand between a sample's cached and new tokens, and
+            for `cu_seqlens` beyond the batch.
     """
     B, T = inputs_embeds.shape[:2]
     device = inputs_embeds.device
@@ -120,6 +121,9 @@ def _borders(
         return None
     border = torch.zeros(B, T, dtype=torch.bool, device=given[0].device)
     if cu_seqlens is not None:
+        on_host = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if (on_host or _may_look()) and cu_seqlens.max() > B * T:
+            raise ValueError(f"cu_seqlens ends at {int(cu_seqlens.max())}, beyond {B} x {T} tokens")
         starts = border.new_zeros(B * T + 1)
         starts[cu_seqlens.long()] = True
         border[:, 1:] |= starts[:-1].view(B, T)[:, 1:]
