@@ -32,9 +32,10 @@ class OneToken:
         weight = layers[0].updater.in_proj.weight
         widest = max(sum(layer.updater.sections) for layer in layers)
         rank = max(1, D // 8)
-        sizes = {"h": D, "x": widest, "o": D, "together": 2 * D + C, "a": D, "low": rank}
+        sizes = {"h": D, "x": widest, "together": 2 * D + C, "a": D, "low": rank}
         sizes |= {"zeta": rank, "act": config.intermediate_size, "logits": config.vocab_size}
         self.half = {name: weight.new_empty(size) for name, size in sizes.items()}
+        self.mixed = weight.new_empty(4 * D, dtype=torch.float32)
         self.U = weight.new_empty(2, C * R, dtype=torch.float32)
         self.fast = weight.new_empty(4, R, dtype=torch.float32)
         self.gates = weight.new_empty(2, dtype=torch.float32)
@@ -85,22 +86,23 @@ class OneToken:
         from nirvana.ops import triton_step as ops
 
         block, state, half = self.model.model.layers[index], self.states[index], self.half
-        updater, eps, h, o = block.updater, self.config.rms_norm_eps, half["h"], half["o"]
+        updater, eps, h = block.updater, self.config.rms_norm_eps, half["h"]
         x = half["x"][: sum(updater.sections)]
         ops.product(updater.in_proj.weight, h, x, block.updater_norm.weight, eps)
         if updater.has_trigger:
             self._window(updater, x, state)
             self._trigger(updater, x, state, index)
         weights = updater.conv_weight, updater.A_log, updater.dt_bias
-        ops.linear(x, state.conv[0], *weights, state.delta[0], updater.out_norm.weight, eps, o)
+        given = (x, state.conv[0], *weights, state.delta[0], updater.out_norm.weight, eps)
+        given = (*given, updater.out_proj.weight, self.mixed)
         if updater.has_trigger:
             together, zeta = half["together"], updater.zeta
-            ops.product(updater.out_proj.weight, o, together[: o.numel()])
+            ops.linear(*given, together[: h.numel()])
             self._join()
             ops.product(zeta[0].weight, together, half["zeta"], silu=True)
             ops.blend(zeta[2].weight, half["zeta"], together, self.gates, h, updater.convex)
         else:
-            ops.product(updater.out_proj.weight, o, h, added=h)
+            ops.linear(*given, h, added=h)
         mlp = block.mlp
         ops.swiglu(mlp.gate_up_proj.weight, h, block.mlp_norm.weight, eps, half["act"])
         ops.product(mlp.down_proj.weight, half["act"], h, added=h)

@@ -84,55 +84,69 @@ def blend_kernel(
 
 
 @triton.jit
-def _convolved(x, state, weight, c):
-    """silu of the convolution at channels c, and the three inputs that the next token wants."""
-    x0 = tl.load(x + c)
-    x3, x2, x1 = tl.load(state + c * 3), tl.load(state + c * 3 + 1), tl.load(state + c * 3 + 2)
+def mix_kernel(x, state, weight, mixed, H, K: tl.constexpr):
+    """The convolution of one head of q, k or v, SiLU, unit length of q (over sqrt(K)) and k."""
+    head = tl.program_id(0)
+    c = head * K + tl.arange(0, K)
+    x0, x1 = tl.load(x + c), tl.load(state + c * 3 + 2)
+    x2, x3 = tl.load(state + c * 3 + 1), tl.load(state + c * 3)
     a = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
     a += x1.to(tl.float32) * tl.load(weight + c * 4 + 2).to(tl.float32)
     a += x2.to(tl.float32) * tl.load(weight + c * 4 + 1).to(tl.float32)
     a += x3.to(tl.float32) * tl.load(weight + c * 4).to(tl.float32)
-    return a * tl.sigmoid(a), x2, x1, x0
-
-
-@triton.jit
-def _remember(state, c, x2, x1, x0):
+    y = a * tl.sigmoid(a)
+    if head < 2 * H:
+        y *= tl.rsqrt((tl.sum(y * y, 0) + UNIT_EPS) * tl.where(head < H, K, 1))
+    tl.store(mixed + c, y)
+    tl.debug_barrier()
     tl.store(state + c * 3, x2)
     tl.store(state + c * 3 + 1, x1)
     tl.store(state + c * 3 + 2, x0)
 
 
 @triton.jit
-def linear_kernel(
-    x, conv_state, conv_weight, A_log, dt_bias, state, norm, out, H, eps, K: tl.constexpr
+def delta_kernel(
+    x, mixed, A_log, dt_bias, state, o, H, K: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
+    """The gated delta rule for some columns of one head's state, which do without the others."""
     head = tl.program_id(0)
-    D, i, j = H * K, tl.arange(0, K), tl.arange(0, K)
-    at_q = head * K + i
-    at_k, at_v = D + at_q, 2 * D + head * K + j
+    D, i, j = H * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     places = state + head * K * K + i[:, None] * K + j[None, :]
     S = tl.load(places)
-    q, q2, q1, q0 = _convolved(x, conv_state, conv_weight, at_q)  # type: ignore[reportGeneralTypeIssues]
-    k, k2, k1, k0 = _convolved(x, conv_state, conv_weight, at_k)
-    v, v2, v1, v0 = _convolved(x, conv_state, conv_weight, at_v)
+    q, k = tl.load(mixed + head * K + i), tl.load(mixed + D + head * K + i)
+    v = tl.load(mixed + 2 * D + head * K + j)
     beta = tl.sigmoid(tl.load(x + 4 * D + head).to(tl.float32))
     step = tl.load(x + 4 * D + H + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    rate = tl.exp(tl.load(A_log + head).to(tl.float32))
-    gate = tl.load(x + 3 * D + head * K + j).to(tl.float32)
-    scale = tl.load(norm + j).to(tl.float32)
-    q *= tl.rsqrt((tl.sum(q * q, 0) + UNIT_EPS) * K)
-    k *= tl.rsqrt(tl.sum(k * k, 0) + UNIT_EPS)
     step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))  # softplus
-    S *= tl.exp(-rate * step)
+    S *= tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
     S += k[:, None] * (beta * (v - tl.sum(S * k[:, None], 0)))[None, :]
-    o = tl.sum(S * q[:, None], 0)
-    o *= tl.rsqrt(tl.sum(o * o, 0) / K + eps) * scale
-    tl.store(out + head * K + j, o * gate * tl.sigmoid(gate))
+    tl.store(o + head * K + j, tl.sum(S * q[:, None], 0))
     tl.debug_barrier()
     tl.store(places, S)
-    _remember(conv_state, at_q, q2, q1, q0)
-    _remember(conv_state, at_k, k2, k1, k0)
-    _remember(conv_state, at_v, v2, v1, v0)
+
+
+@triton.jit
+def gated_rows_kernel(
+    weight, o, norm, gate, added, out, N, eps,
+    D: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
+):  # fmt: skip
+    """Rows of weight `[N, D]` times o, every head of unit root mean square, scaled and gated."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    start = weight + row[:, None].to(tl.int64) * D
+    for first in tl.static_range(0, D, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        w = tl.load(start + c[None, :], (row < N)[:, None] & (c < D)[None, :], 0.0)
+        heads = tl.reshape(tl.load(o + c, c < D, 0.0), (COLUMNS // K, K))
+        heads *= tl.rsqrt(tl.sum(heads * heads, 1) / K + eps)[:, None]
+        g = tl.load(gate + c, c < D, 0.0).to(tl.float32)
+        v = tl.reshape(heads, (COLUMNS,)) * tl.load(norm + c % K).to(tl.float32)
+        sums += w.to(tl.float32) * (v * g * tl.sigmoid(g))[None, :]
+    y = tl.sum(sums, 1)
+    if HAS_ADDED:
+        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
+    tl.store(out + row, y, row < N)
 
 
 @triton.jit
@@ -313,13 +327,28 @@ def linear(
     state: Tensor,
     norm: Tensor,
     eps: float,
+    weight: Tensor,
+    scratch: Tensor,
     out: Tensor,
+    added: Tensor | None = None,
 ) -> None:
-    """out `[D]`, the linear branch before its last product; conv_state `[3 D, 3]` and state
-    `[H, K, K]` move on by the token."""
+    """out `[D]`, the linear branch, plus `added` `[D]`, which may be `out`; conv_state `[3 D, 3]`
+    and state `[H, K, K]` move on by the token.
+
+    Args:
+        norm, weight: of the norm of a head, `[K]`, and of the last product, `[D, D]`.
+        scratch: `[4 D]`, float32, written to.
+    """
     H, K, _ = state.shape
-    given = (x, conv_state, conv_weight, A_log, dt_bias, state, norm, out, H, eps)
-    launch(linear_kernel, (H,), *given, K=K, num_warps=8)
+    D = H * K
+    mixed, o = scratch[: 3 * D], scratch[3 * D :]
+    launch(mix_kernel, (3 * H,), x, conv_state, conv_weight, mixed, H, K=K, num_warps=1)
+    given, columns = (x, mixed, A_log, dt_bias, state, o, H), min(K, 32)
+    launch(delta_kernel, (H, K // columns), *given, K=K, COLUMNS=columns, num_warps=4)
+    columns, rows, warps = _tile(D, D)
+    sizes = {"D": D, "K": K, "COLUMNS": max(K, columns), "ROWS": rows, "num_warps": warps}
+    given = (weight, o, norm, x[3 * D :], added, out, D, eps)
+    launch(gated_rows_kernel, (blocks(D, rows),), *given, **sizes, HAS_ADDED=added is not None)
 
 
 def window(
