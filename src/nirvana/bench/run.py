@@ -56,21 +56,25 @@ class Options:
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """One row for every part, size and model. What cannot be measured says why in "failed"."""
-    for part in options.parts:
-        for name in _models(part, options):
+    """One row for every part, size and model. What cannot be measured says why in "failed".
+
+    Ours come first: a peer's kernels may take minutes to tune, and someone may not wait for that.
+    """
+    for name in (OURS, *options.peers):
+        for part in options.parts:
+            if not _applies(part, name):
+                continue
             for batch, length in _sizes(part, options):
                 about = {"part": part, "model": name, "batch": batch, "tokens": length}
                 for row in _attempt(PARTS[part], name, options, batch, length):
                     yield about | row
 
 
-def _models(part: str, options: Options) -> tuple[str, ...]:
+def _applies(part: str, name: str) -> bool:
     """Compiled blocks are made for one shape: they are compared where shapes stay, in training."""
     if part == "trigger":
-        return (OURS,)
-    left_out = () if part == "train" else ("llama_compiled",)
-    return (OURS, *(name for name in options.peers if name not in left_out))
+        return name == OURS
+    return part == "train" or name != "llama_compiled"
 
 
 def _sizes(part: str, options: Options) -> list[tuple[int, int]]:

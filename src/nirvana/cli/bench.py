@@ -94,7 +94,10 @@ def bench(
             status.update(f"measured {row['part']} of {row['model']}")
             if json is not None:  # after every row: what was measured outlives an interruption
                 write_json(json, results)
-    console.print(rows_table(results["rows"]))
+    # By part, for the eye; the file has them as they were measured.
+    console.print(
+        rows_table(sorted(results["rows"], key=lambda row: options.parts.index(row["part"])))
+    )
     if any("failed" in row and row["model"] == OURS for row in results["rows"]):
         raise typer.Exit(1)
 
