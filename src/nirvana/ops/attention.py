@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 HAS_CUDNN = find_spec("cudnn") is not None
 """Whether nvidia-cudnn-frontend is installed."""
@@ -103,6 +104,38 @@ def _shape(cu_seqlens: Tensor | None, *tensors: Tensor) -> _Shape:
         tensors[0].device,
         documents,
     )
+
+
+class _Places:
+    """Lengths of packed documents, and where each begins in tensors with rows of any width."""
+
+    def __init__(self, cu_seqlens: Tensor, documents: int) -> None:
+        spare = documents + 1 - cu_seqlens.numel()
+        self.version = _version(cu_seqlens)
+        self.starts = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(spare)]).long()
+        self.lengths = self.starts.diff().int()
+        self.rows: dict[int, Tensor] = {}
+
+    def of_row(self, row: int) -> Tensor:
+        if row not in self.rows:
+            self.rows[row] = self.starts * row
+        return self.rows[row]
+
+
+_PLACES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""All layers of a step share one `cu_seqlens`: what follows from it is computed once."""
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def _places(cu_seqlens: Tensor, documents: int) -> _Places:
+    known = _PLACES.get(cu_seqlens)
+    if known is None or known.version != _version(cu_seqlens):
+        known = _PLACES[cu_seqlens] = _Places(cu_seqlens, documents)
+    return known
 
 
 @cache
@@ -215,10 +248,9 @@ class _Graph:
             for name, x in given.items()
         }
         if cu_seqlens is not None and self.shape.documents is not None:
-            spare = self.shape.documents + 1 - cu_seqlens.numel()
-            starts = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(spare)]).long()
-            pack[self.lengths] = starts.diff().int()
-            pack |= {tensor: starts * row for row, tensor in self.starts.items()}
+            places = _places(cu_seqlens, self.shape.documents)
+            pack[self.lengths] = places.lengths
+            pack |= {tensor: places.of_row(row) for row, tensor in self.starts.items()}
         self.graph.execute(pack, workspace, handle=handle)
 
 
