@@ -1,10 +1,13 @@
 """`Decoder`: token by token it is the forward pass, and `generate` takes it as a cache."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from nirvana.model import decode
 from nirvana.model.decode import Decoder
+from nirvana.model.trigger import without_trigger
 
 NEW = 20
 
@@ -68,6 +71,16 @@ def test_reads_weights_that_changed(small_model):
     assert not torch.allclose(decoder.prefill(tokens), before)
 
 
+def test_follows_triggers_that_are_switched(small_model):
+    model, tokens = small_model(), tokens_of(1, 14)
+    used = Decoder(model)
+    for switched in (nullcontext(), without_trigger(model), nullcontext()):
+        with switched:
+            fresh = Decoder(model)
+            used.prefill(tokens), fresh.prefill(tokens)
+            torch.testing.assert_close(used.step(tokens[:, :1]), fresh.step(tokens[:, :1]))
+
+
 def test_what_it_cannot_do_is_refused(small_model):
     model = small_model()
     tokens = tokens_of(2, 8)
@@ -86,6 +99,21 @@ def test_what_it_cannot_do_is_refused(small_model):
         Decoder(unlimited)
     with pytest.raises(ValueError, match="max_length above 8"):
         Decoder(unlimited, max_length=8).prefill(tokens)
+    used = Decoder(model)
+    used.prefill(tokens)
+    longer = torch.cat([torch.ones_like(tokens), mask], 1)
+    with pytest.raises(ValueError, match="without padding"):
+        model(tokens, attention_mask=longer, past_key_values=used)
+    with pytest.raises(ValueError, match="one sample a row"):
+        model(tokens, cu_seqlens=torch.tensor([0, 8, 16]), past_key_values=Decoder(model))
+    with pytest.raises(ValueError, match="not a loss"):
+        model(tokens, labels=tokens, past_key_values=Decoder(model))
+    with pytest.raises(ValueError, match="one token for 2 rows"):
+        used.step(tokens[:1, :1])
+    with pytest.raises(ValueError, match="a text that was read"):
+        Decoder(model).step(tokens[:, :1])
+    with pytest.raises(ValueError, match="needs a new token"):
+        used.read(tokens[:, :0])
     full = Decoder(unlimited, max_length=9)
     full.prefill(tokens)
     full.step(tokens[:, :1])

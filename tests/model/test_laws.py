@@ -91,9 +91,11 @@ def test_packed_is_separate(small_model, variant):
     torch.testing.assert_close(packed, torch.cat(separate, dim=1))
 
 
-def test_borders_beyond_the_batch_are_refused(small_model):
-    with pytest.raises(ValueError, match="cu_seqlens ends at 21, beyond 2 x 10 tokens"):
-        small_model()(torch.randint(61, (2, 10)), cu_seqlens=torch.tensor([0, 4, 21]))
+@pytest.mark.parametrize("borders", [[0, 4, 21], [0, 4, 19], [2, 4, 20]])
+def test_borders_that_are_not_the_batch_are_refused(small_model, borders):
+    message = f"cu_seqlens goes from {borders[0]} to {borders[-1]}, not from 0 to 2 x 10 tokens"
+    with pytest.raises(ValueError, match=message):
+        small_model()(torch.randint(61, (2, 10)), cu_seqlens=torch.tensor(borders))
 
 
 @pytest.mark.usefixtures("device")

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from nirvana.model import one_token
 from nirvana.model.decode import Decoder
 from nirvana.model.one_token import OneToken
 
@@ -37,6 +38,16 @@ KINDS = {
 def _where_triton_runs(device):
     if device == "cpu" and not knobs.runtime.interpret:
         pytest.skip("Triton is compiled for the GPU here")
+
+
+def test_adapters_are_not_for_the_kernels(small_model, monkeypatch):
+    monkeypatch.setattr(one_token, "suits_kernels", lambda x: True)
+    model = small_model(**SIZES)
+    assert OneToken.fits(model, 1)
+    assert not OneToken.fits(model, 2)
+    part = model.model.layers[1].updater
+    part.in_proj = torch.nn.utils.parametrizations.weight_norm(part.in_proj)
+    assert not OneToken.fits(model, 1)
 
 
 @pytest.mark.parametrize("length", [1, 30], ids=lambda n: f"after {n}")

@@ -165,6 +165,18 @@ def test_packed_is_separate():
     assert relative(together, alone) < TOLERANCE
 
 
+def test_borders_given_on_the_cpu_are_those_counted_on_the_gpu():
+    config = NirvanaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=3, num_attention_heads=1)
+    x = torch.zeros(2, 9, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [5, 6, 7, 8, 9, 10, 0, 1, 2]])
+    counted = create_masks(config, x, None, None, positions)
+    borders = torch.tensor([0, 3, 8, 15, 18], device="cpu")
+    for given in (None, positions):
+        known = create_masks(config, x, None, None, given, borders)
+        assert torch.equal(known["segments"], counted["segments"])
+        assert torch.equal(known["cu_seqlens"], counted["cu_seqlens"])
+
+
 @pytest.mark.parametrize("n", [1, 64, 130, 259])
 def test_prefill_and_decode_are_forward(n):
     model = make_model().eval()

@@ -11,6 +11,7 @@ A `Decoder` is a cache of the library, too:
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -121,7 +122,7 @@ def _head(model: Any, h: Tensor) -> Tensor:
 
 class Decoder(Cache):
     """Reads a text and then token after token, each step one replayed CUDA graph: for one text of
-    the kernels of `OneToken`, for several of the compiled blocks.
+    the kernels of `OneToken` where they fit, else of the compiled blocks.
 
     On a CPU, and with `compiled=False`, the same without graph and compilation.
 
@@ -140,6 +141,7 @@ class Decoder(Cache):
         self.model, self.config, self.places = model, config, places
         self.compiled = compiled and model.device.type == "cuda"
         self.length = 0
+        self.kind: tuple[int, ...] = ()  # of texts that the states and the graph are for
         self.states: list[_Writing] = []
         self.one: OneToken | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -173,7 +175,7 @@ class Decoder(Cache):
         """
         length = tokens.shape[1]
         if self.config.sliding_window is None and length >= self.places:
-            raise ValueError(f"a text of {length} tokens needs a max_length above {self.places}")
+            raise ValueError(f"a text of {length} tokens needs a max_length above {length}")
         blocks = self.model.model.layers
         states = [_Reading(self.config.sliding_window) for _ in blocks]
         h = None
@@ -190,7 +192,15 @@ class Decoder(Cache):
     @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:
         """Reads one more token of each row, `[B, 1]`; its logits, `[B, V]`, which the next step
-        overwrites."""
+        overwrites.
+
+        Raises:
+            ValueError: for another number of tokens or rows, before any text, and where
+                `max_length` tokens are read.
+        """
+        if self.length == 0 or token.shape != self.token.shape:
+            rows = self.token.shape[0] if self.length else "a text that was read:"
+            raise ValueError(f"a step reads one token for {rows} rows, not {tuple(token.shape)}")
         if self.config.sliding_window is None and self.length >= self.places:
             raise ValueError(f"all of max_length = {self.places} tokens are read")
         self.token.copy_(token)
@@ -204,7 +214,13 @@ class Decoder(Cache):
         return self.logits
 
     def read(self, tokens: Tensor) -> Tensor:
-        """`prefill` where nothing was read, else `step` by `step`: logits of the last token."""
+        """`prefill` where nothing was read, else `step` by `step`: logits of the last token.
+
+        Raises:
+            ValueError: when there is nothing new to read.
+        """
+        if tokens.shape[1] == 0:
+            raise ValueError("a Decoder that has read all of this text needs a new token")
         if self.length == 0:
             return self.prefill(tokens)
         for token in tokens.split(1, dim=1):
@@ -226,7 +242,10 @@ class Decoder(Cache):
     def _keep(self, read: list[_Reading], length: int, batch: int) -> None:
         """Moves the states of the text to where the steps write them."""
         device = self.model.device
-        if self.length == 0 or self.token.shape[0] != batch:
+        triggers = [layer.updater for layer in self.model.model.layers if layer.updater.has_trigger]
+        kind = (batch, *(updater.trigger.enabled for updater in triggers))
+        if self.kind != kind:  # what a graph has recorded does not change with them
+            self.kind = kind
             self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
             self.place = torch.zeros(1, dtype=torch.long, device=device)
             self.count = torch.zeros(1, dtype=torch.long, device=device)
@@ -260,25 +279,21 @@ class Decoder(Cache):
 
     def _capture(self) -> None:
         """Compiles and records a step, and puts back what that changed."""
-        saved = [self.count.clone(), self.place.clone()]
-        names = ("conv", "delta", "memory", "keys", "values")
-        values = [
-            {n: x.clone() for n in names if (x := getattr(s, n)) is not None} for s in self.states
-        ]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        count, place, states = deepcopy((self.count, self.place, self.states))
+        device = self.model.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self._step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.logits = self._step()
-        for state, old in zip(self.states, values, strict=True):
-            for name, x in old.items():
-                getattr(state, name).copy_(x)
-        self.count.copy_(saved[0])
-        self.place.copy_(saved[1])
+        for state, old in zip(self.states, states, strict=True):
+            state.refill(old)
+        self.count.copy_(count)
+        self.place.copy_(place)
 
 
 def _no_masks(positions: Tensor) -> Masks:

@@ -27,13 +27,14 @@ def create_masks(
             `window_attention` finds that out itself: unless a static cache has empty places, or
             padding and borders lie among cached keys.
         cu_seqlens: int32 `[samples + 1]`, the same borders and those of rows for the GPU's kernels;
-            None without segments, and on other devices. What was given for one row is taken as it
-            is; otherwise it is counted on the device, and the host waits for that.
+            None without segments, and on other devices. What was given on the CPU is completed
+            there (`position_ids` beside it must say the same), and what was given for one row is
+            taken as it is; otherwise it is counted on the device, and the host waits for that.
         positions: `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0 again.
 
     Raises:
         ValueError: when padding would come to stand between a sample's cached and new tokens, and
-            for `cu_seqlens` beyond the batch.
+            for `cu_seqlens` that does not go from the batch's first token to its end.
     """
     B, T = inputs_embeds.shape[:2]
     device = inputs_embeds.device
@@ -47,7 +48,7 @@ def create_masks(
     if attention_mask is not None and past_key_values is not None and _may_look():
         _refuse_padding_inside(attention_mask, T)
     new = torch.arange(past, past + T, device=device)
-    border = _borders(attention_mask, position_ids, cu_seqlens, B, T, past)
+    border = _borders(attention_mask, position_ids, cu_seqlens, B, T, past, device)
     segments = None if border is None else border.cumsum(1)
     began = _began(position_ids, new) if num_keys > T else None
     window = None
@@ -73,10 +74,9 @@ def create_masks(
     positions = new[None] if position_ids is None else position_ids
     if position_ids is None and cu_seqlens is not None and border is not None:
         positions = new - (new * border).cummax(1).values
-    alone = attention_mask is None and position_ids is None
     return {
         "segments": segments,
-        "cu_seqlens": _cu_seqlens(border, cu_seqlens if alone and B == 1 else None),
+        "cu_seqlens": _cu_seqlens(border, attention_mask, position_ids, cu_seqlens),
         "window": window,
         "positions": positions,
     }
@@ -114,18 +114,22 @@ def _borders(
     B: int,
     T: int,
     past: int,
+    device: torch.device,
 ) -> Tensor | None:
     """True where a token starts a sample, or padding begins `[B, T]`; None where none does."""
     given = [x for x in (attention_mask, position_ids, cu_seqlens) if x is not None]
     if not given or (T == 1 and past == 0):
         return None
-    border = torch.zeros(B, T, dtype=torch.bool, device=given[0].device)
+    border = torch.zeros(B, T, dtype=torch.bool, device=device)
     if cu_seqlens is not None:
         on_host = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-        if (on_host or _may_look()) and cu_seqlens.max() > B * T:
-            raise ValueError(f"cu_seqlens ends at {int(cu_seqlens.max())}, beyond {B} x {T} tokens")
+        if on_host or _may_look():
+            first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+            if (first, last) != (0, B * T):
+                message = f"cu_seqlens goes from {first} to {last}, not from 0 to {B} x {T} tokens"
+                raise ValueError(message)
         starts = border.new_zeros(B * T + 1)
-        starts[cu_seqlens.long()] = True
+        starts[cu_seqlens.to(device, torch.long)] = True
         border[:, 1:] |= starts[:-1].view(B, T)[:, 1:]
     if position_ids is not None:
         border[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -137,14 +141,33 @@ def _borders(
     return None if _may_look() and not border.any() else border
 
 
-def _cu_seqlens(border: Tensor | None, given: Tensor | None) -> Tensor | None:
+def _cu_seqlens(
+    border: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    given: Tensor | None,
+) -> Tensor | None:
     if border is None or not border.is_cuda or torch.compiler.is_compiling():
         return None
-    if given is None:
-        starts = border.clone()
-        starts[:, 0] = True
-        given = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel())
-    borders = given.int()
+    if given is None or attention_mask is not None:
+        borders = _counted(border)
+    elif given.device.type == "cpu":
+        borders = _completed(given, *border.shape)
+    else:
+        borders = given if position_ids is None and len(border) == 1 else _counted(border)
+    borders = borders.to(border.device, torch.int32)
     # Blocks are compiled once for any number of documents, not again for each.
     torch._dynamo.maybe_mark_dynamic(borders, 0)
     return borders
+
+
+def _counted(border: Tensor) -> Tensor:
+    """Where samples and rows start and end; on a GPU the host waits for it."""
+    starts = border.clone()
+    starts[:, 0] = True
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel())
+
+
+def _completed(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """Where samples and rows start and end, of what may leave out that rows do."""
+    return torch.cat([cu_seqlens, torch.arange(0, B * T + 1, T, device="cpu")]).unique()

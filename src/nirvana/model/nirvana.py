@@ -242,6 +242,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if skip_logits and labels is None:
             raise ValueError("skip_logits leaves nothing to compute without labels")
         if isinstance(past_key_values, Decoder):
+            _refuse_what_a_decoder_ignores(labels, position_ids, **kwargs)
             return self._decode(past_key_values, input_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
@@ -293,7 +294,8 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("a Decoder reads input_ids, not inputs_embeds")
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
-        if mask is not None and decoder.length == 0 and not mask.all():
+        new_text = decoder.length == 0 or input_ids.shape[1] > 1
+        if mask is not None and new_text and not mask.all():
             raise ValueError("a Decoder takes rows of one length, without padding")
         logits = decoder.read(input_ids)[:, None]
         return NirvanaCausalLMOutputWithPast(logits=logits, past_key_values=decoder)
@@ -311,6 +313,20 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if isinstance(past_key_values, Decoder):
             return attention_mask
         return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+
+def _refuse_what_a_decoder_ignores(
+    labels: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> None:
+    packed = cu_seqlens is not None or cu_seq_lens_q is not None
+    if position_ids is not None and position_ids.shape[-1] > 1:
+        packed = packed or bool((position_ids.diff(dim=-1) != 1).any())
+    if packed or labels is not None:
+        raise ValueError("a Decoder reads one sample a row, and gives logits, not a loss")
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

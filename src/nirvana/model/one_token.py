@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.ops import suits_kernels
@@ -46,7 +46,7 @@ class OneToken:
             from nirvana.ops import triton_step
 
             self.window = triton_step.window_scratch(keys[0])
-        self.sides = [torch.cuda.Stream() if weight.is_cuda else None for _ in range(2)]
+        self.sides = [torch.cuda.Stream(weight.device) if weight.is_cuda else None for _ in "ab"]
         self.refresh()
 
     @staticmethod
@@ -56,7 +56,11 @@ class OneToken:
         sizes = config.head_dim in (32, 64, 128) and config.conv_size == 4
         plain = config.branches == "both" and config.trigger_step == "plain"
         gated = config.gate == "trigger" and config.rope_theta is None
-        return batch == 1 and sizes and plain and gated and suits_kernels(model.lm_head.weight)
+        # The kernels read weights; an adapter's or a quantised layer computes more than that.
+        bare = all(type(layer) is nn.Linear for layer in _products(model))
+        embedded = type(model.model.embed_tokens) is nn.Embedding
+        fits = batch == 1 and sizes and plain and gated and bare and embedded
+        return fits and suits_kernels(model.lm_head.weight)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -140,7 +144,17 @@ class OneToken:
     def _join(self) -> None:
         for side in self.sides:
             if side is not None:
-                torch.cuda.current_stream().wait_stream(side)
+                torch.cuda.current_stream(side.device).wait_stream(side)
+
+
+def _products(model: Any) -> Iterator[nn.Module]:
+    """The layers whose weights the kernels read."""
+    yield model.lm_head
+    for layer in model.model.layers:
+        updater = layer.updater
+        yield from (updater.in_proj, updater.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+        if updater.has_trigger:
+            yield from (*updater.window_out, updater.zeta[0], updater.zeta[2], updater.gate_proj)
 
 
 @contextmanager
@@ -149,6 +163,6 @@ def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
     if side is None:
         yield
         return
-    side.wait_stream(torch.cuda.current_stream())
+    side.wait_stream(torch.cuda.current_stream(side.device))
     with torch.cuda.stream(side):
         yield

@@ -139,9 +139,17 @@ def _places(cu_seqlens: Tensor, documents: int) -> _Places:
 
 
 @cache
-def _handle(device: torch.device) -> Any:
+def _handle(device: torch.device, stream: int) -> Any:
+    """One for each stream, so that threads do not turn each other's handle to theirs."""
+    cudnn = import_module("cudnn")
     with torch.cuda.device(device):
-        return import_module("cudnn").create_handle()
+        handle = cudnn.create_handle()
+        cudnn.set_stream(handle=handle, stream=stream)
+    return handle
+
+
+def _current_handle(device: torch.device) -> Any:
+    return _handle(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 class _Graph:
@@ -159,7 +167,7 @@ class _Graph:
             io_data_type=half,
             intermediate_data_type=cudnn.data_type.FLOAT,
             compute_data_type=cudnn.data_type.FLOAT,
-            handle=_handle(shape.device),
+            handle=_current_handle(shape.device),
         )
         self.half = half
         self.tensors: dict[str, Any] = {}
@@ -240,8 +248,6 @@ class _Graph:
 
     def run(self, given: dict[str, Tensor], cu_seqlens: Tensor | None) -> None:
         device = self.shape.device
-        handle, stream = _handle(device), torch.cuda.current_stream(device)
-        self.cudnn.set_stream(handle=handle, stream=stream.cuda_stream)
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
         pack = {
             self.tensors[name]: x if name == "lse" else x.transpose(1, 2)
@@ -251,7 +257,8 @@ class _Graph:
             places = _places(cu_seqlens, self.shape.documents)
             pack[self.lengths] = places.lengths
             pack |= {tensor: places.of_row(row) for row, tensor in self.starts.items()}
-        self.graph.execute(pack, workspace, handle=handle)
+        with torch.cuda.device(device):
+            self.graph.execute(pack, workspace, handle=_current_handle(device))
 
 
 @lru_cache(maxsize=32)

@@ -117,7 +117,9 @@ def delta_kernel(
     v = tl.load(mixed + 2 * D + head * K + j)
     beta = tl.sigmoid(tl.load(x + 4 * D + head).to(tl.float32))
     step = tl.load(x + 4 * D + H + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    step = tl.where(step > 20, step, tl.log(1 + tl.exp(tl.minimum(step, 20.0))))  # softplus
+    # Softplus; where 1 + exp(step) is 1 but for its last digits, exp(step) is all there is.
+    small, middle = tl.exp(step), tl.log(1 + tl.exp(tl.minimum(step, 20.0)))
+    step = tl.where(step > 20, step, tl.where(step < -10, small, middle))
     S *= tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
     S += k[:, None] * (beta * (v - tl.sum(S * k[:, None], 0)))[None, :]
     tl.store(o + head * K + j, tl.sum(S * q[:, None], 0))
@@ -161,7 +163,7 @@ def move_kernel(
     factor = tl.load(factors + part * RANK + r, r < RANK, 0.0).to(tl.float32)
     y = tl.load(x + part * D + c, c < D, 0.0).to(tl.float32) + tl.sum(factor[:, None] * tile, 0)
     place = (tl.load(count) % PLACES).to(tl.int32)
-    ring = (c // K * PLACES + place) * K + c % K
+    ring = ((c // K).to(tl.int64) * PLACES + place) * K + c % K
     if part == 0:
         tl.store(q + c, y, c < D)
     elif part == 1:
@@ -174,7 +176,7 @@ def move_kernel(
 def attention_kernel(
     q, keys, values, count, o, most, total, PLACES, scale, K: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    head, split = tl.program_id(0), tl.program_id(1)
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, i = split * KEYS + tl.arange(0, KEYS), tl.arange(0, K)
     real = (n < PLACES) & (n <= tl.load(count))
     near = (head * PLACES + n)[:, None] * K + i[None, :]
@@ -192,13 +194,22 @@ def attention_kernel(
 
 @triton.jit
 def combine_kernel(o, most, total, out, SPLITS, K: tl.constexpr, PADDED: tl.constexpr):
-    head, s, i = tl.program_id(0), tl.arange(0, PADDED), tl.arange(0, K)
-    at = head * SPLITS + s
-    top = tl.load(most + at, s < SPLITS, float("-inf"))
-    share = tl.exp(top - tl.max(top, 0))
-    parts = tl.load(o + at[:, None] * K + i[None, :], (s < SPLITS)[:, None], 0.0)
-    length = tl.sum(share * tl.load(total + at, s < SPLITS, 0.0), 0)
-    tl.store(out + head * K + i, tl.sum(share[:, None] * parts, 0) / length)
+    head, s, i = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED), tl.arange(0, K)
+    largest = tl.max(tl.load(most + head * SPLITS + s, s < SPLITS, NEVER), 0)
+    for first in range(PADDED, SPLITS, PADDED):
+        at = first + s
+        largest = tl.maximum(
+            largest, tl.max(tl.load(most + head * SPLITS + at, at < SPLITS, NEVER), 0)
+        )
+    length, sums = tl.zeros((), tl.float32), tl.zeros((K,), tl.float32)
+    for first in range(0, SPLITS, PADDED):
+        at = head * SPLITS + first + s
+        real = first + s < SPLITS
+        share = tl.exp(tl.load(most + at, real, NEVER) - largest)
+        length += tl.sum(share * tl.load(total + at, real, 0.0), 0)
+        parts = tl.load(o + at[:, None] * K + i[None, :], real[:, None], 0.0)
+        sums += tl.sum(share[:, None] * parts, 0)
+    tl.store(out + head * K + i, sums / length)
 
 
 @triton.jit
@@ -377,7 +388,7 @@ def window(
     splits = blocks(places, KEYS)
     given = (scratch["q"], keys, values, count, *parts, places, K**-0.5)
     launch(attention_kernel, (H, splits), *given, K=K, KEYS=KEYS)
-    padded = _padded(splits)
+    padded = min(64, _padded(splits))
     launch(combine_kernel, (H,), *parts, out, splits, K=K, PADDED=padded)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -90,10 +91,12 @@ class LanguageTask(Task):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy, in nats, of the tokens that follow in the same document."""
+        borders = _borders(batch["position_ids"])  # on the CPU: a GPU need not be waited for
         batch = self._on_device(batch)
         output = self.model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
+            cu_seqlens=borders,
             labels=batch["labels"],
             shift_labels=batch["labels"],
             skip_logits=True,
@@ -181,6 +184,12 @@ class LanguageTask(Task):
             name: value.pin_memory().to(self.device, non_blocking=True)
             for name, value in batch.items()
         }
+
+
+def _borders(position_ids: Tensor) -> Tensor:
+    """Where samples and rows `[B, T]` start and end in the batch laid out as one row."""
+    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).int()
 
 
 def train(
