@@ -254,6 +254,8 @@ def test_two_processes_compute_what_one_computes(config, tmp_path):
         (["--data.center_fractions", "[0.1, 0.2]"], "1 numbers, one for each acceleration"),
         (["--data.coils", "[]"], "data.coils"),
         (["--codec.vit_dim", "10"], "vit_dim = 10"),
+        (["--codec.vit_dim", "12", "--codec.vit_stem", "convolutions"], "multiple of 8"),
+        (["--codec.vit_stem", "pools"], "codec.vit_stem"),
         (["--codec.cascade_features", "[1, 0]"], "cascade_features"),
         (["--codec.unet", "instance"], "must be 6 numbers"),
         (["--codec.backbone", "huge"], "codec.backbone"),
