@@ -151,6 +151,7 @@ def config_of(
             vit_dim=study.vit_dim,
             vit_depth=study.vit_depth,
             vit_heads=study.vit_heads,
+            vit_stem="convolutions",
         ),
         simulation=SIMULATION,
         optim=OptimConfig(lr=study.lr, min_lr=study.lr / 20, warmup_steps=study.steps // 20),

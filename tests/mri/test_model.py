@@ -1,5 +1,6 @@
 """The codec: data consistency, scale, any size and number of coils, saving and loading."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from nirvana import InputError
 from nirvana.model.backbone import fingerprint, load_backbone
 from nirvana.mri.baselines import zero_filled
-from nirvana.mri.codec import CodecConfig, pad_to_patches
+from nirvana.mri.codec import PATCH, CodecConfig, PatchEncoder, convolutional_stem, pad_to_patches
 from nirvana.mri.codec import crop as crop_patches
 from nirvana.mri.metrics import score
 from nirvana.mri.model import CodecModel, load_codec, save_codec
@@ -42,10 +43,11 @@ INSTANCE = replace(
     params=[
         SMALL,
         INSTANCE,
+        replace(SMALL, vit_stem="convolutions"),
         replace(SMALL, correction="unet"),
         replace(SMALL, correction="none", encoder_cascades=0),
     ],
-    ids=["residual", "instance", "unet", "varnet"],
+    ids=["residual", "instance", "stem", "unet", "varnet"],
 )
 def small_codec(request) -> CodecModel:
     model = CodecModel(request.param, None).eval()
@@ -175,9 +177,58 @@ def test_patch_padding_is_undone(size):
     assert torch.equal(crop_patches(padded, padding), image)
 
 
-@pytest.mark.parametrize("backbone", ["none", "nirvana", "transformer"])
-def test_save_and_load(tmp_path, backbone):
-    config = replace(SMALL, backbone=backbone)
+@pytest.mark.parametrize("stem", ["patches", "convolutions"])
+def test_tokens_lie_where_their_patches_do(stem):
+    """What moves by a patch moves by a place in the stem's map, but for the first row and column,
+    which padding may reach."""
+    stem = PatchEncoder(replace(SMALL, vit_stem=stem), 8).patches
+    image = torch.zeros(1, 2, 96, 128)
+    image[..., 32:48, 48:64] = torch.randn(1, 2, PATCH, PATCH)
+    vectors = stem(image)
+    assert vectors.shape == (1, 8, 6, 8)
+    moved = stem(image.roll((PATCH, -PATCH), (2, 3)))
+    torch.testing.assert_close(moved[..., 2:, 1:-1], vectors[..., 1:-1, 2:])
+    assert (vectors[..., 2, 3] - vectors[..., 4, 5]).abs().max() > 1e-3
+
+
+def test_convolutions_see_the_patch_and_fifteen_pixels_before_it():
+    stem = convolutional_stem(16)
+    convolutions = [layer for layer in stem.children() if isinstance(layer, torch.nn.Conv2d)]
+    image = torch.randn(1, 2, 96, 128, requires_grad=True)
+    torch.nn.Sequential(*convolutions)(image)[0, 0, 2, 3].backward()
+    assert image.grad is not None
+    rows, columns = image.grad[0].abs().sum(0).nonzero().T
+    assert (rows.min(), rows.max()) == (32 - 15, 47)
+    assert (columns.min(), columns.max()) == (48 - 15, 63)
+
+
+def test_a_codec_from_before_the_stem_reads_patches(tmp_path):
+    model = CodecModel(SMALL, None).eval()
+    save_codec(model, tmp_path / "codec")
+    path = tmp_path / "codec" / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["codec"].pop("vit_stem") == "patches"
+    path.write_text(json.dumps(saved))
+    loaded = load_codec(tmp_path / "codec")
+    kspace, mask = kspace_of(1, 2, 32, 48), sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    assert torch.equal(loaded.reconstruct(kspace, mask), model.reconstruct(kspace, mask))
+    saved["codec"]["vit_stem"] = "convolutions"
+    path.write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=r"do not fit its config\.json: encoder\.patches"):
+        load_codec(tmp_path / "codec")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem"),
+    [
+        ("none", "patches"),
+        ("nirvana", "patches"),
+        ("transformer", "patches"),
+        ("none", "convolutions"),
+    ],
+)
+def test_save_and_load(tmp_path, backbone, stem):
+    config = replace(SMALL, backbone=backbone, vit_stem=stem)
     model = CodecModel(config, load_backbone(backbone)).eval()
     save_codec(model, tmp_path / "codec")
     loaded = load_codec(tmp_path / "codec")

@@ -17,7 +17,7 @@ from nirvana.mri.lesions import SEQUENCES, TYPES, LesionSettings
 from nirvana.mri.model import CodecModel, save_codec
 from nirvana.mri.physics import Sampling, fft2c, sampling_mask
 from nirvana.mri.report.encode import View, encode, encode_scan, to_grid, view_of
-from nirvana.mri.report.grammar import NORMAL, SLOTS, WORDINGS, Facts, parse_wording, rounded, write
+from nirvana.mri.report.grammar import SLOTS, WORDINGS, Facts, parse_wording, rounded, write
 from nirvana.mri.report.heads import GRID, PIXEL, load_heads, save_heads
 from nirvana.mri.report.reporter import (
     CHOICES,
@@ -26,9 +26,10 @@ from nirvana.mri.report.reporter import (
     report_loss,
     save_reporter,
 )
-from nirvana.mri.report.samples import IGNORE, LENGTHS, Scanner, report_batch, report_tokens
+from nirvana.mri.report.samples import Scanner, report_batch
 from nirvana.mri.report.train import ReportConfig, ReportSection, patches, train_reporter
 from nirvana.mri.simulate import Simulation
+from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import OptimConfig, RunConfig
 
 SCANNER = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
@@ -83,29 +84,16 @@ def test_samples_say_what_was_painted():
     assert wordings == {0, 1, 3}
 
 
-def test_labels_are_the_next_tokens(reporter):
-    ids, labels = report_tokens(reporter.tokenizer, [write(NORMAL, 0), write(MASS, 0)])
-    assert ids.shape == labels.shape
-    said = reporter.tokenizer.decode(labels[1][labels[1] != IGNORE])
-    assert said == f" {write(MASS, 0)}{reporter.tokenizer.eos_token}"
-    kept = ids[1] != reporter.tokenizer.pad_token_id
-    assert reporter.tokenizer.decode(ids[1][kept]) == f"Report: {write(MASS, 0)}"
-    assert ids.shape[1] % LENGTHS == 0
-    after = (labels[:, :-1] != IGNORE) & (ids[:, 1:] != reporter.tokenizer.pad_token_id)
-    assert torch.equal(labels[:, :-1][after], ids[:, 1:][after])
-
-
 @torch.inference_mode()
 def test_probabilities_from_the_cache_are_those_of_the_whole_text(reporter, tokens):
     """Every alternative in full through the backbone, without a cache."""
-    tokenizer = reporter.tokenizer
     for slot, wording in (("side", 0), ("size", 3), ("type", 2)):
         options = [replace(MASS, **{slot: value}) for value in CHOICES[slot]]
         fast = reporter._compare(reporter._start(tokens), [options] * 3, slot, wording)
         slow = []
         for facts in options:
             length = len(reporter._beginning(facts, slot, wording))
-            ids, labels = report_tokens(tokenizer, [write(facts, wording)] * 3)
+            ids, labels = reporter.targets([write(facts, wording)] * 3, tokens.device)
             first = int((labels[0] != IGNORE).nonzero()[0])
             logits = reporter.model.specialist(tokens, ids).logits.log_softmax(-1)
             part = slice(first, first + length)
@@ -148,7 +136,7 @@ def test_a_batch_reads_as_its_slices_alone(reporter, tokens):
 def test_free_writing_is_greedy(reporter, tokens):
     """The cached tokens are those of the whole text read again at every step."""
     written = reporter.write(tokens[:1], max_tokens=6)[0]
-    ids = reporter.tokenizer("Report:", add_special_tokens=False, return_tensors="pt").input_ids
+    ids = torch.tensor([reporter.targets.before])
     start = ids.shape[1]
     for _ in range(6):
         with torch.no_grad():
@@ -180,7 +168,7 @@ def test_only_the_encoder_learns(reporter):
     batch = batch_of(2)
     scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
     found = encode(reporter.model, *scan)[0]
-    report_loss(reporter.model, reporter.tokenizer, found, batch.reports).backward()
+    report_loss(reporter.model, reporter.targets, found, batch.reports).backward()
     moved = {name for name, p in reporter.model.named_parameters() if p.grad is not None}
     reporter.model.zero_grad(set_to_none=True)
     assert {name.split(".")[0] for name in moved} == {"sensitivities", "encoder", "specialist"}

@@ -16,9 +16,8 @@ from nirvana.mri.data import SlicePool, simulate_batch
 from nirvana.mri.model import load_codec
 from nirvana.mri.physics import Sampling, rss
 from nirvana.mri.physics import ifft2c as to_image
-from nirvana.mri.settings import StageSection
 from nirvana.mri.simulate import Simulation
-from nirvana.mri.train import ReconstructionTask, ReportTargets, expand, train
+from nirvana.mri.train import ReconstructionTask, expand, train
 
 CONFIG = """
 [data]
@@ -203,21 +202,6 @@ def test_wrong_reports_are_named(config, tmp_path, line, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_report_targets_ask_for_the_report_and_its_end():
-    targets = ReportTargets("default", StageSection(prompt="Report: ", report_tokens=3))
-    text, labels = targets(["No lesion.", "a"], torch.device("cpu"))
-    before = 1 + len(targets.prompt)
-    assert text.shape == labels.shape
-    assert (text[:, 0] == targets.bos).all()
-    assert (labels[:, :before] == -100).all()
-    assert labels[0, before:].tolist() == [*targets.encode(["No lesion."])[0][:3], targets.eos]
-    short = targets.encode(["a"])[0]
-    assert labels[1, before : before + len(short) + 1].tolist() == [*short, targets.eos]
-    assert (labels[1, before + len(short) + 1 :] == -100).all()
-    asked = labels != -100
-    assert torch.equal(text[asked], labels[asked])
-
-
 def test_a_changed_backbone_is_noticed(config, monkeypatch):
     """Frozen means bit-equal: a run that changes the backbone does not end well."""
     loss = ReconstructionTask.loss
@@ -270,6 +254,8 @@ def test_two_processes_compute_what_one_computes(config, tmp_path):
         (["--data.center_fractions", "[0.1, 0.2]"], "1 numbers, one for each acceleration"),
         (["--data.coils", "[]"], "data.coils"),
         (["--codec.vit_dim", "10"], "vit_dim = 10"),
+        (["--codec.vit_dim", "12", "--codec.vit_stem", "convolutions"], "multiple of 8"),
+        (["--codec.vit_stem", "pools"], "codec.vit_stem"),
         (["--codec.cascade_features", "[1, 0]"], "cascade_features"),
         (["--codec.unet", "instance"], "must be 6 numbers"),
         (["--codec.backbone", "huge"], "codec.backbone"),

@@ -7,6 +7,7 @@ middle (`physics.to_columns`), which spares a copy of all coils before and after
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -38,6 +39,8 @@ class CodecConfig:
         encoder_cascades: E2E-VarNet cascades before the tokens.
         image_cascades: cascades after the image decoder.
         vit_dim, vit_depth, vit_heads: the ViT that reads patches of 16 x 16 pixels.
+        vit_stem: what makes vectors of the patches: "patches", one linear map of each, or
+            "convolutions", see `convolutional_stem`.
         decoder_features: channels of the image decoder at four levels, down to 1/16 ("residual") or
             1/8 ("instance") of the resolution.
         unet_features: of the U-Net of correction "unet".
@@ -55,6 +58,7 @@ class CodecConfig:
     vit_dim: int = 128
     vit_depth: int = 2
     vit_heads: int = 4
+    vit_stem: Literal["patches", "convolutions"] = "patches"
     decoder_features: tuple[int, ...] = (16, 32, 48, 64)
     unet_features: tuple[int, ...] = (32, 64, 128, 256)
     token_dim: int = 192
@@ -70,6 +74,10 @@ class CodecConfig:
         if self.vit_dim % 4 or self.vit_dim % self.vit_heads:
             raise InputError(
                 f"codec.vit_dim = {self.vit_dim} must be a multiple of 4 and of vit_heads"
+            )
+        if self.vit_stem == "convolutions" and self.vit_dim % 8:
+            raise InputError(
+                f"codec.vit_dim = {self.vit_dim} must be a multiple of 8 with convolutions as stem"
             )
         if self.correction != "tokens" and self.backbone != "none":
             raise InputError(
@@ -189,7 +197,8 @@ class Cascade(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """ViT (Dosovitskiy et al., arXiv 2010.11929): patches of 16 x 16 to tokens of size D.
+    """ViT (Dosovitskiy et al., arXiv 2010.11929): patches of 16 x 16 to tokens of size D, with
+    either of two stems.
 
     Positions are sines and cosines of row and column, so any number of patches will do.
     """
@@ -197,7 +206,11 @@ class PatchEncoder(nn.Module):
     def __init__(self, config: CodecConfig, token_dim: int):
         super().__init__()
         dim = config.vit_dim
-        self.patches = nn.Conv2d(2, dim, PATCH, stride=PATCH)
+        self.patches = (
+            convolutional_stem(dim)
+            if config.vit_stem == "convolutions"
+            else nn.Conv2d(2, dim, PATCH, stride=PATCH)
+        )
         layer = nn.TransformerEncoderLayer(
             dim,
             config.vit_heads,
@@ -217,6 +230,24 @@ class PatchEncoder(nn.Module):
         positions = _sincos(x.shape[2], x.shape[3], x.shape[1], x.device)
         x = self.blocks(x.flatten(2).mT + positions)
         return self.projection(self.norm(x))
+
+
+def convolutional_stem(dim: int) -> nn.Module:
+    """3 x 3 convolutions of stride 2 (Xiao et al., arXiv 2106.14881), image `[B, 2, H, W]` to
+    `[B, dim, H/16, W/16]`: a vector is of its patch and of the 15 rows above and columns left of
+    it.
+
+    Each image is normalised alone; with the paper's batch normalisation a slice's tokens would
+    depend on the slices trained beside it.
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise((2, dim // 8, dim // 4, dim // 2, dim)):
+        layers += [
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.GroupNorm(1, after),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
 
 
 def token_map(hidden: Tensor, height: int) -> Tensor:

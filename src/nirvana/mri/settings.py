@@ -5,6 +5,7 @@ from typing import Literal
 
 from nirvana.mri.codec import CodecConfig
 from nirvana.mri.physics import MaskKind, Sampling
+from nirvana.mri.report.targets import PROMPT
 from nirvana.mri.simulate import Simulation
 from nirvana.train.config import OptimConfig, ParallelConfig, RunConfig, require
 
@@ -54,7 +55,7 @@ class StageSection:
     # image, the encoder frozen; "joint": everything at once
     name: Literal["1", "2", "joint"] = "joint"
     initial: str = ""  # folder of a codec to begin with: for stage 2 that of stage 1
-    prompt: str = "Report: "  # what the backbone reads before the report, after the image
+    prompt: str = PROMPT  # what the backbone reads between image and report; a blank follows it
     report_tokens: int = 128  # longer reports are cut off there
     text_weight: float = 0.1  # of the reports' cross-entropy in the joint loss, with data.reports
     ssim_weight: float = 1.0  # of 1 - SSIM in the loss

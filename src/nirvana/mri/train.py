@@ -21,9 +21,9 @@ from nirvana.mri.measured import SUFFIXES, ScanPool
 from nirvana.mri.metrics import score
 from nirvana.mri.model import CodecModel, load_codec, save_codec
 from nirvana.mri.physics import Sampling
-from nirvana.mri.settings import MriConfig, StageSection
+from nirvana.mri.report.targets import ReportTargets, report_entropy
+from nirvana.mri.settings import MriConfig
 from nirvana.mri.simulate import simulate_scan
-from nirvana.text import text_encoder
 from nirvana.train import checkpoint
 from nirvana.train.config import load_config, to_dict
 from nirvana.train.loop import Outcome, fit
@@ -31,7 +31,6 @@ from nirvana.train.parallel import shard
 from nirvana.train.task import Task
 from nirvana.train.world import World, join
 
-IGNORE = -100
 ENCODER = ("sensitivities.", "encoder_cascades.", "encoder.", "specialist.")
 
 
@@ -62,7 +61,7 @@ class ReconstructionTask(Task):
         self.files = expand(data.train) if pool is None else [Path(name) for name in data.train]
         reports = read_reports(data.reports) if data.reports else None
         self.pool = pool or _pool(self.files, device, config, reports)
-        self.targets = ReportTargets(config.codec.weights, config.stage) if data.reports else None
+        self.targets = _targets(config) if data.reports else None
         self.model: nn.Module = _initial(config).to(device)
         _trained(self.model, config.stage.name)
         self.frozen_before = self._backbone_bits()
@@ -111,12 +110,7 @@ class ReconstructionTask(Task):
         else:
             text, labels = self.targets(batch.reports, self.device)
             image, logits = self.model(*batch.inputs, text=text, image=stage.name == "joint")
-            with torch.autocast(self.device.type, enabled=False):
-                entropy = F.cross_entropy(
-                    logits[:, :-1].float().flatten(0, 1),
-                    labels[:, 1:].flatten(),
-                    ignore_index=IGNORE,
-                )
+            entropy = report_entropy(logits, labels)
             total = entropy if stage.name == "1" else stage.text_weight * entropy
             terms["report_nats"] = entropy.detach()
         if image is not None:
@@ -208,32 +202,6 @@ class ReconstructionTask(Task):
         save_codec(model, folder, self.config.run.export_dtype)  # type: ignore[arg-type]
 
 
-class ReportTargets:
-    """Reports as token ids: [BOS, prompt, report, EOS], and labels for the report and its end.
-
-    Args:
-        weights: of the backbone, beside which its tokenizer lies.
-        stage: prompt and longest report.
-    """
-
-    def __init__(self, weights: str, stage: StageSection):
-        tokenizer = load_tokenizer(weights)
-        self.encode = text_encoder(tokenizer)
-        self.bos, self.eos = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        self.prompt, self.longest = self.encode([stage.prompt])[0], stage.report_tokens
-
-    def __call__(self, reports: Iterable[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Ids and labels, each `[B, M]`; labels are -100 where nothing is asked."""
-        answers = [[*ids[: self.longest], self.eos] for ids in self.encode(list(reports))]
-        before = [self.bos, *self.prompt]
-        longest = max(map(len, answers))
-        text = [[*before, *ids, *[self.eos] * (longest - len(ids))] for ids in answers]
-        labels = [
-            [*[IGNORE] * len(before), *ids, *[IGNORE] * (longest - len(ids))] for ids in answers
-        ]
-        return torch.tensor(text, device=device), torch.tensor(labels, device=device)
-
-
 class _Captured(nn.Module):
     """A module of its own for each graph, because capturing replaces the module's forward."""
 
@@ -254,6 +222,11 @@ def _pool(
     if any(measured):
         raise InputError("data.train: either scans (.h5) or image volumes, not both in one run")
     return SlicePool.read(files, device, reports=reports)
+
+
+def _targets(config: MriConfig) -> ReportTargets:
+    tokenizer = load_tokenizer(config.codec.weights)
+    return ReportTargets(tokenizer, config.stage.prompt, config.stage.report_tokens)
 
 
 def _initial(config: MriConfig) -> CodecModel:

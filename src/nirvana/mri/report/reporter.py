@@ -30,7 +30,7 @@ from nirvana.mri.report.grammar import (
     pieces,
     write,
 )
-from nirvana.mri.report.samples import IGNORE, prompt_tokens, report_tokens
+from nirvana.mri.report.targets import ReportTargets, report_entropy
 
 DISCLAIMER = "Research software, not for diagnosis."
 ABOUT = "report.json"
@@ -81,13 +81,13 @@ class Reading:
 
 
 def report_loss(
-    model: CodecModel, tokenizer: Any, tokens: Tensor, reports: Sequence[str]
+    model: CodecModel, targets: ReportTargets, tokens: Tensor, reports: Sequence[str]
 ) -> Tensor:
     """Mean cross-entropy of the reports' tokens after the image's tokens `[B, N, D]`: stage 1."""
-    ids, labels = (x.to(tokens.device) for x in report_tokens(tokenizer, reports))
+    ids, labels = targets(reports, tokens.device)
     logits = model.specialist(tokens, ids).logits
     assert logits is not None
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    return report_entropy(logits, labels)
 
 
 class Reporter:
@@ -109,6 +109,7 @@ class Reporter:
         self.model = model
         self.backbone = model.backbone
         self.tokenizer = tokenizer
+        self.targets = ReportTargets(tokenizer)
         self.threshold = threshold
         self.wording = wording
 
@@ -159,15 +160,14 @@ class Reporter:
         """What the model writes by itself after image tokens `[B, N, D]`: the most probable token,
         again and again, until the text ends."""
         cache = self._start(tokens)
-        last = prompt_tokens(self.tokenizer)[-1]
-        ids = torch.full((len(tokens), 1), last, device=tokens.device)
+        ids = torch.full((len(tokens), 1), self.targets.before[-1], device=tokens.device)
         written = []
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for _ in range(max_tokens):
             logits = self.backbone(input_ids=ids, past_key_values=cache, use_cache=True).logits
             ids = logits[:, -1:].argmax(-1)
-            ids[done] = self.tokenizer.eos_token_id
-            done |= ids[:, 0] == self.tokenizer.eos_token_id
+            ids[done] = self.targets.end
+            done |= ids[:, 0] == self.targets.end
             if done.all():
                 break
             written.append(ids)
@@ -177,10 +177,10 @@ class Reporter:
         ]
 
     def _start(self, tokens: Tensor) -> DynamicCache:
-        """The cache after start, image, end and the prompt but for its last token."""
+        """The cache after start, image, end and what stands before a report but its last token."""
         specialist = self.model.specialist
         B = len(tokens)
-        words = torch.tensor([prompt_tokens(self.tokenizer)[:-1]], device=tokens.device)
+        words = torch.tensor([self.targets.before[:-1]], device=tokens.device)
         embeds = torch.cat(
             [
                 specialist.start.expand(B, 1, -1),
@@ -199,13 +199,12 @@ class Reporter:
     ) -> list[list[float]]:
         """Probabilities of alternatives that differ in one fact, for each slice."""
         texts = [self._beginning(facts, slot, wording) for row in options for facts in row]
-        last = prompt_tokens(self.tokenizer)[-1]
         longest = max(map(len, texts))
         padded = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
         length = torch.tensor([len(text) for text in texts])
         device = self.model.specialist.start.device
         padded, length = padded.to(device), length.to(device)
-        ids = F.pad(padded[:, :-1], (1, 0), value=last)
+        ids = F.pad(padded[:, :-1], (1, 0), value=self.targets.before[-1])
         each = len(options[0])
         branches = copy.deepcopy(cache)
         rows: Any = torch.arange(len(options), device=device).repeat_interleave(each)
@@ -224,7 +223,7 @@ class Reporter:
         text = " " + "".join(part for _, part in parts)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if not facts.finding:
-            return [*encoded.input_ids, self.tokenizer.eos_token_id]
+            return [*encoded.input_ids, self.targets.end]
         number = next(i for i, (name, _) in enumerate(parts) if name == slot)
         end = 1 + sum(len(part) for _, part in parts[: number + 1])
         # A blank alone leads to the next fact, whose words are not decided yet.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -21,10 +20,6 @@ from nirvana.mri.physics import Sampling, calibration_columns, ifft2c, rss
 from nirvana.mri.report.grammar import NORMAL, Facts, rounded, write
 from nirvana.mri.report.heads import Heads
 from nirvana.mri.simulate import Simulation, simulate
-
-PROMPT = "Report:"
-IGNORE = -100
-LENGTHS = 32  # text is padded to multiples of it: kernels are tuned, or compiled, for every length
 
 
 @dataclass(frozen=True)
@@ -133,28 +128,3 @@ def undersampled(batch: ReportBatch, mask: Tensor) -> ReportBatch:
         calibration=calibration_columns(mask).to(device),
         scale=rss(ifft2c(kspace)).amax((-2, -1)).clamp(min=torch.finfo(torch.float32).tiny),
     )
-
-
-def prompt_tokens(tokenizer: Any) -> list[int]:
-    """What stands between the image and every report."""
-    return tokenizer(PROMPT, add_special_tokens=False).input_ids
-
-
-def report_tokens(tokenizer: Any, reports: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Prompt and reports as a model reads them, and what it is to predict.
-
-    Returns: ids `[B, M]`, padded at the end, and labels `[B, M]`: the token after each place, the
-        end of text after the last one, `IGNORE` where that is the prompt's or padding.
-    """
-    prompt = prompt_tokens(tokenizer)
-    texts = tokenizer([" " + report for report in reports], add_special_tokens=False).input_ids
-    longest = len(prompt) + max(len(ids) for ids in texts)
-    longest += -longest % LENGTHS
-    rows, labels = [], []
-    for ids in texts:
-        row = prompt + ids
-        padding = longest - len(row)
-        rows.append(row + [tokenizer.pad_token_id] * padding)
-        wanted = [*ids, tokenizer.eos_token_id]
-        labels.append([IGNORE] * (len(prompt) - 1) + wanted + [IGNORE] * padding)
-    return torch.tensor(rows), torch.tensor(labels)

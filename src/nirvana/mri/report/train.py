@@ -20,6 +20,7 @@ from nirvana.mri.report.grammar import WORDINGS
 from nirvana.mri.report.heads import load_heads
 from nirvana.mri.report.reporter import Reporter, report_loss, save_reporter
 from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
+from nirvana.mri.report.targets import ReportTargets
 from nirvana.mri.simulate import Simulation
 from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
 from nirvana.train.loop import Outcome, fit
@@ -100,6 +101,7 @@ class ReportTask(Task):
         if backbone is None:
             raise InputError("codec.backbone = 'none' has no words; reports need a language model")
         self.tokenizer: Any = load_tokenizer(config.codec.weights)
+        self.targets = ReportTargets(self.tokenizer)
         self.learner = Learner(CodecModel(config.codec, backbone)).to(device)
         self.model: nn.Module = self.learner
         self.units_per_step = config.data.batch_size * config.optim.accumulation
@@ -141,7 +143,7 @@ class ReportTask(Task):
         data, codec = self.config.data, self.learner.codec
         scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
         tokens, image = encode(codec, *scan)
-        words = report_loss(codec, self.tokenizer, tokens, batch.reports)
+        words = report_loss(codec, self.targets, tokens, batch.reports)
         wanted = patches(batch.coverage)
         seen = self.learner.place(tokens)[..., 0]
         with torch.autocast(seen.device.type, enabled=False):
