@@ -2,30 +2,25 @@
 
     python benchmarks/train.py --preset 1.3b --out benchmarks/results/train-1.3b [--key value ...]
 
-Documents are random words whose number is log-normal, as in web text (a median of 400, a mean of
-800 words); what they say does not matter to the time. OUT gets `metrics.jsonl` of the run
-and `summary.json`: median tokens per second, MFU and peak memory, without the first tenth of the
-steps, in which blocks are compiled. Whatever else is given overrides a setting of
-`configs/PRESET.toml`.
+OUT gets `metrics.jsonl` of the run and `summary.json`: median tokens per second, MFU and peak
+memory, without the first tenth of the steps, in which blocks are compiled. Whatever else is given
+overrides a setting of `configs/PRESET.toml`.
 """
 
 import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
+from recipe import configuration, overrides, write_shards
 
+from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.train.language import train
-from nirvana.train.tokenize import tokenize
-
-ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "src/nirvana/assets/tiny"
-NUM_DOCUMENTS = 4000
 
 
 def main() -> None:
@@ -35,26 +30,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
-    options, overrides = parser.parse_known_args()
+    options, others = parser.parse_known_args()
+    path = configuration(options.preset)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_documents(folder / "text.jsonl")
-        tokenize([folder / "text.jsonl"], folder / "shards", TOKENIZER)
-        settings = {
-            "data.train": f'{{ random = "{folder / "shards"}" }}',
-            "data.valid": "{}",
-            "data.weights": "{}",
-            "data.batch_size": options.batch_size,
-            "data.sample_prompts": "[]",
-            "optim.accumulation": options.accumulation,
-            "optim.warmup_steps": max(1, options.steps // 10),
-            "run.steps": options.steps,
-            "run.checkpoint_interval": 0,
-            "run.validation_interval": 0,
-            "run.out": folder / "run",
-        }
-        arguments = [f"--{key}={value}" for key, value in settings.items()]
-        train(ROOT / "configs" / f"{options.preset}.toml", [*arguments, *overrides])
+        settings = overrides(
+            write_shards(folder),
+            folder / "run",
+            options.steps,
+            max(1, options.steps // 10),
+            options.batch_size,
+            options.accumulation,
+        )
+        train(path, [*settings, *others])
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "run/metrics.jsonl", options.out / "metrics.jsonl")
         config = json.loads((folder / "run/config.json").read_text())
@@ -67,15 +55,6 @@ def main() -> None:
     )
     write_json(options.out / "summary.json", summary)
     print(json.dumps(summary, indent=2))
-
-
-def write_documents(path: Path) -> None:
-    """Random words, the same at every call."""
-    random = np.random.default_rng(0)
-    words = (TOKENIZER / "README.md").read_text(encoding="utf-8").split()
-    with open(path, "w", encoding="utf-8") as file:
-        for length in random.lognormal(np.log(400), 1.18, NUM_DOCUMENTS).astype(int) + 1:
-            file.write(json.dumps({"text": " ".join(random.choice(words, length))}) + "\n")
 
 
 def summarize(metrics: Path, steps: int) -> dict[str, float]:
@@ -95,4 +74,8 @@ def summarize(metrics: Path, steps: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,5 +1,6 @@
 """Training a language model from token shards."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def train(
     overrides: list[str] | None = None,
     resume: bool = False,
     accept_changes: bool = False,
+    make_task: Callable[[LanguageConfig, torch.device], LanguageTask] = LanguageTask,
 ) -> Outcome:
     """Trains a language model as a configuration file says, alone or under torchrun.
 
@@ -205,6 +207,7 @@ def train(
         overrides: `["--optim.lr", "1e-3", ...]`.
         resume: continue the newest checkpoint in `run.out`.
         accept_changes: also when settings or data are not those of the checkpoint.
+        make_task: builds the task; one that also measures, for example.
 
     Raises:
         InputError: for whatever is wrong in the configuration, the data or the run's folder.
@@ -212,7 +215,7 @@ def train(
     config = load_config(LanguageConfig, config_path, overrides)
     with join(config.run.device) as world:
         torch.manual_seed(config.run.seed)
-        task = LanguageTask(config, world.device)
+        task = make_task(config, world.device)
         return fit(
             task,
             config.optim,
