@@ -2,6 +2,7 @@
 else PyTorch's own FlashAttention. Both take the window as a bound, not as a mask, and packed
 documents as lengths and places."""
 
+import threading
 from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -139,17 +140,17 @@ def _places(cu_seqlens: Tensor, documents: int) -> _Places:
 
 
 @cache
-def _handle(device: torch.device, stream: int) -> Any:
-    """One for each stream, so that threads do not turn each other's handle to theirs."""
-    cudnn = import_module("cudnn")
+def _handle(device: torch.device, thread: int) -> Any:
     with torch.cuda.device(device):
-        handle = cudnn.create_handle()
-        cudnn.set_stream(handle=handle, stream=stream)
-    return handle
+        return import_module("cudnn").create_handle()
 
 
 def _current_handle(device: torch.device) -> Any:
-    return _handle(device, torch.cuda.current_stream(device).cuda_stream)
+    """This thread's, turned to its stream: another thread would turn it away before it is used."""
+    handle = _handle(device, threading.get_ident())
+    stream = torch.cuda.current_stream(device).cuda_stream
+    import_module("cudnn").set_stream(handle=handle, stream=stream)
+    return handle
 
 
 class _Graph:
