@@ -130,6 +130,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, bad):
         assert torch.equal(a, b)
     _, outcome, _ = train(tmp_path / "and a bad one", resume=True)
     assert outcome.finished
+    assert outcome.last["skipped"] == 1
 
 
 @pytest.mark.parametrize("log_interval", [1, 6])

@@ -48,6 +48,7 @@ class Checkpoint:
     step: int  # updates done
     config: dict[str, Any]  # resolved configuration of the run that wrote it
     position: dict[str, Any]  # which data follow, see `Task.position`
+    skipped: int  # steps left out because they were not finite
 
 
 class Writer:
@@ -85,7 +86,7 @@ class Writer:
     def __exit__(self, *_exception: object) -> None:
         self.wait()
 
-    def save(self, step: int, position: dict[str, Any]) -> Path:
+    def save(self, step: int, position: dict[str, Any], skipped: int = 0) -> Path:
         """Copies the state of a step, writes it in the background, and tells its folder to be.
 
         Raises:
@@ -99,7 +100,7 @@ class Writer:
                 shutil.rmtree(remains)
             partial.mkdir(parents=True)
         self._world.wait()
-        state = {"step": step, "position": position, "config": self._config}
+        state = {"step": step, "position": position, "config": self._config, "skipped": skipped}
         with _one_line(folder):
             self._writing = async_save(
                 _tensors(self._model, self._named, self._optimizer),
@@ -201,7 +202,8 @@ def read(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        checkpoint = Checkpoint(folder, state["step"], state["config"], state["position"])
+        known = (state[name] for name in ("step", "config", "position", "skipped"))
+        checkpoint = Checkpoint(folder, *known)
         if state.pop("sum") != _sum(state):
             raise ValueError("state.json: its SHA-256 is not the recorded one")
         for name, expected in state["sha256"].items():

@@ -121,6 +121,7 @@ def _fit(
         if found is not None:
             checkpoint.restore(found, task.model, parameters, optimizer, world.size == 1)
             done = found.step
+            trainer.skipped = trainer.zero + found.skipped
     if world.first:
         write_json(out / "config.json", config)
     writer = checkpoint.Writer(
@@ -145,13 +146,13 @@ def _fit(
             if done % run.log_interval == 0 or validating:
                 last = _tell(task, trainer, log, done, batches[-1], validating)
             if _due(done, run.checkpoint_interval) or done == run.steps:
-                writer.save(done, task.position(done))
+                writer.save(done, task.position(done), int(trainer.skipped))
                 saved = done
                 trainer.restart_clock()
         if trainer.num_steps:
             last = _tell(task, trainer, log, done, None, False)
         if saved != done:
-            writer.save(done, task.position(done))
+            writer.save(done, task.position(done), int(trainer.skipped))
         log.status(f"step {done}: writing the checkpoint")
     folder = checkpoint.folder_of(out, done)
     if done < run.steps:
