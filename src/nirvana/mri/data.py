@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from nirvana.errors import InputError
 from nirvana.mri.io import read_volume
 from nirvana.mri.physics import Sampling, calibration_columns, ifft2c, rss
 from nirvana.mri.simulate import Simulation, simulate
+
+T = TypeVar("T")
 
 MASK_SEEDS = 256  # different masks of each kind and width
 Reports = Mapping[tuple[str, int | None], str]
@@ -166,6 +169,16 @@ def simulate_batch(
     masks = draw_masks(samplings, batch_size, size[1], generator).to(pool.device)
     reports = tuple(pool.reports[i] for i in index.tolist()) if pool.reports else ()
     return undersampled(kspace, masks, generator, reports)
+
+
+def micro_batch_generator(seed: int, micro_batch: int) -> Generator:
+    """Of everything random in a training's micro batch, numbered through all steps."""
+    return Generator().manual_seed((seed << 40) + micro_batch)
+
+
+def choice(options: Sequence[T], generator: Generator) -> T:
+    """One of the options, each as likely as the others."""
+    return options[int(torch.randint(len(options), (), generator=generator).item())]
 
 
 def draw_masks(

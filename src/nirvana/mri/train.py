@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from nirvana.errors import InputError
 from nirvana.model.backbone import fingerprint, load_backbone, load_tokenizer
 from nirvana.mri.baselines import zero_filled
-from nirvana.mri.data import MriBatch, Reports, SlicePool, read_reports, simulate_batch
+from nirvana.mri.data import (
+    MriBatch,
+    Reports,
+    SlicePool,
+    choice,
+    micro_batch_generator,
+    read_reports,
+    simulate_batch,
+)
 from nirvana.mri.evaluate import is_full, target_of
 from nirvana.mri.io import Scan, is_volume, read_scan, read_volume
 from nirvana.mri.loss import ssim
@@ -79,14 +87,8 @@ class ReconstructionTask(Task):
     def batch(self, step: int, micro: int) -> MriBatch:
         """Slices scanned as seed, step and micro batch say."""
         data, accumulation = self.config.data, self.config.optim.accumulation
-        generator = torch.Generator().manual_seed(
-            (self.config.run.seed << 40) + step * accumulation + micro
-        )
-
-        def draw(options: list) -> int:
-            return int(torch.randint(len(options), (), generator=generator).item())
-
-        size, coils = data.sizes[draw(data.sizes)], data.coils[draw(data.coils)]
+        generator = micro_batch_generator(self.config.run.seed, step * accumulation + micro)
+        size, coils = choice(data.sizes, generator), choice(data.coils, generator)
         if isinstance(self.pool, ScanPool):
             return self.pool.batch(data.batch_size, size, coils, data.samplings, generator)
         return simulate_batch(

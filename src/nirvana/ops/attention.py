@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from nirvana.ops.launch import padded
+
 HAS_CUDNN = find_spec("cudnn") is not None
 """Whether nvidia-cudnn-frontend is installed."""
 ROUND = 256
@@ -97,7 +99,7 @@ class _Shape(NamedTuple):
 def _shape(cu_seqlens: Tensor | None, *tensors: Tensor) -> _Shape:
     documents = None
     if cu_seqlens is not None:  # powers of two, so that few graphs are built
-        documents = max(16, 1 << (cu_seqlens.numel() - 2).bit_length())
+        documents = padded(cu_seqlens.numel() - 1, 16)
     return _Shape(
         tuple(tuple(x.shape) for x in tensors),
         tuple(x.stride() for x in tensors),

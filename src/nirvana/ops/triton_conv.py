@@ -62,6 +62,24 @@ def _before(
 
 
 @triton.jit
+def _start(
+    x, first, stride, state, segments, c, T, HAS_STATE: tl.constexpr, HAS_SEGMENTS: tl.constexpr
+):  # fmt: skip
+    """The three taps before the program's first token, and that token's sample."""
+    x1 = _before(x, first, 1, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    x2 = _before(x, first, 2, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    x3 = _before(x, first, 3, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
+    return x1, x2, x3, _segment(segments, first, T, HAS_SEGMENTS)
+
+
+@triton.jit
+def _weights(weight, c):
+    """What the token itself and the three before it are multiplied with."""
+    w0, w1 = tl.load(weight + c * 4 + 3), tl.load(weight + c * 4 + 2)
+    return w0, w1, tl.load(weight + c * 4 + 1), tl.load(weight + c * 4)
+
+
+@triton.jit
 def conv_kernel(
     x, stride, state, segments, weight, out, T, H,
     K: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, HAS_STATE: tl.constexpr,
@@ -77,12 +95,8 @@ def conv_kernel(
     if HAS_SEGMENTS:
         segments += row * T
     out += ((top // H) * tl.num_programs(2) + row) * T * (H * K) + top % H * K
-    w0, w1 = tl.load(weight + c * 4 + 3), tl.load(weight + c * 4 + 2)
-    w2, w3 = tl.load(weight + c * 4 + 1), tl.load(weight + c * 4)
-    x1 = _before(x, first, 1, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
-    x2 = _before(x, first, 2, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
-    x3 = _before(x, first, 3, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
-    before = _segment(segments, first, T, HAS_SEGMENTS)
+    w0, w1, w2, w3 = _weights(weight, c)  # type: ignore[reportGeneralTypeIssues]
+    x1, x2, x3, before = _start(x, first, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
     for i in range(STEPS // 4):
         t = first + i * 4
         ahead = _four(x, t, stride, c, T)
@@ -123,12 +137,8 @@ def conv_gradient_kernel(
     elif top >= H:
         bar = k_bar
     bar += row * T * (H * K) + top % H * K
-    w0, w1 = tl.load(weight + c * 4 + 3), tl.load(weight + c * 4 + 2)
-    w2, w3 = tl.load(weight + c * 4 + 1), tl.load(weight + c * 4)
-    x1 = _before(x, first, 1, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
-    x2 = _before(x, first, 2, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
-    x3 = _before(x, first, 3, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
-    before = _segment(segments, first, T, HAS_SEGMENTS)
+    w0, w1, w2, w3 = _weights(weight, c)  # type: ignore[reportGeneralTypeIssues]
+    x1, x2, x3, before = _start(x, first, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
     # Of the gradients of x at the three tokens before t, what is known so far; and whether t's
     # sample reaches back to them.
     g1 = tl.zeros((HEADS, K), tl.float32)

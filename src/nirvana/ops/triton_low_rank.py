@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nirvana.ops.launch import blocks, launch
+from nirvana.ops.launch import LEAST, blocks, launch, padded
 
 BLOCK, COLUMNS, WARPS = 128, 128, 8
 """Tokens and columns of a program, and its warps."""
@@ -41,7 +41,7 @@ def move(x: Tensor, factors: Tensor, up: Tensor) -> Tensor:
     _, rank, D = up.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid = (blocks(B * T, BLOCK), blocks(D, COLUMNS), 3)
-    sizes = {"BLOCK": BLOCK, "COLUMNS": COLUMNS, "PADDED": max(16, triton.next_power_of_2(rank))}
+    sizes = {"BLOCK": BLOCK, "COLUMNS": COLUMNS, "PADDED": padded(rank, LEAST)}
     given = (x, x.stride(1), factors, factors.stride(1), up, out, B * T, D, rank)
     launch(move_kernel, grid, *given, **sizes, num_warps=WARPS)
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nirvana.ops.launch import blocks, launch
+from nirvana.ops.launch import blocks, launch, padded
 
 UNIT_EPS = tl.constexpr(1e-6)
 """Of the unit length of q and k, and of the Trigger's normalisation."""
@@ -313,7 +313,7 @@ def product(
 def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
     """out `[F]` = silu(gate) * up of x `[K]`, normalised; weight `[2 F, K]`."""
     N, K = out.numel(), weight.shape[1]
-    columns = min(2048, _padded(K))
+    columns = min(2048, padded(K))
     given = (weight, x, norm, out, N, eps)
     launch(swiglu_rows_kernel, (N,), *given, K=K, COLUMNS=columns, ROWS=1, num_warps=4)
 
@@ -381,15 +381,15 @@ def window(
     H, places, K = keys.shape
     _, rank, D = up.shape
     columns = 64
-    sizes = {"K": K, "PADDED": _padded(rank), "COLUMNS": columns}
+    sizes = {"K": K, "PADDED": padded(rank), "COLUMNS": columns}
     given = (x, factors, up, scratch["q"], keys, values, count, places, D, rank)
     launch(move_kernel, (blocks(D, columns), 3), *given, **sizes)
     parts = (scratch["o"], scratch["most"], scratch["total"])
     splits = blocks(places, KEYS)
     given = (scratch["q"], keys, values, count, *parts, places, K**-0.5)
     launch(attention_kernel, (H, splits), *given, K=K, KEYS=KEYS)
-    padded = min(64, _padded(splits))
-    launch(combine_kernel, (H,), *parts, out, splits, K=K, PADDED=padded)
+    given = (*parts, out, splits)
+    launch(combine_kernel, (H,), *given, K=K, PADDED=min(64, padded(splits)))
 
 
 def window_scratch(keys: Tensor) -> dict[str, Tensor]:
@@ -424,7 +424,7 @@ def trigger(
     """
     weight, gain, bias, shift = bank
     C, R = gain.shape
-    pads, columns = {"PC": _padded(C), "PR": _padded(R)}, 64
+    pads, columns = {"PC": padded(C), "PR": padded(R)}, 64
     launch(
         project_kernel,
         (blocks(C * R, columns),),
@@ -441,14 +441,9 @@ def _tile(N: int, K: int) -> tuple[int, int, int]:
     """Columns and rows of a program of a product, and its warps: the fastest of a few on an H200
     for the sizes of the 1.3b preset."""
     if K <= 512:
-        return _padded(K), 8, 4
+        return padded(K), 8, 4
     if N <= 512:
-        return min(2048, _padded(K)), 1, 4
+        return min(2048, padded(K)), 1, 4
     if K > 4096:
         return 1024, 1, 2
     return 1024, 4 if N > 4096 else 2, 4
-
-
-def _padded(size: int) -> int:
-    """The next power of two, which a kernel's ranges want."""
-    return 1 << (size - 1).bit_length()

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from nirvana.ops.launch import blocks, launch
+from nirvana.ops.launch import LEAST, blocks, launch, padded
 from nirvana.ops.triton_kernels import (
     apply_backward,
     apply_forward,
@@ -44,17 +44,13 @@ def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
     return {
         "C": C,
         "R": R,
-        "CP": _padded(C),
-        "RP": _padded(R),
+        "CP": padded(C, LEAST),
+        "RP": padded(R, LEAST),
         "BLOCK": BLOCK,
         **_precision(x, weight),
         "num_warps": WARPS,
         "num_stages": STAGES,
     }
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())  # 16: the least that a product takes
 
 
 def _precision(x: Tensor, weight: Tensor) -> dict[str, Any]:
@@ -186,7 +182,7 @@ def _weight_gradient(
     constants = {
         "C": C,
         "R": R,
-        "CP": _padded(C),
+        "CP": padded(C, LEAST),
         "BLOCK": WEIGHT_BLOCK,
         "RANK": WEIGHT_RANK,
         "TWO": a is not None,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nirvana.errors import InputError
 from nirvana.model.backbone import load_backbone, load_tokenizer
 from nirvana.mri.codec import PATCH, CodecConfig
+from nirvana.mri.data import choice, micro_batch_generator
 from nirvana.mri.lesions import LesionSettings
 from nirvana.mri.model import CodecModel
 from nirvana.mri.physics import MaskKind, Sampling, rss
@@ -119,16 +120,10 @@ class ReportTask(Task):
     def batch(self, step: int, micro: int) -> ReportBatch:
         """Slices scanned and described as seed, step and micro batch say."""
         data, accumulation = self.config.data, self.config.optim.accumulation
-        generator = torch.Generator().manual_seed(
-            (self.config.run.seed << 40) + step * accumulation + micro
-        )
-
-        def draw(options: list) -> int:
-            return int(torch.randint(len(options), (), generator=generator).item())
-
-        which = draw(data.accelerations)
-        acceleration, fraction = data.accelerations[which], data.center_fractions[which]
-        sampling = Sampling(data.masks[draw(data.masks)], acceleration, fraction)
+        generator = micro_batch_generator(self.config.run.seed, step * accumulation + micro)
+        pairs = list(zip(data.accelerations, data.center_fractions, strict=True))
+        acceleration, fraction = choice(pairs, generator)
+        sampling = Sampling(choice(data.masks, generator), acceleration, fraction)
         return report_batch(
             self.heads,
             data.batch_size,
