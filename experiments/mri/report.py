@@ -114,7 +114,8 @@ def budgets(lines: list[Line]) -> list[str]:
     """Parameters, training and speed of every trained arm."""
     text = [
         "| arm | seed | trained parameters | frozen | steps | slices seen | training, s | "
-        "slices/s | training, GiB | a slice of 320 x 320, 16 coils | weights, MB | on |",
+        "slices/s | training, GiB | a slice of 320 x 320, 16 coils: alone / of eight | "
+        "weights, MB | on |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
@@ -122,7 +123,7 @@ def budgets(lines: list[Line]) -> list[str]:
             continue
         training, parameters, speed = line["training"], line["parameters"], line["speed"]
         memory = "" if training["memory_gib"] is None else f"{training['memory_gib']:.1f}"
-        once = f"{1000 * speed['seconds']:.0f} ms"
+        once = f"{1000 * speed['seconds']:.0f} / {1000 * speed['seconds_in_volume']:.0f} ms"
         if speed["memory_gib"] is not None:
             once += f", {speed['memory_gib']:.2f} GiB"
         cells = [

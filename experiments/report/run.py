@@ -52,9 +52,9 @@ class Study:
     curve: int = 400  # of every contrast and acceleration
     coils: int = 4
     cascades: int = 2
-    vit_dim: int = 256
-    vit_depth: int = 6
-    vit_heads: int = 8
+    vit_dim: int = 160
+    vit_depth: int = 4
+    vit_heads: int = 5
     lr: float = 1e-3
     place_weight: float = 1.0  # see `ReportSection`
 
@@ -148,6 +148,7 @@ def config_of(
             **codec,
             encoder_cascades=cascades,
             image_cascades=0,
+            decoder_features=(1, 1, 1, 1),  # unused: no image is asked for
             vit_dim=study.vit_dim,
             vit_depth=study.vit_depth,
             vit_heads=study.vit_heads,
@@ -168,13 +169,15 @@ def of_role(heads: Heads, role: str) -> list[str]:
 
 def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.device) -> None:
     """All cells of a model that are not there yet."""
-    reporter = load_reporter(out / name / "model", device)
-    threshold = out / name / "threshold.json"
+    folder, threshold = out / name / "reporter", out / name / "threshold.json"
+    # What is read with is what is kept, half precision and all.
+    save_reporter(load_reporter(out / name / "model"), folder, torch.float16)
+    reporter = load_reporter(folder, device)
     if not threshold.is_file():
         valid = heads.of_subjects(of_role(heads, "valid")).to(device)
         write_json(threshold, calibrated(study, reporter, valid))
     reporter.threshold = json.loads(threshold.read_text())["threshold"]
-    save_reporter(reporter, out / name / "reporter")
+    save_reporter(reporter, folder, torch.float16)
     test = heads.of_subjects(of_role(heads, "test")).to(device)
     for cell in cells(name == "zero-filled"):
         path = out / "rows" / f"{name}.{cell.name}.jsonl"

@@ -187,7 +187,7 @@ class CodecModel(nn.Module):
         device = next(self.parameters()).device
         calibration = calibration_columns(mask).to(device)
         mask = mask.to(device)
-        scale = volume_scale(kspace * mask.to(kspace.device)).to(device)
+        scale = volume_scale(kspace, mask)
         images = []
         for part in kspace.split(batch_size):
             part = part.to(device, torch.complex64)
@@ -198,9 +198,11 @@ class CodecModel(nn.Module):
         return torch.cat(images)
 
 
-def volume_scale(kspace: Tensor) -> Tensor:
-    """The brightest pixel of the zero-filled RSS images of `[slices, coils, H, W]`, never zero."""
-    brightest = torch.stack([rss(ifft2c(part)).max() for part in kspace.split(8)]).max()
+def volume_scale(kspace: Tensor, mask: Tensor) -> Tensor:
+    """The brightest pixel of the zero-filled RSS images of `[slices, coils, H, W]`, never zero;
+    computed where the mask, bool `[W]`, lies."""
+    parts = (part.to(mask.device, torch.complex64) * mask for part in kspace.split(8))
+    brightest = torch.stack([rss(ifft2c(part)).max() for part in parts]).max()
     return brightest.clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -118,7 +118,7 @@ def encode_scan(
     device = next(model.parameters()).device
     calibration = calibration_columns(mask).to(device)
     mask = mask.to(device)
-    scale = volume_scale(kspace).to(device)
+    scale = volume_scale(kspace, mask)
     for part in kspace.split(batch_size):
         part = part.to(device, torch.complex64)
         tokens, image = encode(model, part, mask, calibration, scale.expand(len(part)), view)

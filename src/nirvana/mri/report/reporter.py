@@ -237,9 +237,11 @@ def _alternatives(facts: Facts, slot: str) -> list[Facts]:
     return [replace(facts, **{slot: value}) for value in CHOICES[slot]]
 
 
-def save_reporter(reporter: Reporter, folder: str | Path) -> None:
+def save_reporter(
+    reporter: Reporter, folder: str | Path, dtype: torch.dtype = torch.float32
+) -> None:
     """Writes the codec (`save_codec`) and, last, what makes it one that writes reports."""
-    save_codec(reporter.model, folder)
+    save_codec(reporter.model, folder, dtype)
     about = {"threshold": reporter.threshold, "wording": reporter.wording}
     write_json(Path(folder) / ABOUT, about)
 

@@ -157,7 +157,7 @@ class ReportTask(Task):
         reporter = Reporter(
             self.learner.codec, self.tokenizer, wording=self.config.data.wordings[0]
         )
-        save_reporter(reporter, folder)
+        save_reporter(reporter, folder, self.config.run.export_dtype)
 
 
 def patches(coverage: Tensor) -> Tensor:
