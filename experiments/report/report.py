@@ -26,9 +26,10 @@ Made by `experiments/report/report.py` from the rows of `experiments/report/run.
 simulated (`nirvana.mri.lesions`) in slices of real heads, scanned by the simulator with {coils}
 coils, phase and noise, and read by the frozen backbone through the trained k-space encoder. Test
 persons, and wordings 4 and 5, were in no training; the threshold of a finding was chosen on the
-validation person. "Normal" means that no lesion was simulated: what multiple sclerosis or glioma a
-test person really has may be "hallucinated" here, so figures are given by person, too. This is
-research software, not for diagnosis; simulated lesions are no proof of what it does on patients.
+validation person, for each wording. "Normal" means that no lesion was simulated: what multiple
+sclerosis or glioma a test person really has may be "hallucinated" here, so figures are given by
+person, too. This is research software, not for diagnosis; simulated lesions are no proof of what it
+does on patients.
 
 Persons tested: {persons}. Intervals are 95 % bootstrap intervals over slices; slices of one person
 are not independent, so they are too narrow for a statement about persons.

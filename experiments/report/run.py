@@ -39,7 +39,6 @@ CENTER = {1.0: 0.08, 4.0: 0.08, 8.0: 0.04}
 SIMULATION = Simulation(noise=(0.002, 0.01))
 CONTRASTS = (0.15, 0.3, 0.5, 0.8)
 HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the test
-THRESHOLDS = tuple(i / 100 for i in range(5, 100))
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,7 @@ def config_of(
             wordings=list(SEEN),
             place_weight=study.place_weight,
             image_weight=1.0 if cascades else 0.0,
+            valid=of_role(heads, "valid"),
         ),
         run=RunConfig(
             out=str(folder),
@@ -140,7 +140,7 @@ def config_of(
             precision=given.precision,
             compile=False,
             log_interval=max(1, study.steps // 100),
-            validation_interval=0,
+            validation_interval=max(1, study.steps // 10),
             checkpoint_interval=max(1, study.steps // 8),
             keep_checkpoints=1,
         ),
@@ -176,7 +176,8 @@ def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.dev
     if not threshold.is_file():
         valid = heads.of_subjects(of_role(heads, "valid")).to(device)
         write_json(threshold, calibrated(study, reporter, valid))
-    reporter.threshold = json.loads(threshold.read_text())["threshold"]
+    thresholds = json.loads(threshold.read_text())
+    reporter.threshold = thresholds[str(SEEN[0])]["threshold"]
     save_reporter(reporter, folder, torch.float16)
     test = heads.of_subjects(of_role(heads, "test")).to(device)
     for cell in cells(name == "zero-filled"):
@@ -184,6 +185,7 @@ def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.dev
         if path.is_file():
             continue
         count = study.curve if cell.contrast else study.samples
+        reporter.threshold = thresholds[str(cell.wording)]["threshold"]
         rows = []
         for batch in batches(study, test, cell.acceleration, count, 2, cell.contrast):
             for row in read(reporter, batch, cell):
@@ -277,27 +279,40 @@ def parsed(text: str) -> Facts | None:
         return None
 
 
-def calibrated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, float]:
-    """The threshold with the best F1 of presence among those that stay below `HALLUCINATED` on the
-    validation's normals; the highest one where none does."""
-    truth, finding = [], []
+def calibrated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, dict[str, float]]:
+    """Of each wording that is read, the threshold chosen on the validation's samples at 4x.
+
+    A model that has never written a wording finds its words improbable whatever it sees; what a
+    finding adds to their probability is still there.
+    """
+    present: list[bool] = []
+    finding: dict[int, list[float]] = {wording: [] for wording in (SEEN[0], *UNSEEN)}
     for batch in batches(study, heads, 4.0, study.samples, 1):
         scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
         with torch.inference_mode():
-            finding += reporter.findings(encode(reporter.model, *scan)[0])
-        truth += [facts.finding for facts in batch.facts]
-    present, likely = torch.tensor(truth), torch.tensor(finding)
+            tokens, _ = encode(reporter.model, *scan)
+        for wording, values in finding.items():
+            values += reporter.findings(tokens, wording)
+        present += [facts.finding for facts in batch.facts]
+    return {str(wording): best_threshold(present, values) for wording, values in finding.items()}
 
-    def rates(threshold: float) -> tuple[float, float]:
-        said = likely >= threshold
-        right = float((said & present).sum())
-        f1 = 2 * right / max(1.0, float(said.sum() + present.sum()))
-        return f1, float((said & ~present).sum()) / max(1.0, float((~present).sum()))
 
-    good = [t for t in THRESHOLDS if rates(t)[1] <= HALLUCINATED]
-    best = max(good, key=lambda t: rates(t)[0]) if good else THRESHOLDS[-1]
-    f1, hallucination = rates(best)
-    return {"threshold": best, "valid_f1": f1, "valid_hallucination": hallucination}
+def best_threshold(present: list[bool], finding: list[float]) -> dict[str, float]:
+    """The threshold with the best F1 of presence among those that stay at or below `HALLUCINATED`
+    on the normals; the highest probability where none does."""
+    truth, likely = torch.tensor(present), torch.tensor(finding, dtype=torch.float64)
+    candidates = likely.unique()
+    said = likely >= candidates[:, None]
+    right, wrong = (said & truth).sum(1), (said & ~truth).sum(1)
+    f1 = 2 * right / (right + wrong + truth.sum()).clamp(min=1)
+    hallucination = wrong / (~truth).sum().clamp(min=1)
+    allowed = torch.where(hallucination <= HALLUCINATED, f1, -1.0)
+    best = int(allowed.argmax()) if bool((allowed >= 0).any()) else len(candidates) - 1
+    return {
+        "threshold": float(candidates[best]),
+        "valid_f1": float(f1[best]),
+        "valid_hallucination": float(hallucination[best]),
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Scores of reports: counted by hand, their limits, their intervals."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nirvana.mri.report.grammar import NORMAL, SLOTS, VALUES, Facts, parse, write
-from nirvana.mri.report.score import FACTS, agree, bootstrap, majority, score
+from nirvana.mri.report.score import FACTS, agree, auc, bootstrap, majority, score
 
 MASS = Facts(True, 1, "mass", "left", "frontal", 12, "hyperintense")
 reports = st.one_of(
@@ -32,6 +33,14 @@ def test_counted_by_hand():
     assert result["side_accuracy"] == 0.5
     assert result["exact"] == 0.4
     assert (result["reports"], result["normals"]) == (5, 2)
+
+
+def test_auc_counts_pairs():
+    """Of the six pairs four are in order and one is a tie."""
+    assert auc([0.9, 0.5, 0.2, 0.5, 0.1], [True, True, True, False, False]) == pytest.approx(
+        4.5 / 6
+    )
+    assert math.isnan(auc([0.1, 0.2], [True, True]))
 
 
 @given(st.lists(reports, min_size=1, max_size=12))

@@ -149,15 +149,26 @@ def test_training_lowers_the_loss_and_exports(tmp_path):
     heads = tmp_path / "heads.npz"
     save_heads(heads, drawn_heads((64, 64)))
     config = ReportConfig(
-        data=ReportSection(str(heads), ["person0"], batch_size=4, coils=2, wordings=[0, 1]),
-        run=RunConfig(str(tmp_path / "run"), steps=16, log_interval=4, validation_interval=0),
-        codec=small_config("tiny"),
+        data=ReportSection(
+            str(heads),
+            ["person0"],
+            batch_size=4,
+            coils=2,
+            wordings=[0, 1],
+            valid=["person1"],
+            valid_slices=6,
+        ),
+        run=RunConfig(str(tmp_path / "run"), steps=16, log_interval=4, validation_interval=16),
+        codec=replace(small_config("tiny"), vit_stem="convolutions"),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1),
     )
     assert train_reporter(config).finished
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["words"] for line in lines if "words" in json.loads(line)]
     assert losses[-1] < 0.97 * losses[0]
+    valid = json.loads(lines[-1])["valid"]
+    assert set(valid) == {"finding_auc", "place_auc"}
+    assert all(0 <= value <= 1 for value in valid.values())
     trained = load_reporter(tmp_path / "run" / "model")
     batch = batch_of(2)
     scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from stand_in import OPTIM, StandIn, stop, train
 
+from nirvana import ops
 from nirvana.errors import InputError
 from nirvana.files import sole_use
 from nirvana.train import checkpoint
@@ -250,3 +252,14 @@ def test_choose_device():
     for name in ("gpu", "cuda:99"):
         with pytest.raises(InputError, match="cannot be used here"):
             choose_device(name)
+
+
+def test_a_gpu_without_kernels_is_not_used_in_silence(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(ops, "HAS_KERNELS", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose_device("cuda")
+    monkeypatch.setattr(ops, "HAS_KERNELS", False)
+    with pytest.warns(UserWarning, match=r"nirvana\[cuda\]"):
+        choose_device("cuda")

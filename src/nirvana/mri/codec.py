@@ -207,7 +207,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         dim = config.vit_dim
         self.patches = (
-            convolutional_stem(dim)
+            ConvolutionalStem(dim)
             if config.vit_stem == "convolutions"
             else nn.Conv2d(2, dim, PATCH, stride=PATCH)
         )
@@ -226,28 +226,58 @@ class PatchEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image `[B, 2, H, W]`, sides multiples of 16, to `[B, (H/16) (W/16), D]`, row by row."""
-        x = self.patches(image)
+        return self.tokens(self.patches(image))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The stem's map `[B, dim, H/16, W/16]` to tokens."""
         positions = _sincos(x.shape[2], x.shape[3], x.shape[1], x.device)
         x = self.blocks(x.flatten(2).mT + positions)
         return self.projection(self.norm(x))
 
 
-def convolutional_stem(dim: int) -> nn.Module:
-    """3 x 3 convolutions of stride 2 (Xiao et al., arXiv 2106.14881), image `[B, 2, H, W]` to
-    `[B, dim, H/16, W/16]`: a vector is of its patch and of the 15 rows above and columns left of
-    it.
+class ConvolutionalStem(nn.Module):
+    """Four residual stages (He et al., arXiv 1512.03385) of 3 x 3 convolutions, each of half the
+    resolution of the one before, image `[B, 2, H, W]` to `[B, dim, H/16, W/16]`.
 
-    Each image is normalised alone; with the paper's batch normalisation a slice's tokens would
-    depend on the slices trained beside it.
+    They read the magnitude: a smooth phase, which means nothing here, would have to be unlearned.
+    Each image is normalised alone; with batch normalisation a slice's tokens would depend on the
+    slices trained beside it.
     """
-    layers: list[nn.Module] = []
-    for before, after in pairwise((2, dim // 8, dim // 4, dim // 2, dim)):
-        layers += [
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-            nn.GroupNorm(1, after),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.channels = (dim // 8, dim // 4, dim // 2, dim)
+        self.stages = nn.ModuleList(Stage(a, b) for a, b in pairwise((1, *self.channels)))
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """What each stage gives, the finest first."""
+        x = torch.linalg.vector_norm(image, dim=1, keepdim=True)
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return found
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.maps(image)[-1]
+
+
+class Stage(nn.Module):
+    """Half the resolution, and a residual block."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.halve = _normalised(before, after, stride=2)
+        self.first, self.second = _normalised(after, after), _normalised(after, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.halve(x))
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+def _normalised(before: int, after: int, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(1, after))
 
 
 def token_map(hidden: Tensor, height: int) -> Tensor:

@@ -5,6 +5,7 @@ is alone, and every method here costs nothing.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nirvana import ops
 from nirvana.errors import InputError
 
 
@@ -112,17 +114,24 @@ def join(device: str) -> Iterator[World]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA when there is one, else the CPU.
+    """The device called `name`; "auto" is CUDA when there is one, else the CPU. Warns when it is a
+    GPU for which no kernels are installed.
 
     Raises:
         InputError: for a device that this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used here: {reason}") from None
+    if device.type == "cuda" and not ops.HAS_KERNELS:
+        warnings.warn(
+            "fla-core is not installed, so plain PyTorch computes on this GPU, many times slower "
+            "than the kernels: pip install 'nirvana[cuda]'",
+            stacklevel=2,
+        )
     return device

@@ -24,6 +24,7 @@ SLAB = 3.0  # mm of the volume that a slice is the mean of
 SHALLOWEST, DEEPEST = 0.12, 0.45  # w of the slices
 STEP = 0.012  # between them, w
 LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
+BEND, BEND_GRID = 4.0, (5, 4)  # mm, and the points between which a slice is bent smoothly
 COLUMNS = ("images", "depth", "frame", "sequence", "subject")
 
 
@@ -74,8 +75,8 @@ class Heads:
         """Random slices, every subject as often as any other.
 
         Each is turned up to 10 degrees, scaled by 0.92 to 1.08, stretched up to 4 %, moved up to
-        5 mm and mirrored half of the time, unless `vary` is off. All of that comes before lesions
-        do, so sides are true.
+        5 mm, bent smoothly by up to 4 mm and mirrored half of the time, unless `vary` is off. All
+        of that comes before lesions do, so sides are true.
 
         Returns: the slices' anatomy, and their indices `[count]`.
         """
@@ -91,6 +92,9 @@ class Heads:
         H, W = self.images.shape[1:]
         r = 2 * torch.rand(B, 6, generator=generator) - 1
         r = (r if vary else torch.zeros_like(r)).to(device)
+        bend = 2 * torch.rand(B, 2, *BEND_GRID, generator=generator) - 1
+        bend = (bend if vary else torch.zeros_like(bend)).to(device) * BEND / PIXEL
+        bend = F.interpolate(bend, size=(H, W), mode="bicubic", align_corners=True)
         angle, scale, stretch = r[:, 0] * torch.pi / 18, 1 + 0.08 * r[:, 1], 1 + 0.04 * r[:, 2]
         flip = torch.where(r[:, 3] < 0, -1.0, 1.0)
         # Of a pixel of the view from the middle, in pixels, to the slice's, likewise.
@@ -102,8 +106,8 @@ class Heads:
         y = (row[None] - _each(r[:, 4] * 5 / PIXEL)) / _each(scale * stretch)
         x = (column[None] - _each(r[:, 5] * 5 / PIXEL)) / _each(scale / stretch)
         cosine, sine = _each(angle.cos()), _each(angle.sin())
-        source_x = (x * cosine - y * sine) * _each(flip) + (W - 1) / 2
-        source_y = x * sine + y * cosine + (H - 1) / 2
+        source_x = (x * cosine - y * sine) * _each(flip) + (W - 1) / 2 + bend[:, 0]
+        source_y = x * sine + y * cosine + (H - 1) / 2 + bend[:, 1]
         grid = torch.stack([(2 * source_x + 1) / W - 1, (2 * source_y + 1) / H - 1], dim=-1)
         both = torch.stack([self.images[index], self.depth[index]], dim=1).float()
         view = F.grid_sample(both, grid, align_corners=False, padding_mode="zeros")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import mannwhitneyu
 
 from nirvana.mri.report.grammar import NORMAL, SLOTS, Facts
 
@@ -33,6 +34,16 @@ def score(truth: Sequence[Facts], said: Sequence[Facts]) -> dict[str, Any]:
     """
     table = outcomes(truth, said)
     return _rates(table.sum(0), len(truth))
+
+
+def auc(scores: Sequence[float], present: Sequence[bool]) -> float:
+    """Area under the receiver's curve: the probability that a slice with a finding has a higher
+    score than one without, ties counting half. NaN without slices of both kinds."""
+    values, true = np.asarray(scores), np.asarray(present, dtype=bool)
+    if true.all() or not true.any():
+        return float("nan")
+    found: Any = mannwhitneyu(values[true], values[~true])
+    return float(found.statistic) / float(true.sum() * (~true).sum())
 
 
 def bootstrap(

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from nirvana.errors import InputError
 from nirvana.model.backbone import load_backbone, load_tokenizer
-from nirvana.mri.codec import PATCH, CodecConfig
+from nirvana.mri.codec import PATCH, CodecConfig, ConvolutionalStem
 from nirvana.mri.data import choice, micro_batch_generator
 from nirvana.mri.lesions import LesionSettings
 from nirvana.mri.model import CodecModel
 from nirvana.mri.physics import MaskKind, Sampling, rss
-from nirvana.mri.report.encode import encode
 from nirvana.mri.report.grammar import WORDINGS
-from nirvana.mri.report.heads import load_heads
+from nirvana.mri.report.heads import Heads, load_heads
 from nirvana.mri.report.reporter import Reporter, report_loss, save_reporter
 from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
+from nirvana.mri.report.score import auc
 from nirvana.mri.report.targets import ReportTargets
 from nirvana.mri.simulate import Simulation
 from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
@@ -43,6 +43,8 @@ class ReportSection:
     wordings: list[int] = field(default_factory=lambda: [0, 1, 2, 3])  # of `grammar.WORDINGS`
     place_weight: float = 1.0  # of a loss on where lesions are, asked of the image tokens alone
     image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens
+    valid: list[str] = field(default_factory=list)  # subjects to validate on
+    valid_slices: int = 256  # of them
 
     def __post_init__(self) -> None:
         for name in ("subjects", "masks", "accelerations", "wordings"):
@@ -70,16 +72,32 @@ class ReportConfig:
 
 
 class Learner(nn.Module):
-    """A codec and, for the training alone, one linear unit that tells lesions from an image token.
+    """A codec and, for the training alone, linear units that tell lesions from an image token and,
+    where the stem has one, from its map of a quarter of the resolution.
 
-    Its gradient reaches every patch at once, where that of a report's few words must be traced back
-    through the backbone.
+    Their gradient reaches every place at once, where that of a report's few words must be traced
+    back through the backbone.
     """
 
     def __init__(self, codec: CodecModel):
         super().__init__()
         self.codec = codec
         self.place = nn.Linear(codec.encoder.projection.out_features, 1)
+        stem = codec.encoder.patches
+        self.fine = (
+            nn.Conv2d(stem.channels[1], 1, 1) if isinstance(stem, ConvolutionalStem) else None
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Combined image `[B, 2, H, W]` to tokens `[B, N, D]`, and the logits of a lesion in each
+        patch, `[B, N]`, and in each square of 4 x 4 pixels, `[B, H/4, W/4]`."""
+        encoder = self.codec.encoder
+        if self.fine is None:
+            tokens, fine = encoder(image), None
+        else:
+            maps = encoder.patches.maps(image)
+            tokens, fine = encoder.tokens(maps[-1]), self.fine(maps[1])[:, 0]
+        return tokens, self.place(tokens)[..., 0], fine
 
 
 class ReportTask(Task):
@@ -97,7 +115,9 @@ class ReportTask(Task):
 
     def __init__(self, config: ReportConfig, device: torch.device):
         self.config = config
-        self.heads = load_heads(config.data.heads).of_subjects(config.data.subjects).to(device)
+        heads, valid = load_heads(config.data.heads), config.data.valid
+        self.heads = heads.of_subjects(config.data.subjects).to(device)
+        self.valid = heads.of_subjects(valid).to(device) if valid else None
         backbone = load_backbone(config.codec.backbone, config.codec.weights)
         if backbone is None:
             raise InputError("codec.backbone = 'none' has no words; reports need a language model")
@@ -121,43 +141,77 @@ class ReportTask(Task):
         """Slices scanned and described as seed, step and micro batch say."""
         data, accumulation = self.config.data, self.config.optim.accumulation
         generator = micro_batch_generator(self.config.run.seed, step * accumulation + micro)
+        return self._batch(self.heads, data.batch_size, generator)
+
+    def _batch(
+        self, heads: Heads, count: int, generator: torch.Generator, vary: bool = True
+    ) -> ReportBatch:
+        data = self.config.data
         pairs = list(zip(data.accelerations, data.center_fractions, strict=True))
         acceleration, fraction = choice(pairs, generator)
         sampling = Sampling(choice(data.masks, generator), acceleration, fraction)
         return report_batch(
-            self.heads,
-            data.batch_size,
+            heads,
+            count,
             generator,
             Scanner(sampling, self.config.simulation, data.coils),
             self.config.lesions,
             data.wordings,
+            vary,
         )
 
     def loss(self, batch: ReportBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the report, and the two weighted aids of the encoder."""
         data, codec = self.config.data, self.learner.codec
-        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
-        tokens, image = encode(codec, *scan)
+        image = codec.see(batch.kspace, batch.mask, batch.calibration, batch.scale).image
+        tokens, patch, fine = self.learner(image)
         words = report_loss(codec, self.targets, tokens, batch.reports)
-        wanted = patches(batch.coverage)
-        seen = self.learner.place(tokens)[..., 0]
-        with torch.autocast(seen.device.type, enabled=False):
-            # A lesion takes few of many patches; without the weight the answer would be: nowhere.
-            place = F.binary_cross_entropy_with_logits(
-                seen.float(), wanted, pos_weight=torch.tensor(5.0, device=seen.device)
-            )
+        with torch.autocast(image.device.type, enabled=False):
+            place = place_entropy(patch, patches(batch.coverage))
+            if fine is not None:
+                place = place + place_entropy(fine, F.avg_pool2d(batch.coverage, 4))
             target = batch.target / batch.scale[:, None, None]
             error = F.l1_loss(rss(image.float()), target)
         loss = words + data.place_weight * place + data.image_weight * error
         parts = {"words": words, "place": place, "image": error}
         return loss, {name: x.detach() for name, x in parts.items()}
 
+    def validate(self) -> dict[str, float]:
+        """How well slices with and without a lesion are told apart, by the words and by the most
+        suspicious patch: the area under the curve, 0.5 for chance."""
+        if self.valid is None:
+            return {}
+        present: list[bool] = []
+        words: list[float] = []
+        places: list[float] = []
+        reporter = self._reporter()
+        size = self.config.data.batch_size
+        for first in range(0, self.config.data.valid_slices, size):
+            count = min(size, self.config.data.valid_slices - first)
+            batch = self._batch(self.valid, count, torch.Generator().manual_seed(first), False)
+            image = self.learner.codec.see(
+                batch.kspace, batch.mask, batch.calibration, batch.scale
+            ).image
+            tokens, patch, _ = self.learner(image)
+            words += reporter.findings(tokens)
+            places += patch.amax(1).tolist()
+            present += [facts.finding for facts in batch.facts]
+        return {"finding_auc": auc(words, present), "place_auc": auc(places, present)}
+
     def export(self, folder: Path) -> None:
         """Writes a codec that `load_reporter` reads."""
-        reporter = Reporter(
-            self.learner.codec, self.tokenizer, wording=self.config.data.wordings[0]
-        )
-        save_reporter(reporter, folder, self.config.run.export_dtype)
+        save_reporter(self._reporter(), folder, self.config.run.export_dtype)
+
+    def _reporter(self) -> Reporter:
+        wording = self.config.data.wordings[0]
+        return Reporter(self.learner.codec, self.tokenizer, wording=wording)
+
+
+def place_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of places; a lesion takes few of many, and without the weight on those the
+    answer would be: nowhere."""
+    weight = torch.tensor(5.0, device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits.float(), wanted, pos_weight=weight)
 
 
 def patches(coverage: Tensor) -> Tensor:
