@@ -38,6 +38,7 @@ assert sorted(SEEN + UNSEEN) == list(range(len(WORDINGS)))
 CENTER = {1.0: 0.08, 4.0: 0.08, 8.0: 0.04}
 SIMULATION = Simulation(noise=(0.002, 0.01))
 CONTRASTS = (0.15, 0.3, 0.5, 0.8)
+READING = 64  # slices at once; each is asked with every alternative of a fact
 HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the test
 
 
@@ -45,14 +46,14 @@ HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the tes
 class Study:
     """Sizes of the study."""
 
-    steps: int = 4000
-    batch_size: int = 64
+    steps: int = 2000
+    batch_size: int = 256
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
     coils: int = 4
     cascades: int = 2
     vit_dim: int = 160
-    vit_depth: int = 4
+    vit_depth: int = 3
     vit_heads: int = 5
     lr: float = 1e-3
     place_weight: float = 1.0  # see `ReportSection`
@@ -232,9 +233,10 @@ def batches(
         lesions = LesionSettings(normal_share=0.0, contrast=(contrast, contrast), size=(4.0, 40.0))
     sampling = Sampling("equispaced", acceleration, CENTER[acceleration])
     scanner = Scanner(sampling, SIMULATION, study.coils)
-    for first in range(0, count, study.batch_size):
+    step = min(READING, study.batch_size)
+    for first in range(0, count, step):
         generator = torch.Generator().manual_seed((seed << 32) + first)
-        size = min(study.batch_size, count - first)
+        size = min(step, count - first)
         yield report_batch(heads, size, generator, scanner, lesions, SEEN, vary=False)
 
 

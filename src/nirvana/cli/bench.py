@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from nirvana.cli.console import output
 from nirvana.errors import InputError
 from nirvana.files import write_json
 
 PARTS = ("train", "prefill", "decode", "trigger")
 PEERS = ("gated_deltanet", "llama", "llama_compiled")
 DTYPES = ("bfloat16", "float32")
-WIDTH = 160
-"""Columns of the table in a file or a pipe."""
 
 
 def bench(
@@ -71,7 +69,7 @@ def bench(
         compiled=not eager,
     )
     _ = options.config  # a wrong preset or depth is told before anything runs
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = output()
     machine = environment(options.device)
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     console.print(f"{machine['device']}; {versions}; commit {machine['commit']}", soft_wrap=True)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nirvana.cli.console import output
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, replaceable_folder, write_json
 
@@ -37,7 +38,7 @@ def demo(
         texts[text.name] = _cut(read_documents(text))
         if not texts[text.name]:
             raise InputError(f"{text}: holds no text; give a file with some")
-    console = Console()
+    console = output()
     language = _language(texts, console)
     mri, write_images = _mri(console)
     seconds = time.perf_counter() - started

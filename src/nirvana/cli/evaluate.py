@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from nirvana.cli.console import output
 from nirvana.errors import InputError
 from nirvana.files import write_json
 
@@ -206,14 +207,14 @@ def _read_texts(
             f"{score.documents:,}",
             f"{score.bytes:,}",
         )
-    Console().print(table)
+    output().print(table)
     starts = sorted({start for each in scores.values() for start in each.positions})
     table = Table("tokens", *scores, title="bits per byte by position in the document")
     for start in starts:
         found = [each.positions.get(start, Score()) for each in scores.values()]
         cells = [f"{score.bits_per_byte:.4f}" if score.bytes else "" for score in found]
         table.add_row(f"from {start:,}", *cells)
-    Console().print(table)
+    output().print(table)
     return {
         "files": {
             name: {
@@ -283,7 +284,7 @@ def _show_tasks(found: Mapping[str, Mapping[str, Any]]) -> None:
                 table.add_row(
                     name, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}", number
                 )
-    Console().print(table)
+    output().print(table)
 
 
 def _compare(a: Path, b: Path, json: Path | None) -> None:
@@ -302,8 +303,8 @@ def _compare(a: Path, b: Path, json: Path | None) -> None:
                 f"{each.low:+.4f} to {each.high:+.4f}",
                 f"{each.number:,}",
             )
-    Console().print(f"A: {a}\nB: {b}\npaired bootstrap over documents, {RESAMPLES:,} resamples")
-    Console().print(table)
+    output().print(f"A: {a}\nB: {b}\npaired bootstrap over documents, {RESAMPLES:,} resamples")
+    output().print(table)
     if json is not None:
         differences = {
             metric: {name: each.to_dict() for name, each in sets.items()}

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nirvana.cli.console import output
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, replaceable_folder, write_json
 
@@ -122,7 +123,7 @@ def reconstruct(
     for one in reports:
         how = "mask found in the file" if one["mask"] is None else f"{kind} mask drawn"
         print(f"{one['volume']}: {how}, {one['sampled']:.1%} of columns sampled")
-    Console().print(ev.rows_table(rows))
+    output().print(ev.rows_table(rows))
     print(f"{out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
 
 
@@ -282,7 +283,7 @@ def evaluate(
     summary = ev.summarise(rows, labels[0])
     shares = sorted({f"{row['sampled']:.1%}" for row in rows})
     print(f"{kind} {acceleration:g}x, {', '.join(shares)} of columns sampled")
-    console = Console()
+    console = output()
     console.print(ev.rows_table(rows))
     if len(scans) > 1:
         print(f"mean ± standard deviation, paired Wilcoxon against {labels[0]}: ", end="")

@@ -246,7 +246,7 @@ class ConvolutionalStem(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.channels = (dim // 8, dim // 4, dim // 2, dim)
+        self.channels = (dim // 4, dim // 2, 3 * dim // 4, dim)
         self.stages = nn.ModuleList(Stage(a, b) for a, b in pairwise((1, *self.channels)))
 
     def maps(self, image: Tensor) -> list[Tensor]:

@@ -28,6 +28,8 @@ from nirvana.train.loop import Outcome, fit
 from nirvana.train.task import Task
 from nirvana.train.world import join
 
+READING = 64  # slices of the validation at once; each is asked with every alternative
+
 
 @dataclass(frozen=True)
 class ReportSection:
@@ -185,7 +187,7 @@ class ReportTask(Task):
         words: list[float] = []
         places: list[float] = []
         reporter = self._reporter()
-        size = self.config.data.batch_size
+        size = min(self.config.data.batch_size, READING)
         for first in range(0, self.config.data.valid_slices, size):
             count = min(size, self.config.data.valid_slices - first)
             batch = self._batch(self.valid, count, torch.Generator().manual_seed(first), False)
