@@ -28,6 +28,7 @@ from measured import ERROR, Measurement
 from recipe import configuration, overrides, write_shards
 from torch.cuda import nccl
 
+from nirvana import ops
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.train.config import LanguageConfig, load_config
@@ -336,9 +337,14 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--hybrid {options.hybrid}: must be among 1, 2, 4, 8")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device here")
+    if options.device == "cpu" or not torch.cuda.is_available():
+        return
     here = torch.cuda.device_count()
-    if options.device != "cpu" and torch.cuda.is_available() and max(options.gpus) > here:
+    if max(options.gpus) > here:
         raise InputError(f"--gpus {max(options.gpus)}: there are {here} here")
+    if not ops.HAS_KERNELS:
+        missing = "the kernels that are to be measured are missing"
+        raise InputError(f"{missing}: pip install 'nirvana[cuda]'")
 
 
 def numbers(text: str) -> list[int]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nirvana.errors import InputError
 
@@ -128,6 +129,15 @@ def test_wrong_options(scaling, tmp_path, arguments, said):
     options = scaling.parse([*SMALL, f"--out={tmp_path}", *arguments])
     with pytest.raises(InputError, match=said):
         scaling.run(*options)
+
+
+def test_a_gpu_without_kernels_is_not_measured(scaling, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(scaling.ops, "HAS_KERNELS", False)
+    options, _ = scaling.parse(["--out", "out"])
+    with pytest.raises(InputError, match=r"nirvana\[cuda\]"):
+        scaling.check(options)
 
 
 @pytest.mark.slow
