@@ -86,19 +86,18 @@ class Learner(nn.Module):
         self.codec = codec
         self.place = nn.Linear(codec.encoder.projection.out_features, 1)
         stem = codec.encoder.patches
-        self.fine = (
-            nn.Conv2d(stem.channels[1], 1, 1) if isinstance(stem, ConvolutionalStem) else None
-        )
+        if isinstance(stem, ConvolutionalStem):
+            self.fine = nn.Conv2d(stem.channels[1], 1, 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Combined image `[B, 2, H, W]` to tokens `[B, N, D]`, and the logits of a lesion in each
         patch, `[B, N]`, and in each square of 4 x 4 pixels, `[B, H/4, W/4]`."""
-        encoder = self.codec.encoder
-        if self.fine is None:
-            tokens, fine = encoder(image), None
-        else:
+        encoder, fine = self.codec.encoder, None
+        if isinstance(encoder.patches, ConvolutionalStem):
             maps = encoder.patches.maps(image)
             tokens, fine = encoder.tokens(maps[-1]), self.fine(maps[1])[:, 0]
+        else:
+            tokens = encoder(image)
         return tokens, self.place(tokens)[..., 0], fine
 
 
