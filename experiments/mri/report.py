@@ -57,8 +57,9 @@ left out.
 only five to ten columns are left for calibration, too few for ESPIRiT: their rows show that.
 
 **Scores** per volume, over its slices: PSNR in dB with the volume's maximum, SSIM (scikit-image,
-uniform window 7), NMSE. Mean ± standard deviation over volumes{seeds}; p: two-sided paired Wilcoxon
-test against `{reference}`.
+uniform window 7), NMSE. Mean ± standard deviation over
+volumes{seeds}; p: two-sided paired Wilcoxon test
+against `{reference}`.
 """
 
 
@@ -195,9 +196,10 @@ def classical_speed(lines: list[Line]) -> list[str]:
 def report(lines: list[Line]) -> str:
     """The whole document."""
     seeds = len({line["seed"] for line in lines if "training" in line})
+    mean = " (of each the mean over the seeds that the budget lists)"
     text = [
         METHOD.format(
-            seeds=f" (of each the mean over {seeds} seeds)" if seeds > 1 else ", one seed",
+            seeds=mean if seeds > 1 else ", one seed",
             reference=REFERENCE,
         ),
         "## In short",
