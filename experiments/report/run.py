@@ -26,7 +26,7 @@ from nirvana.mri.physics import Sampling
 from nirvana.mri.report.encode import encode
 from nirvana.mri.report.grammar import NORMAL, WORDINGS, Facts, parse
 from nirvana.mri.report.heads import Heads, load_heads
-from nirvana.mri.report.reporter import Reporter, load_reporter, save_reporter
+from nirvana.mri.report.reporter import READING, Reporter, load_reporter, save_reporter
 from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
 from nirvana.mri.report.train import ReportConfig, ReportSection, train_reporter
 from nirvana.mri.simulate import Simulation
@@ -38,7 +38,6 @@ assert sorted(SEEN + UNSEEN) == list(range(len(WORDINGS)))
 CENTER = {1.0: 0.08, 4.0: 0.08, 8.0: 0.04}
 SIMULATION = Simulation(noise=(0.002, 0.01))
 CONTRASTS = (0.15, 0.3, 0.5, 0.8)
-READING = 64  # slices at once; each is asked with every alternative of a fact
 HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the test
 
 
@@ -133,6 +132,7 @@ def config_of(
             place_weight=study.place_weight,
             image_weight=1.0 if cascades else 0.0,
             valid=of_role(heads, "valid"),
+            valid_slices=min(256, study.samples),
         ),
         run=RunConfig(
             out=str(folder),
@@ -171,15 +171,16 @@ def of_role(heads: Heads, role: str) -> list[str]:
 def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.device) -> None:
     """All cells of a model that are not there yet."""
     folder, threshold = out / name / "reporter", out / name / "threshold.json"
-    # What is read with is what is kept, half precision and all.
-    save_reporter(load_reporter(out / name / "model"), folder, torch.float16)
-    reporter = load_reporter(folder, device)
     if not threshold.is_file():
+        # What is read with is what is kept, half precision and all.
+        save_reporter(load_reporter(out / name / "model"), folder, torch.float16)
+        reporter = load_reporter(folder, device)
         valid = heads.of_subjects(of_role(heads, "valid")).to(device)
-        write_json(threshold, calibrated(study, reporter, valid))
-    thresholds = json.loads(threshold.read_text())
-    reporter.threshold = thresholds[str(SEEN[0])]["threshold"]
-    save_reporter(reporter, folder, torch.float16)
+        found = calibrated(study, reporter, valid)
+        reporter.threshold = found[str(SEEN[0])]["threshold"]
+        save_reporter(reporter, folder, torch.float16)
+        write_json(threshold, found)
+    reporter, thresholds = load_reporter(folder, device), json.loads(threshold.read_text())
     test = heads.of_subjects(of_role(heads, "test")).to(device)
     for cell in cells(name == "zero-filled"):
         path = out / "rows" / f"{name}.{cell.name}.jsonl"

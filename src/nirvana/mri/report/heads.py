@@ -75,7 +75,7 @@ class Heads:
         """Random slices, every subject as often as any other.
 
         Each is turned up to 10 degrees, scaled by 0.92 to 1.08, stretched up to 4 %, moved up to
-        5 mm, bent smoothly by up to 4 mm and mirrored half of the time, unless `vary` is off. All
+        5 mm, bent smoothly by some 4 mm and mirrored half of the time, unless `vary` is off. All
         of that comes before lesions do, so sides are true.
 
         Returns: the slices' anatomy, and their indices `[count]`.

@@ -34,6 +34,7 @@ from nirvana.mri.report.targets import ReportTargets, report_entropy
 
 DISCLAIMER = "Research software, not for diagnosis."
 ABOUT = "report.json"
+READING = 64  # slices to ask at once, at most: each is asked with every alternative of a fact
 CHOICES: dict[str, tuple] = {
     "count": tuple(range(1, len(NUMBERS) + 1)),
     "type": KINDS,

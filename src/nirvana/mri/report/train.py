@@ -1,5 +1,6 @@
 """Stage 1: the k-space encoder learns to make a frozen backbone write reports."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from nirvana.mri.model import CodecModel
 from nirvana.mri.physics import MaskKind, Sampling, rss
 from nirvana.mri.report.grammar import WORDINGS
 from nirvana.mri.report.heads import Heads, load_heads
-from nirvana.mri.report.reporter import Reporter, report_loss, save_reporter
+from nirvana.mri.report.reporter import READING, Reporter, report_loss, save_reporter
 from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
 from nirvana.mri.report.score import auc
 from nirvana.mri.report.targets import ReportTargets
@@ -27,8 +28,6 @@ from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
 from nirvana.train.loop import Outcome, fit
 from nirvana.train.task import Task
 from nirvana.train.world import join
-
-READING = 64  # slices of the validation at once; each is asked with every alternative
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class ReportSection:
         right = f"numbers from 0 to {len(WORDINGS) - 1}"
         known = all(0 <= wording < len(WORDINGS) for wording in self.wordings)
         require(known, "data.wordings", self.wordings, right)
+        require(self.valid_slices >= 1, "data.valid_slices", self.valid_slices, "at least 1")
         fractions = self.center_fractions
         right = "as many numbers as data.accelerations"
         fits = len(fractions) == len(self.accelerations)
@@ -89,16 +89,17 @@ class Learner(nn.Module):
         if isinstance(stem, ConvolutionalStem):
             self.fine = nn.Conv2d(stem.channels[1], 1, 1)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Combined image `[B, 2, H, W]` to tokens `[B, N, D]`, and the logits of a lesion in each
-        patch, `[B, N]`, and in each square of 4 x 4 pixels, `[B, H/4, W/4]`."""
+    def forward(self, batch: ReportBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The combined image `[B, 2, H, W]`, its tokens `[B, N, D]`, and the logits of a lesion in
+        each patch, `[B, N]`, and in each square of 4 x 4 pixels, `[B, H/4, W/4]`."""
+        image = self.codec.see(batch.kspace, batch.mask, batch.calibration, batch.scale).image
         encoder, fine = self.codec.encoder, None
         if isinstance(encoder.patches, ConvolutionalStem):
             maps = encoder.patches.maps(image)
             tokens, fine = encoder.tokens(maps[-1]), self.fine(maps[1])[:, 0]
         else:
             tokens = encoder(image)
-        return tokens, self.place(tokens)[..., 0], fine
+        return image, tokens, self.place(tokens)[..., 0], fine
 
 
 class ReportTask(Task):
@@ -163,10 +164,9 @@ class ReportTask(Task):
 
     def loss(self, batch: ReportBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the report, and the two weighted aids of the encoder."""
-        data, codec = self.config.data, self.learner.codec
-        image = codec.see(batch.kspace, batch.mask, batch.calibration, batch.scale).image
-        tokens, patch, fine = self.learner(image)
-        words = report_loss(codec, self.targets, tokens, batch.reports)
+        data = self.config.data
+        image, tokens, patch, fine = self.learner(batch)
+        words = report_loss(self.learner.codec, self.targets, tokens, batch.reports)
         with torch.autocast(image.device.type, enabled=False):
             place = place_entropy(patch, patches(batch.coverage))
             if fine is not None:
@@ -190,14 +190,13 @@ class ReportTask(Task):
         for first in range(0, self.config.data.valid_slices, size):
             count = min(size, self.config.data.valid_slices - first)
             batch = self._batch(self.valid, count, torch.Generator().manual_seed(first), False)
-            image = self.learner.codec.see(
-                batch.kspace, batch.mask, batch.calibration, batch.scale
-            ).image
-            tokens, patch, _ = self.learner(image)
+            _, tokens, patch, _ = self.learner(batch)
             words += reporter.findings(tokens)
             places += patch.amax(1).tolist()
             present += [facts.finding for facts in batch.facts]
-        return {"finding_auc": auc(words, present), "place_auc": auc(places, present)}
+        figures = {"finding_auc": auc(words, present), "place_auc": auc(places, present)}
+        # Few slices may all be of one kind, and then there is nothing to tell.
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def export(self, folder: Path) -> None:
         """Writes a codec that `load_reporter` reads."""
