@@ -45,8 +45,8 @@ HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the tes
 class Study:
     """Sizes of the study."""
 
-    steps: int = 2000
-    batch_size: int = 256
+    steps: int = 2400
+    batch_size: int = 128
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
     coils: int = 4
@@ -54,7 +54,7 @@ class Study:
     vit_dim: int = 160
     vit_depth: int = 3
     vit_heads: int = 5
-    lr: float = 1e-3
+    lr: float = 2e-3
     place_weight: float = 1.0  # see `ReportSection`
 
 

@@ -237,29 +237,43 @@ class PatchEncoder(nn.Module):
 
 class ConvolutionalStem(nn.Module):
     """Four residual stages (He et al., arXiv 1512.03385) of 3 x 3 convolutions, each of half the
-    resolution of the one before, image `[B, 2, H, W]` to `[B, dim, H/16, W/16]`.
+    resolution of the one before, and a way back to a quarter of it (Lin et al., arXiv 1612.03144):
+    image `[B, 2, H, W]` to `[B, dim, H/16, W/16]`.
+
+    The way back brings what a stage sees far around a place together with the finer map there, so
+    that a small thing is known for what it is before 16 x 16 pixels become one vector.
 
     They read the magnitude: a smooth phase, which means nothing here, would have to be unlearned.
     Each image is normalised alone; with batch normalisation a slice's tokens would depend on the
     slices trained beside it.
+
+    Attributes:
+        fine_channels: of the map of a quarter of the resolution.
     """
 
     def __init__(self, dim: int):
         super().__init__()
-        self.channels = (dim // 4, dim // 2, 3 * dim // 4, dim)
-        self.stages = nn.ModuleList(Stage(a, b) for a, b in pairwise((1, *self.channels)))
+        channels = (dim // 4, dim // 2, 3 * dim // 4, dim)
+        self.fine_channels = channels[1]
+        self.stages = nn.ModuleList(Stage(a, b) for a, b in pairwise((1, *channels)))
+        self.back = nn.ModuleList(Merge(b, a) for a, b in pairwise(channels[1:]))
+        self.gather = nn.Conv2d(channels[1], dim, 4, stride=4)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
-        """What each stage gives, the finest first."""
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """A map of a quarter of the resolution, `[B, fine_channels, H/4, W/4]`, and the stem's
+        vectors, `[B, dim, H/16, W/16]`."""
         x = torch.linalg.vector_norm(image, dim=1, keepdim=True)
         found = []
         for stage in self.stages:
             x = stage(x)
             found.append(x)
-        return found
+        _, quarter, eighth, deepest = found
+        quarters, eighths = self.back
+        fine = quarters(eighths(deepest, eighth), quarter)
+        return fine, deepest + self.gather(fine)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.maps(image)[-1]
+        return self.maps(image)[1]
 
 
 class Stage(nn.Module):
@@ -268,16 +282,43 @@ class Stage(nn.Module):
     def __init__(self, before: int, after: int):
         super().__init__()
         self.halve = _normalised(before, after, stride=2)
-        self.first, self.second = _normalised(after, after), _normalised(after, after)
+        self.block = ResidualBlock(after)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.halve(x))
+        return self.block(F.relu(self.halve(x)))
+
+
+class Merge(nn.Module):
+    """A map of `deep` channels, brought to twice its resolution, and a finer one of `fine`
+    channels become one of `fine` channels."""
+
+    def __init__(self, deep: int, fine: int):
+        super().__init__()
+        self.narrow = nn.Conv2d(deep, fine, 1)
+        self.mix = _normalised(fine, fine)
+        self.block = ResidualBlock(fine)
+
+    def forward(self, deep: Tensor, fine: Tensor) -> Tensor:
+        wide = F.interpolate(self.narrow(deep), scale_factor=2.0, mode="nearest")
+        return self.block(F.relu(self.mix(fine + wide)))
+
+
+class ResidualBlock(nn.Module):
+    """relu(x + two convolutions of x)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = _normalised(channels, channels)
+        self.second = _normalised(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
 def _normalised(before: int, after: int, stride: int = 1) -> nn.Module:
+    """A convolution and GroupNorm of eight groups, or as many as divide its channels."""
     convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.GroupNorm(1, after))
+    return nn.Sequential(convolution, nn.GroupNorm(math.gcd(8, after), after))
 
 
 def token_map(hidden: Tensor, height: int) -> Tensor:

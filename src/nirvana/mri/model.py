@@ -31,6 +31,7 @@ from nirvana.mri.codec import (
     to_complex,
     token_map,
 )
+from nirvana.mri.graphs import Graphs
 from nirvana.mri.physics import (
     calibration_columns,
     from_middle,
@@ -87,6 +88,7 @@ class CodecModel(nn.Module):
         elif config.correction == "unet":
             self.decoder = build_unet(config, config.unet_features)
         self.image_cascades = _cascades(config.image_cascades, config)
+        self._graphs = Graphs()
 
     @property
     def num_trained(self) -> int:
@@ -188,11 +190,16 @@ class CodecModel(nn.Module):
         calibration = calibration_columns(mask).to(device)
         mask = mask.to(device)
         scale = volume_scale(kspace, mask)
+
+        def show(*inputs: Tensor) -> Tensor:
+            return self(*inputs).image
+
         images = []
         for part in kspace.split(batch_size):
             part = part.to(device, torch.complex64)
-            output = self(part, mask, calibration, scale.expand(len(part)))
-            images.append(output.image.float().cpu())
+            inputs = (part, mask, calibration, scale.expand(len(part)))
+            image = self._graphs(self, show, *inputs) if part.is_cuda else show(*inputs)
+            images.append(image.float().cpu())
             if progress is not None:
                 progress(len(part))
         return torch.cat(images)

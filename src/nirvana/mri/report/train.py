@@ -29,6 +29,8 @@ from nirvana.train.loop import Outcome, fit
 from nirvana.train.task import Task
 from nirvana.train.world import join
 
+RARE = -4.0  # logit of a lesion at a place before anything is learned: few places have one
+
 
 @dataclass(frozen=True)
 class ReportSection:
@@ -85,9 +87,11 @@ class Learner(nn.Module):
         super().__init__()
         self.codec = codec
         self.place = nn.Linear(codec.encoder.projection.out_features, 1)
+        nn.init.constant_(self.place.bias, RARE)
         stem = codec.encoder.patches
         if isinstance(stem, ConvolutionalStem):
-            self.fine = nn.Conv2d(stem.channels[1], 1, 1)
+            self.fine = nn.Conv2d(stem.fine_channels, 1, 1)
+            nn.init.constant_(self.fine.bias, RARE)  # type: ignore[arg-type]
 
     def forward(self, batch: ReportBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The combined image `[B, 2, H, W]`, its tokens `[B, N, D]`, and the logits of a lesion in
@@ -95,8 +99,8 @@ class Learner(nn.Module):
         image = self.codec.see(batch.kspace, batch.mask, batch.calibration, batch.scale).image
         encoder, fine = self.codec.encoder, None
         if isinstance(encoder.patches, ConvolutionalStem):
-            maps = encoder.patches.maps(image)
-            tokens, fine = encoder.tokens(maps[-1]), self.fine(maps[1])[:, 0]
+            quarter, vectors = encoder.patches.maps(image)
+            tokens, fine = encoder.tokens(vectors), self.fine(quarter)[:, 0]
         else:
             tokens = encoder(image)
         return image, tokens, self.place(tokens)[..., 0], fine
@@ -170,7 +174,8 @@ class ReportTask(Task):
         with torch.autocast(image.device.type, enabled=False):
             place = place_entropy(patch, patches(batch.coverage))
             if fine is not None:
-                place = place + place_entropy(fine, F.avg_pool2d(batch.coverage, 4))
+                share = F.avg_pool2d(batch.coverage, 4)
+                place = place + place_entropy(fine, share) + dice_loss(fine, share)
             target = batch.target / batch.scale[:, None, None]
             error = F.l1_loss(rss(image.float()), target)
         loss = words + data.place_weight * place + data.image_weight * error
@@ -212,6 +217,13 @@ def place_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     answer would be: nowhere."""
     weight = torch.tensor(5.0, device=logits.device)
     return F.binary_cross_entropy_with_logits(logits.float(), wanted, pos_weight=weight)
+
+
+def dice_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """1 - Dice of the probabilities and what is wanted, over the whole batch (Milletari et al.,
+    arXiv 1606.04797): the empty rest, of which nearly all consists, does not count."""
+    likely = logits.float().sigmoid()
+    return 1 - (2 * (likely * wanted).sum() + 1) / (likely.sum() + wanted.sum() + 1)
 
 
 def patches(coverage: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""CUDA graphs of what a model computes again and again on inputs of one shape."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+KEPT = 4  # graphs at most: each holds the memory of one run
+
+
+class Graphs:
+    """Runs a function of tensors, as a CUDA graph from the second time that a shape comes.
+
+    A codec's forward is thousands of small kernels, and launching them takes several times as long
+    as they do. What comes once is not worth a capture. A copy of a model captures its own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple, Callable[..., Tensor] | None] = OrderedDict()
+
+    def __reduce__(self) -> tuple:
+        return Graphs, ()
+
+    def __call__(
+        self, model: nn.Module, function: Callable[..., Tensor], *inputs: Tensor
+    ) -> Tensor:
+        """
+        Args:
+            model: whose weights the function reads; where they lie elsewhere than at the capture,
+                there is another graph.
+            function: of the inputs alone, without gradients and random numbers.
+
+        Returns: what the next call with inputs of these shapes overwrites.
+        """
+        weights = (*model.parameters(), *model.buffers())
+        key = (
+            torch.is_autocast_enabled("cuda"),
+            *(x.data_ptr() for x in weights),
+            *((x.shape, x.dtype) for x in inputs),
+        )
+        if key not in self._kept:
+            if len(self._kept) == KEPT:
+                self._kept.popitem(last=False)
+            self._kept[key] = None
+            return function(*inputs)
+        replay = self._kept[key]
+        if replay is None:
+            replay = self._kept[key] = capture(function, inputs)
+        return replay(*inputs)
+
+
+def capture(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """The function as one CUDA graph."""
+    kept = tuple(x.clone() for x in inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is set up at a first run is set up before the capture
+        function(*kept)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function(*kept)
+
+    def replay(*inputs: Tensor) -> Tensor:
+        for old, new in zip(kept, inputs, strict=True):
+            old.copy_(new)
+        graph.replay()
+        return output
+
+    return replay

@@ -1,0 +1,59 @@
+"""What a codec computes by CUDA graphs is what it computes without."""
+
+import copy
+
+import pytest
+import torch
+
+from nirvana.mri.codec import CodecConfig
+from nirvana.mri.graphs import KEPT, Graphs
+from nirvana.mri.model import CodecModel, load_codec
+from nirvana.mri.physics import Sampling, fft2c
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def kspace_of(slices: int, side: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(slices, 4, side, side, generator=generator)
+    mask = Sampling().mask(side, seed)
+    return fft2c(images.to(torch.complex64)) * mask, mask
+
+
+@needs_gpu
+def test_replays_are_what_was_captured():
+    model = load_codec("codec", "cuda").eval()
+    for seed in range(4):  # plain, captured, replayed
+        for slices, side in ((2, 64), (1, 80)):
+            kspace, mask = kspace_of(slices, side, seed)
+            found = model.reconstruct(kspace, mask)
+            plain = copy.deepcopy(model).reconstruct(kspace, mask)
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_a_model_that_moved_is_captured_anew():
+    model = load_codec("codec", "cuda").eval()
+    kspace, mask = kspace_of(1, 64, 0)
+    before = [model.reconstruct(kspace, mask) for _ in range(3)][-1]
+    model.cpu().to("cuda")
+    torch.testing.assert_close(model.reconstruct(kspace, mask), before, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        next(model.image_cascades.parameters()).zero_()  # in place: the graph reads the new number
+    after = model.reconstruct(kspace, mask)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(
+        after, copy.deepcopy(model).reconstruct(kspace, mask), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_comes_once_runs_plainly_and_few_are_kept():
+    graphs, model = Graphs(), torch.nn.Linear(2, 2)
+    for n in range(2 * KEPT):
+        assert torch.equal(graphs(model, lambda x: x + 1, torch.zeros(n + 1)), torch.ones(n + 1))
+    assert len(graphs._kept) == KEPT
+
+
+def test_a_copied_codec_has_graphs_of_its_own():
+    model = CodecModel(CodecConfig(backbone="none", image_cascades=1), None)
+    assert copy.deepcopy(model)._graphs is not model._graphs
