@@ -45,8 +45,8 @@ HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the tes
 class Study:
     """Sizes of the study."""
 
-    steps: int = 2400
-    batch_size: int = 128
+    steps: int = 1600
+    batch_size: int = 64
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
     coils: int = 4
@@ -130,7 +130,7 @@ def config_of(
             center_fractions=list(CENTER.values()),
             wordings=list(SEEN),
             place_weight=study.place_weight,
-            image_weight=1.0 if cascades else 0.0,
+            image_weight=10.0 if cascades else 0.0,
             valid=of_role(heads, "valid"),
             valid_slices=min(256, study.samples),
         ),

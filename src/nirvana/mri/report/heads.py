@@ -24,7 +24,9 @@ SLAB = 3.0  # mm of the volume that a slice is the mean of
 SHALLOWEST, DEEPEST = 0.12, 0.45  # w of the slices
 STEP = 0.012  # between them, w
 LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
-BEND, BEND_GRID = 4.0, (5, 4)  # mm, and the points between which a slice is bent smoothly
+BEND, BEND_GRID = 6.0, (5, 4)  # mm, and the points between which a slice is bent smoothly
+SHADE, SHADE_GRID = 0.15, (4, 3)  # largest logarithm of the smooth shading, and its points
+INVERTED = 0.3  # share of T1 slices that become a T2: fluid bright, grey matter above white
 COLUMNS = ("images", "depth", "frame", "sequence", "subject")
 
 
@@ -74,9 +76,10 @@ class Heads:
     def draw(self, count: int, generator: Generator, vary: bool = True) -> tuple[Anatomy, Tensor]:
         """Random slices, every subject as often as any other.
 
-        Each is turned up to 10 degrees, scaled by 0.92 to 1.08, stretched up to 4 %, moved up to
-        5 mm, bent smoothly by some 4 mm and mirrored half of the time, unless `vary` is off. All
-        of that comes before lesions do, so sides are true.
+        Each is turned up to 15 degrees, scaled by 0.85 to 1.15, stretched up to 8 %, moved up to
+        5 mm, bent smoothly by some 6 mm and mirrored half of the time, shaded, and some T1 become
+        a stand-in for T2 (`varied`), unless `vary` is off. All of that comes before lesions do, so
+        sides and signals are true.
 
         Returns: the slices' anatomy, and their indices `[count]`.
         """
@@ -95,7 +98,7 @@ class Heads:
         bend = 2 * torch.rand(B, 2, *BEND_GRID, generator=generator) - 1
         bend = (bend if vary else torch.zeros_like(bend)).to(device) * BEND / PIXEL
         bend = F.interpolate(bend, size=(H, W), mode="bicubic", align_corners=True)
-        angle, scale, stretch = r[:, 0] * torch.pi / 18, 1 + 0.08 * r[:, 1], 1 + 0.04 * r[:, 2]
+        angle, scale, stretch = r[:, 0] * torch.pi / 12, 1 + 0.15 * r[:, 1], 1 + 0.08 * r[:, 2]
         flip = torch.where(r[:, 3] < 0, -1.0, 1.0)
         # Of a pixel of the view from the middle, in pixels, to the slice's, likewise.
         row, column = torch.meshgrid(
@@ -114,16 +117,46 @@ class Heads:
         frame = self.frame[index]
         u = (source_x - _each(frame[:, 0])) / _each(frame[:, 2]) * _each(flip)
         v = (_each(frame[:, 1]) - source_y) / _each(frame[:, 3])
+        images, sequence = view[:, 0] / 255, self.sequence[index]
+        if vary:
+            images, sequence = varied(images, view[:, 1] > 0, sequence, generator)
         return Anatomy(
-            images=view[:, 0] / 255,
+            images=images,
             depth=view[:, 1] * _each(scale),
             u=u,
             v=v,
             w=frame[:, 4],
-            sequence=self.sequence[index],
+            sequence=sequence,
             width=frame[:, 2] * scale * PIXEL,
             pixel=PIXEL,
         )
+
+
+def varied(
+    images: Tensor, brain: Tensor, sequence: Tensor, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Slices in other contrasts than those that few heads have: each is shaded smoothly, and a
+    share of the T1 is turned into what a T2 looks like.
+
+    Args:
+        images: `[B, H, W]` in 0..1.
+        brain: bool, of the same shape.
+        sequence: `[B]`, index in `SEQUENCES`.
+        generator: of the random numbers.
+
+    Returns: images and their sequences.
+    """
+    B, H, W = images.shape
+    chosen = (torch.rand(B, generator=generator) < INVERTED).to(images.device)
+    shade = (2 * torch.rand(B, 1, *SHADE_GRID, generator=generator) - 1).to(images)
+    shade = F.interpolate(SHADE * shade, size=(H, W), mode="bicubic", align_corners=True)[:, 0]
+    turned = chosen & (sequence == SEQUENCES.index("T1"))
+    top = _each((images * brain).amax((1, 2)))
+    inside = images > 0.1 * top
+    inverted = torch.where(inside, (1.05 * top - images).clamp(min=0.03), images)
+    images = torch.where(_each(turned), inverted, images)
+    sequence = torch.where(turned, SEQUENCES.index("T2"), sequence)
+    return (images * shade.exp()).clamp(max=1.0), sequence
 
 
 def slices_of(

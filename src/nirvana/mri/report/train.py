@@ -45,7 +45,8 @@ class ReportSection:
     center_fractions: list[float] = field(default_factory=lambda: [0.08, 0.08, 0.04])
     wordings: list[int] = field(default_factory=lambda: [0, 1, 2, 3])  # of `grammar.WORDINGS`
     place_weight: float = 1.0  # of a loss on where lesions are, asked of the image tokens alone
-    image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens
+    image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens, from
+    # which alone its cascades then learn; 0: they learn from the reports
     valid: list[str] = field(default_factory=list)  # subjects to validate on
     valid_slices: int = 256  # of them
 
@@ -81,11 +82,17 @@ class Learner(nn.Module):
 
     Their gradient reaches every place at once, where that of a report's few words must be traced
     back through the backbone.
+
+    Args:
+        codec: what learns.
+        apart: the reports' gradient ends at the combined image: it is noise to the cascades before
+            it, next to what the image's own error tells them.
     """
 
-    def __init__(self, codec: CodecModel):
+    def __init__(self, codec: CodecModel, apart: bool):
         super().__init__()
         self.codec = codec
+        self.apart = apart
         self.place = nn.Linear(codec.encoder.projection.out_features, 1)
         nn.init.constant_(self.place.bias, RARE)
         stem = codec.encoder.patches
@@ -98,11 +105,12 @@ class Learner(nn.Module):
         each patch, `[B, N]`, and in each square of 4 x 4 pixels, `[B, H/4, W/4]`."""
         image = self.codec.see(batch.kspace, batch.mask, batch.calibration, batch.scale).image
         encoder, fine = self.codec.encoder, None
+        read = image.detach() if self.apart else image
         if isinstance(encoder.patches, ConvolutionalStem):
-            quarter, vectors = encoder.patches.maps(image)
+            quarter, vectors = encoder.patches.maps(read)
             tokens, fine = encoder.tokens(vectors), self.fine(quarter)[:, 0]
         else:
-            tokens = encoder(image)
+            tokens = encoder(read)
         return image, tokens, self.place(tokens)[..., 0], fine
 
 
@@ -129,7 +137,8 @@ class ReportTask(Task):
             raise InputError("codec.backbone = 'none' has no words; reports need a language model")
         self.tokenizer: Any = load_tokenizer(config.codec.weights)
         self.targets = ReportTargets(self.tokenizer)
-        self.learner = Learner(CodecModel(config.codec, backbone)).to(device)
+        apart = config.data.image_weight > 0
+        self.learner = Learner(CodecModel(config.codec, backbone), apart).to(device)
         self.model: nn.Module = self.learner
         self.units_per_step = config.data.batch_size * config.optim.accumulation
 
