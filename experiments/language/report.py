@@ -163,16 +163,22 @@ def _recall(results: Results, setting: str) -> str:
     names = list(results.runs(arms[0], setting)[0]["recall"])
     said = wording.RECALL.format(setting=setting)
     for what, digits in (("points", 2), ("bits", 1)):
-        rows = [
-            [
-                name.replace("@", ", "),
-                *(results.figure(arm, setting, [recall(name, what)]).show(digits) for arm in arms),
-            ]
+        found = {
+            name: [results.figure(arm, setting, [recall(name, what)]) for arm in arms]
             for name in names
+        }
+        rows = [
+            [name.replace("@", ", "), *(each.show(digits) for each in figures)]
+            for name, figures in found.items()
         ]
-        said += _table(["task, tokens", *(f"`{arm}`" for arm in arms)], rows)
-        if what == "points":
+        if what == "bits":
             said += wording.BITS
+        else:
+            most = max(each.high for figures in found.values() for each in figures)
+            if most < wording.NEXT_TO_NONE:
+                said += wording.NO_RECALL.format(most=most)
+                continue
+        said += _table(["task, tokens", *(f"`{arm}`" for arm in arms)], rows)
     return said
 
 

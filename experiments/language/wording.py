@@ -46,6 +46,12 @@ RECALL = """
 Share of answers that greedy decoding writes.
 """
 
+NEXT_TO_NONE = 0.01
+NO_RECALL = """
+Next to none: in no task, at no length and by no arm are more than {most:.1%} right, the upper ends
+of the intervals included.
+"""
+
 BITS = """
 Bits that an answer costs: they tell models apart before any answer is right.
 """
