@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from nirvana.mri.codec import CodecConfig
 
-CLASSICAL = ("zero-filled", "sense", "l1-wavelet")
+CLASSICAL = ("zero-filled", "sense", "bart-sense", "l1-wavelet", "bart-l1-wavelet")
 
 # 8 cascades each; the codec's narrower ones leave room for ViT and image decoder.
 CODEC = CodecConfig(

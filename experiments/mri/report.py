@@ -53,7 +53,8 @@ size are packaged, so they tell what an untrained network there does; the two Ni
 packaged `tiny`'s weights. Times taken beside other programs on the same GPU are upper bounds, or
 left out.
 
-**Classical methods** use ESPIRiT's sensitivities and were tuned at 4x on training volumes. At 8x
+**Classical methods** use ESPIRiT's sensitivities and were tuned at 4x on training volumes; `bart-`
+are BART's own programs, the others sigpy with sensitivities of ours. At 8x
 only five to ten columns are left for calibration, too few for ESPIRiT: their rows show that.
 
 **Scores** per volume, over its slices: PSNR in dB with the volume's maximum, SSIM (scikit-image,

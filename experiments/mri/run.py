@@ -31,6 +31,7 @@ from nirvana.mri.model import CodecModel, load_codec, save_codec
 from nirvana.mri.physics import Sampling, calibration_width, fft2c, ifft2c, rss
 from nirvana.mri.settings import MriConfig, MriDataSection, StageSection
 from nirvana.mri.simulate import Simulation, simulate_scan
+from nirvana.mri.toolbox import bart_pics
 from nirvana.mri.train import ReconstructionTask
 from nirvana.train.config import OptimConfig, RunConfig, to_dict
 from nirvana.train.loop import fit
@@ -230,6 +231,9 @@ def classical(arm: str) -> Method:
     """The method of a name."""
     if arm == "zero-filled":
         return zero_filled
+    if arm.startswith("bart-"):
+        norm: Any = "l2" if arm == "bart-sense" else "l1"
+        return lambda kspace, mask: bart_pics(kspace, mask, calibration_width(mask), norm)
     solve = sense if arm == "sense" else l1_wavelet
     return lambda kspace, mask: solve(
         kspace, mask, calibration_width(mask), workers=options.workers

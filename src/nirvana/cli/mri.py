@@ -30,6 +30,7 @@ app = typer.Typer(
 RESULTS = ("dicom", "metrics.json", "panel.png", "reconstruction.h5", "reconstruction.nii.gz")
 FORMATS = "fastMRI or ISMRMRD HDF5, BART .cfl, volumes .nii, .nii.gz, .npy."
 TARGET, ZERO_FILLED, SENSE = "fully sampled", "zero-filled", "SENSE"
+BART = {"l2": "BART SENSE", "l1": "BART L1-wavelet"}
 WAVELET, NIRVANA = "L1-wavelet", "Nirvana"
 
 CodecOption = Annotated[str, typer.Option(help="Folder of a codec, or a packaged one's name.")]
@@ -38,6 +39,9 @@ AccelerationOption = Annotated[float, typer.Option(help="All columns over sample
 CenterOption = Annotated[float, typer.Option(help="Share of columns in the middle, all sampled.")]
 WaveletOption = Annotated[bool, typer.Option(help="Reconstruct with ESPIRiT + L1-wavelet, too.")]
 SenseOption = Annotated[bool, typer.Option(help="Reconstruct with ESPIRiT + SENSE, too.")]
+BartOption = Annotated[
+    bool, typer.Option("--bart", help="Also with BART's program, which must be installed.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 CoilsOption = Annotated[int, typer.Option(help="Number of simulated coils.")]
 NoiseOption = Annotated[
@@ -246,6 +250,7 @@ def evaluate(
     slices: Annotated[int, typer.Option(help="Middle slices to use; 0 takes all.")] = 0,
     wavelet: WaveletOption = True,
     sense: SenseOption = False,
+    bart: BartOption = False,
     device: DeviceOption = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the results here, too.")] = None,
 ) -> None:
@@ -256,11 +261,14 @@ def evaluate(
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import find_scans
     from nirvana.mri.physics import require_calibration
+    from nirvana.mri.toolbox import program
 
     if slices < 0:
         raise InputError(f"--slices {slices} must be 0 (all) or more")
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
+    if bart:
+        program()  # told before anything is read
     scans = [path for given in scans for path in find_scans(given)]
 
     def load(path: Path, number: int) -> "Scan":
@@ -277,7 +285,9 @@ def evaluate(
     with progress_bars() as progress:
         for number, path in enumerate(scans):
             scan = load(path, number)
-            methods = comparison(models, wavelet, progress, scan.name, len(scan.kspace), sense)
+            methods = comparison(
+                models, wavelet, progress, scan.name, len(scan.kspace), sense, bart
+            )
             scored = ev.evaluate_volume(scan, methods, sampling, seed + number)
             rows += [{**row, "parameters": sizes.get(row["method"])} for row in scored]
     summary = ev.summarise(rows, labels[0])
@@ -411,12 +421,14 @@ def comparison(
     name: str,
     slices: int,
     sense: bool = False,
+    bart: bool = False,
     batch_size: int = 4,
 ) -> dict[str, "Method"]:
     """What is compared, each with a line of progress of its own."""
     from nirvana.mri.baselines import l1_wavelet, zero_filled
     from nirvana.mri.baselines import sense as sense_image
     from nirvana.mri.physics import calibration_width
+    from nirvana.mri.toolbox import bart_pics
 
     def reporter(method: str) -> Callable[[int], None]:
         task = progress.add_task(f"{name}: {method}", total=slices)
@@ -428,6 +440,12 @@ def comparison(
     def with_sense(kspace: "Tensor", mask: "Tensor") -> Any:
         return sense_image(kspace, mask, calibration_width(mask), progress=reporter(SENSE))
 
+    def with_bart(norm: Any) -> "Method":
+        report = reporter(BART[norm])
+        return lambda kspace, mask: bart_pics(
+            kspace, mask, calibration_width(mask), norm, progress=report
+        )
+
     def with_codec(label: str, model: Any) -> "Method":
         return lambda kspace, mask: model.reconstruct(kspace, mask, batch_size, reporter(label))
 
@@ -436,6 +454,8 @@ def comparison(
         methods[SENSE] = with_sense
     if wavelet:
         methods[WAVELET] = with_wavelet
+    if bart:
+        methods |= {name: with_bart(norm) for norm, name in BART.items()}
     return methods | {label: with_codec(label, model) for label, model in models.items()}
 
 

@@ -62,7 +62,7 @@ def zero_filled(kspace: Any, mask: Any) -> np.ndarray:
     Returns:
         float32 `[slices, H, W]`.
     """
-    kspace, mask = _arrays(kspace, mask)
+    kspace, mask = arrays(kspace, mask)
     # Slice by slice: the coil images of a whole fastMRI volume would take gigabytes.
     slices = [np.linalg.norm(_ifft2c(slice_ * mask), axis=0) for slice_ in kspace]
     return np.stack(slices).astype(np.float32)
@@ -129,7 +129,7 @@ def _by_slices(
     progress: Callable[[int], None] | None,
 ) -> np.ndarray:
     settings = settings or Wavelet()
-    kspace, mask = _arrays(kspace, mask)
+    kspace, mask = arrays(kspace, mask)
     if calibration_width < 1:
         raise InputError(
             "this reconstruction estimates coil sensitivities from sampled columns in "
@@ -193,8 +193,13 @@ def _reconstruct_slice(
     maps = espirit_maps(kspace, calibration_width, settings)
     weights = np.broadcast_to(mask, kspace.shape[1:]).astype(np.float32)
     image = image_of(kspace, maps, weights, weight, settings)
-    complete = np.where(mask, kspace, _fft2c(maps * image))
-    return np.linalg.norm(_ifft2c(complete), axis=0)
+    return with_measured(kspace, mask, fft2c(maps * image))
+
+
+def with_measured(kspace: np.ndarray, mask: np.ndarray, modelled: np.ndarray) -> np.ndarray:
+    """Root sum of squares `[H, W]` of a modelled k-space `[coils, H, W]` with the measured columns
+    put back."""
+    return np.linalg.norm(_ifft2c(np.where(mask, kspace, modelled)), axis=0)
 
 
 def _wavelet_image(
@@ -303,7 +308,8 @@ def noise_level(kspace: np.ndarray, mask: np.ndarray) -> float:
     return float(np.quantile(samples, 0.25) / np.sqrt(2 * np.log(4 / 3)))
 
 
-def _arrays(kspace: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+def arrays(kspace: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+    """K-space as complex64 `[slices, coils, H, W]` and mask as bool `[W]`."""
     kspace = np.asarray(kspace, dtype=np.complex64)
     mask = np.asarray(mask, dtype=bool)
     if kspace.ndim != 4 or mask.shape != kspace.shape[-1:]:
@@ -313,7 +319,8 @@ def _arrays(kspace: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     return kspace, mask
 
 
-def _fft2c(x: np.ndarray) -> np.ndarray:
+def fft2c(x: np.ndarray) -> np.ndarray:
+    """The centred, orthonormal transform of the last two axes."""
     shifted = np.fft.ifftshift(x, axes=AXES)
     return np.fft.fftshift(np.fft.fft2(shifted, norm="ortho"), axes=AXES)
 
