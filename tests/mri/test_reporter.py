@@ -18,7 +18,7 @@ from nirvana.mri.model import CodecModel, save_codec
 from nirvana.mri.physics import Sampling, fft2c, sampling_mask
 from nirvana.mri.report.encode import View, encode, encode_scan, to_grid, view_of
 from nirvana.mri.report.grammar import SLOTS, WORDINGS, Facts, parse_wording, rounded, write
-from nirvana.mri.report.heads import GRID, PIXEL, load_heads, save_heads
+from nirvana.mri.report.heads import GRID, PIXEL, load_heads, save_heads, varied
 from nirvana.mri.report.reporter import (
     CHOICES,
     Reporter,
@@ -27,7 +27,14 @@ from nirvana.mri.report.reporter import (
     save_reporter,
 )
 from nirvana.mri.report.samples import Scanner, report_batch
-from nirvana.mri.report.train import ReportConfig, ReportSection, patches, train_reporter
+from nirvana.mri.report.train import (
+    Learner,
+    ReportConfig,
+    ReportSection,
+    dice_loss,
+    patches,
+    train_reporter,
+)
 from nirvana.mri.simulate import Simulation
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import OptimConfig, RunConfig
@@ -190,6 +197,49 @@ def test_patches_that_hold_a_lesion():
     coverage = torch.zeros(1, 32, 48)
     coverage[0, 20, 40] = 1.0
     assert patches(coverage).nonzero().tolist() == [[0, 5]]
+
+
+def test_dice_rewards_the_few_places_that_count():
+    wanted = torch.zeros(2, 32, 32)
+    wanted[0, :4, :4] = 1.0
+    right, nowhere = torch.where(wanted > 0, 20.0, -20.0), torch.full_like(wanted, -20.0)
+    assert dice_loss(right, wanted) < 1e-3
+    assert dice_loss(nowhere, wanted) > 0.9
+    assert dice_loss(nowhere, torch.zeros_like(wanted)) < 1e-3
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_reports_teach_the_cascades_only_where_the_image_does_not(apart):
+    config = replace(small_config("tiny"), vit_stem="convolutions", encoder_cascades=1)
+    learner = Learner(CodecModel(config, load_backbone("nirvana")), apart)
+    image, tokens, _, fine = learner(batch_of(2))
+    assert fine is not None
+    (tokens.square().sum() + fine.square().sum()).backward(retain_graph=True)
+    cascades = list(learner.codec.encoder_cascades.parameters())
+    assert all(p.grad is None for p in cascades) == apart
+    image.square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in cascades)
+
+
+def test_varied_heads_are_other_contrasts_of_the_same():
+    """A T1 (fluid dark, white matter brightest) becomes a T2 (fluid bright, white matter darkest);
+    other sequences and the background stay what they are, but for a smooth shading."""
+    sequence = torch.arange(3).repeat(40)
+    images = torch.zeros(120, 24, 24)
+    images[:, 4:20, 4:20] = 0.8  # white matter
+    images[:, 8:12, 8:12] = 0.3  # fluid
+    brain = images > 0
+    found, kinds = varied(images, brain, sequence, torch.Generator().manual_seed(0))
+    turned = kinds != sequence
+    assert 4 <= int(turned.sum()) <= 24
+    assert (sequence[turned] == 0).all()
+    assert (kinds[turned] == SEQUENCES.index("T2")).all()
+    assert not found[:, :3].any()
+    assert (found[turned, 10, 10] > 1.5 * found[turned, 5, 5]).all()
+    kept = found[~turned] / images[~turned].clamp(min=0.1)
+    assert ((kept - 1).abs() < 0.3).logical_or(~brain[~turned]).all()
+    again, _ = varied(images, brain, sequence, torch.Generator().manual_seed(0))
+    assert torch.equal(found, again)
 
 
 def test_a_codec_without_reports_is_refused(reporter, tmp_path):
