@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nirvana.mri.codec import CodecConfig
-from nirvana.mri.graphs import KEPT, Graphs
+from nirvana.mri.graphs import KEPT, Graphs, capturable
 from nirvana.mri.model import CodecModel, load_codec
 from nirvana.mri.physics import Sampling, fft2c
 
@@ -52,6 +52,16 @@ def test_what_comes_once_runs_plainly_and_few_are_kept():
     for n in range(2 * KEPT):
         assert torch.equal(graphs(model, lambda x: x + 1, torch.zeros(n + 1)), torch.ones(n + 1))
     assert len(graphs._kept) == KEPT
+
+
+def test_trainings_capture_nothing(monkeypatch):
+    """Autocast frees cast weights; a sharded model's forward waits for other processes."""
+    assert capturable()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert not capturable()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert not capturable()
 
 
 def test_a_copied_codec_has_graphs_of_its_own():

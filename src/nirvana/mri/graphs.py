@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 KEPT = 4  # graphs at most: each holds the memory of one run
@@ -35,7 +36,6 @@ class Graphs:
         """
         weights = (*model.parameters(), *model.buffers())
         key = (
-            torch.is_autocast_enabled("cuda"),
             *(x.data_ptr() for x in weights),
             *((x.shape, x.dtype) for x in inputs),
         )
@@ -50,17 +50,25 @@ class Graphs:
         return replay(*inputs)
 
 
+def capturable() -> bool:
+    """Whether what runs here may become a graph: not under autocast, which frees the cast weights
+    that a graph would read again, and not among several processes, whose models lie in parts."""
+    several = dist.is_available() and dist.is_initialized()
+    return not (several or torch.is_autocast_enabled("cuda"))
+
+
 def capture(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
     """The function as one CUDA graph."""
     kept = tuple(x.clone() for x in inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is set up at a first run is set up before the capture
-        function(*kept)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function(*kept)
+    with torch.cuda.device(kept[0].device):  # whose streams are meant, current or not
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a first run sets up what no capture can
+            function(*kept)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = function(*kept)
 
     def replay(*inputs: Tensor) -> Tensor:
         for old, new in zip(kept, inputs, strict=True):

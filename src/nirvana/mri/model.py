@@ -31,7 +31,7 @@ from nirvana.mri.codec import (
     to_complex,
     token_map,
 )
-from nirvana.mri.graphs import Graphs
+from nirvana.mri.graphs import Graphs, capturable
 from nirvana.mri.physics import (
     calibration_columns,
     from_middle,
@@ -194,11 +194,12 @@ class CodecModel(nn.Module):
         def show(*inputs: Tensor) -> Tensor:
             return self(*inputs).image
 
+        graphed = device.type == "cuda" and capturable()
         images = []
         for part in kspace.split(batch_size):
             part = part.to(device, torch.complex64)
             inputs = (part, mask, calibration, scale.expand(len(part)))
-            image = self._graphs(self, show, *inputs) if part.is_cuda else show(*inputs)
+            image = self._graphs(self, show, *inputs) if graphed else show(*inputs)
             images.append(image.float().cpu())
             if progress is not None:
                 progress(len(part))
