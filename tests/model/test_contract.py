@@ -118,10 +118,12 @@ def test_device_maps(saved, tmp_path, where):
     )
     on_disk = [name for name, p in loaded.named_parameters() if p.is_meta]
     assert bool(on_disk) == ("disk" in str(where))
-    torch.testing.assert_close(loaded(tokens).logits.cpu(), logits)
+    # "auto" takes a GPU where there is one; a model that lies on one device moves no inputs.
+    given = tokens.to("cuda" if where == "auto" and torch.cuda.is_available() else "cpu")
+    torch.testing.assert_close(loaded(given).logits.cpu(), logits)
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(
-        loaded.generate(tokens, **settings).cpu(), model.generate(tokens, **settings)
+        loaded.generate(given, **settings).cpu(), model.generate(tokens, **settings)
     )
 
 

@@ -6,9 +6,14 @@ torchrun processes.py INTERRUPTION STEP CONFIG [--key value ...] [--resume]
 import os
 import signal
 import sys
+from functools import partial
+
+import torch
 
 from nirvana.errors import InputError
+from nirvana.train import language
 from nirvana.train.language import LanguageTask, train
+from nirvana.train.step import Trainer
 
 
 def interrupt(kind, at):
@@ -26,9 +31,22 @@ def interrupt(kind, at):
     LanguageTask.batch = batch
 
 
+def rounded():
+    """What `run.precision = "bf16"` is on a GPU, on the CPU."""
+    Trainer.autocast = lambda trainer: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    language.parallelize = partial(replaced, language.parallelize)
+
+
+def replaced(original, *arguments):
+    """`parallelize` with products rounded to bfloat16."""
+    original(*arguments[:-1], torch.bfloat16)
+
+
 if __name__ == "__main__":
     _, kind, at, config, *arguments = sys.argv
-    if kind != "none":
+    if kind == "rounded":
+        rounded()
+    elif kind != "none":
         interrupt(kind, int(at))
     resume = "--resume" in arguments
     try:

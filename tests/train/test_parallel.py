@@ -15,6 +15,7 @@ from nirvana.errors import InputError
 from nirvana.train.config import ParallelConfig
 from nirvana.train.language import LanguageTask, train
 from nirvana.train.parallel import clip, make_mesh, recompute_blocks
+from nirvana.train.step import Trainer
 from nirvana.train.tokenize import tokenize
 from nirvana.train.world import World
 
@@ -30,6 +31,15 @@ MODEL = {
     "trigger_decay": 0.5,
     "trigger_decay_learnable": True,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in `together`: how a sum is cut into threads shows in its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +123,21 @@ def test_data_that_one_process_cannot_read_end_both_with_a_checkpoint(config, tm
     assert (tmp_path / "run/checkpoints/step-00000003/state.json").is_file()
     assert train(config, [f"--run.out={tmp_path / 'run'}"], resume=True).finished
     assert weights(tmp_path / "run") == weights(config.parent / "alone")
+
+
+def test_weights_rounded_before_they_are_gathered(config, tmp_path, monkeypatch):
+    """They are what autocast makes of them afterwards."""
+
+    def autocast(trainer):
+        return torch.autocast("cpu", torch.bfloat16)
+
+    monkeypatch.setattr(Trainer, "autocast", autocast)
+    train(config, [f"--run.out={tmp_path / 'alone'}"])
+    code, said = together(config, tmp_path / "run", kind="rounded")
+    assert code == 0, said
+    assert curve(tmp_path / "run") == curve(tmp_path / "alone")
+    assert curve(tmp_path / "run") != curve(config.parent / "alone")
+    assert weights(tmp_path / "run") == weights(tmp_path / "alone")
 
 
 @pytest.mark.gpu

@@ -76,7 +76,9 @@ class LanguageTask(Task):
     def prepare(self, world: World, compiled: bool) -> None:
         """Recompute, compile, shard."""
         blocks = list(self.model.model.layers)  # type: ignore[union-attr,arg-type]
-        parallelize(self.model, blocks, self.config.parallel, world, compiled)
+        rounds = self.config.run.precision == "bf16" and world.device.type == "cuda"
+        rounded = torch.bfloat16 if rounds else None
+        parallelize(self.model, blocks, self.config.parallel, world, compiled, rounded)
 
     def begin(self, folder: Path) -> None:
         """The run carries its tokenizer, so that its checkpoints can be exported anywhere."""

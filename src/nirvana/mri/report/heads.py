@@ -26,6 +26,7 @@ STEP = 0.012  # between them, w
 LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
 BEND, BEND_GRID = 6.0, (5, 4)  # mm, and the points between which a slice is bent smoothly
 SHADE, SHADE_GRID = 0.15, (4, 3)  # largest logarithm of the smooth shading, and its points
+GAMMA = 0.35  # largest logarithm of the power that brightness is raised to
 INVERTED = 0.3  # share of T1 slices that become a T2: fluid bright, grey matter above white
 COLUMNS = ("images", "depth", "frame", "sequence", "subject")
 
@@ -135,8 +136,8 @@ class Heads:
 def varied(
     images: Tensor, brain: Tensor, sequence: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Slices in other contrasts than those that few heads have: each is shaded smoothly, and a
-    share of the T1 is turned into what a T2 looks like.
+    """Slices in other contrasts than those that few heads have: the brightness of each is raised to
+    a power and shaded smoothly, and a share of the T1 is turned into what a T2 looks like.
 
     Args:
         images: `[B, H, W]` in 0..1.
@@ -151,7 +152,9 @@ def varied(
     shade = (2 * torch.rand(B, 1, *SHADE_GRID, generator=generator) - 1).to(images)
     shade = F.interpolate(SHADE * shade, size=(H, W), mode="bicubic", align_corners=True)[:, 0]
     turned = chosen & (sequence == SEQUENCES.index("T1"))
-    top = _each((images * brain).amax((1, 2)))
+    top = _each((images * brain).amax((1, 2))).clamp(min=1 / 255)
+    power = (GAMMA * (2 * torch.rand(B, generator=generator) - 1)).exp().to(images)
+    images = top * (images / top) ** _each(power)
     inside = images > 0.1 * top
     inverted = torch.where(inside, (1.05 * top - images).clamp(min=0.03), images)
     images = torch.where(_each(turned), inverted, images)
