@@ -4,9 +4,11 @@
     python experiments/report/run.py heads.npz OUT
     python experiments/report/report.py OUT docs/evidence-report.md
 
-Persons are named role/person with the roles train, valid and test. Every model is trained into
-OUT/NAME (an interrupted training goes on where it stopped), and every cell of the study appends one
-file to OUT/rows when it is whole; those that are there are not made again.
+Persons are named role/person with the roles train, valid and test. Every model is trained twice:
+into OUT/NAME/see, where its encoder learns to see lesions and images, and from there into
+OUT/NAME/tell, where it learns to make the backbone write (an interrupted training goes on where it
+stopped). Every cell of the study appends one file to OUT/rows when it is whole; those that are
+there are not made again.
 """
 
 import argparse
@@ -45,21 +47,24 @@ HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the tes
 class Study:
     """Sizes of the study."""
 
-    steps: int = 1600
+    see_steps: int = 16000
+    tell_steps: int = 2000
     batch_size: int = 64
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
     coils: int = 4
     cascades: int = 2
-    vit_dim: int = 160
+    vit_dim: int = 192
     vit_depth: int = 3
-    vit_heads: int = 5
-    lr: float = 2e-3
+    vit_heads: int = 6
+    see_lr: float = 2e-3
+    tell_lr: float = 1e-3
     place_weight: float = 1.0  # see `ReportSection`
 
 
 TOY = Study(
-    steps=2,
+    see_steps=2,
+    tell_steps=2,
     batch_size=4,
     samples=8,
     curve=4,
@@ -94,9 +99,11 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(given.out / "study.json", {"model": first, **vars(study)})
     for name, backbone, cascades in models(given.backbones, study):
         folder = given.out / name
-        if not (folder / "model" / "report.json").is_file():
-            config = config_of(study, given, heads, folder, backbone, cascades)
-            outcome = train_reporter(config, resume=(folder / "checkpoints").is_dir())
+        for phase in ("see", "tell"):
+            if (folder / phase / "model" / "report.json").is_file():
+                continue
+            config = config_of(study, given, heads, folder, phase, backbone, cascades)
+            outcome = train_reporter(config, resume=(folder / phase / "checkpoints").is_dir())
             if not outcome.finished:
                 return  # interrupted; what there is goes on next time
         evaluate(study, heads, given.out, name, choose_device(given.device))
@@ -115,11 +122,15 @@ def config_of(
     given: argparse.Namespace,
     heads: Heads,
     folder: Path,
+    phase: str,
     backbone: str,
     cascades: int,
 ) -> ReportConfig:
-    """What a model is trained with."""
+    """What a model is trained with in a phase."""
     codec: Any = {"backbone": backbone, "weights": given.weights}
+    seeing = phase == "see"
+    steps = study.see_steps if seeing else study.tell_steps
+    lr = study.see_lr if seeing else study.tell_lr
     return ReportConfig(
         data=ReportSection(
             heads=str(given.heads),
@@ -129,20 +140,23 @@ def config_of(
             accelerations=list(CENTER),
             center_fractions=list(CENTER.values()),
             wordings=list(SEEN),
+            reuse=8,
+            words_weight=0.0 if seeing else 1.0,
             place_weight=study.place_weight,
             image_weight=10.0 if cascades else 0.0,
+            start="" if seeing else str(folder / "see"),
             valid=of_role(heads, "valid"),
             valid_slices=min(256, study.samples),
         ),
         run=RunConfig(
-            out=str(folder),
-            steps=study.steps,
+            out=str(folder / phase),
+            steps=steps,
             device=given.device,
             precision=given.precision,
             compile=False,
-            log_interval=max(1, study.steps // 100),
-            validation_interval=max(1, study.steps // 10),
-            checkpoint_interval=max(1, study.steps // 8),
+            log_interval=max(1, steps // 100),
+            validation_interval=max(1, steps // 10),
+            checkpoint_interval=max(1, steps // 8),
             keep_checkpoints=1,
         ),
         codec=CodecConfig(
@@ -156,7 +170,7 @@ def config_of(
             vit_stem="convolutions",
         ),
         simulation=SIMULATION,
-        optim=OptimConfig(lr=study.lr, min_lr=study.lr / 20, warmup_steps=study.steps // 20),
+        optim=OptimConfig(lr=lr, min_lr=lr / 20, warmup_steps=steps // 20),
     )
 
 
@@ -173,7 +187,7 @@ def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.dev
     folder, threshold = out / name / "reporter", out / name / "threshold.json"
     if not threshold.is_file():
         # What is read with is what is kept, half precision and all.
-        save_reporter(load_reporter(out / name / "model"), folder, torch.float16)
+        save_reporter(load_reporter(out / name / "tell" / "model"), folder, torch.float16)
         reporter = load_reporter(folder, device)
         valid = heads.of_subjects(of_role(heads, "valid")).to(device)
         found = calibrated(study, reporter, valid)

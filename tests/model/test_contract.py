@@ -122,9 +122,7 @@ def test_device_maps(saved, tmp_path, where):
     given = tokens.to("cuda" if where == "auto" and torch.cuda.is_available() else "cpu")
     torch.testing.assert_close(loaded(given).logits.cpu(), logits)
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(
-        loaded.generate(given, **settings).cpu(), model.generate(tokens, **settings)
-    )
+    assert torch.equal(loaded.generate(given, **settings).cpu(), model.generate(tokens, **settings))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,3 +78,36 @@ def capture(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Call
         return output
 
     return replay
+
+
+def capture_training(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """The module with forward and backward as CUDA graphs, under the autocast of now.
+
+    Each forward is followed by its backward before the next. What the backward writes the next one
+    writes over: gradients must not be summed over several. Weights may change in place.
+
+    Args:
+        module: of tensors alone, without random numbers.
+        inputs: what it will be called with, in shape and dtype.
+    """
+    kind = inputs[0].device.type
+    casts: dict[str, Any] = {
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+        "cache_enabled": False,  # a graph would read cast weights that have been freed
+    }
+    alone = _Autocast(module, kind, casts)
+    with torch.autocast(kind, enabled=False):
+        return torch.cuda.make_graphed_callables(alone, inputs, allow_unused_input=True)
+
+
+class _Autocast(nn.Module):
+    """A module in an autocast of its own."""
+
+    def __init__(self, module: nn.Module, kind: str, casts: dict[str, Any]):
+        super().__init__()
+        self.module, self.kind, self.casts = module, kind, casts
+
+    def forward(self, *inputs: Tensor) -> Any:
+        with torch.autocast(self.kind, **self.casts):
+            return self.module(*inputs)

@@ -78,7 +78,7 @@ def shard(
 ) -> None:
     """FSDP2 of each block, and of the rest of the model around them; see `parallelize`."""
     mesh = make_mesh(config, world)
-    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    whole: set[Any] = {p for p in model.parameters() if p.ndim == 0}
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard}
     if rounded is not None:
         # What enters a block stays as it is: autocast decides about that.
@@ -96,7 +96,7 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def linear_weights(module: nn.Module) -> set[nn.Parameter]:
+def linear_weights(module: nn.Module) -> set[Tensor]:
     """The matrices in it that autocast rounds."""
     return {part.weight for part in module.modules() if isinstance(part, nn.Linear)}
 

@@ -24,10 +24,10 @@ SLAB = 3.0  # mm of the volume that a slice is the mean of
 SHALLOWEST, DEEPEST = 0.12, 0.45  # w of the slices
 STEP = 0.012  # between them, w
 LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
-BEND, BEND_GRID = 6.0, (5, 4)  # mm, and the points between which a slice is bent smoothly
-SHADE, SHADE_GRID = 0.15, (4, 3)  # largest logarithm of the smooth shading, and its points
-GAMMA = 0.35  # largest logarithm of the power that brightness is raised to
-INVERTED = 0.3  # share of T1 slices that become a T2: fluid bright, grey matter above white
+BEND, BEND_GRID = 10.0, (5, 4)  # mm, and the points between which a slice is bent smoothly
+SHADE, SHADE_GRID = 0.3, (4, 3)  # largest logarithm of the smooth shading, and its points
+GAMMA = 0.6  # largest logarithm of the power that brightness is raised to
+INVERTED = 0.4  # share of T1 slices that become a T2: fluid bright, grey matter above white
 COLUMNS = ("images", "depth", "frame", "sequence", "subject")
 
 
@@ -78,7 +78,7 @@ class Heads:
         """Random slices, every subject as often as any other.
 
         Each is turned up to 15 degrees, scaled by 0.85 to 1.15, stretched up to 8 %, moved up to
-        5 mm, bent smoothly by some 6 mm and mirrored half of the time, shaded, and some T1 become
+        5 mm, bent smoothly by some 10 mm and mirrored half of the time, shaded, and some T1 become
         a stand-in for T2 (`varied`), unless `vary` is off. All of that comes before lesions do, so
         sides and signals are true.
 

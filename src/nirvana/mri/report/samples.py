@@ -1,6 +1,6 @@
 """Samples of stage 1: undersampled k-space of a head with simulated lesions, and its report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,8 @@ from nirvana.mri.physics import Sampling, calibration_columns, ifft2c, rss
 from nirvana.mri.report.grammar import NORMAL, Facts, rounded, write
 from nirvana.mri.report.heads import Heads
 from nirvana.mri.simulate import Simulation, simulate
+
+ONE = ("mask", "calibration")  # of a batch, which has one for all slices
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class ReportBatch:
     contrast: Tensor
     index: Tensor
     coverage: Tensor
+
+    def split(self, count: int) -> Iterator["ReportBatch"]:
+        """Batches of `count` of its slices."""
+        for first in range(0, len(self.kspace), count):
+            part = slice(first, first + count)
+            of_slices = {name: value[part] for name, value in vars(self).items() if name not in ONE}
+            yield replace(self, **of_slices)
 
 
 @dataclass(frozen=True)
@@ -92,19 +101,36 @@ def report_batch(
     vary: bool = True,
 ) -> ReportBatch:
     """`count` samples on the device of `heads`; every random number comes from `generator`."""
+    how = (scanner.simulation, scanner.num_coils, lesions, wordings, vary)
+    whole = scanned(heads, count, generator, *how)
+    seed = int(torch.randint(2**31, (), generator=generator).item())
+    return undersampled(whole, scanner.sampling.mask(whole.kspace.shape[-1], seed))
+
+
+def scanned(
+    heads: Heads,
+    count: int,
+    generator: Generator,
+    simulation: Simulation,
+    num_coils: int,
+    lesions: LesionSettings,
+    wordings: Sequence[int],
+    vary: bool = True,
+) -> ReportBatch:
+    """`report_batch` before anything is left out, and before it is scaled."""
     anatomy, index = heads.draw(count, generator, vary)
     drawn = draw_lesions(anatomy, generator, lesions)
     facts = facts_of(anatomy, drawn)
     images, coverage = paint(anatomy, drawn)
-    kspace = simulate(images, generator, scanner.simulation, scanner.num_coils)
+    kspace = simulate(images, generator, simulation, num_coils)
     which = torch.randint(len(wordings), (count,), generator=generator).tolist()
     reports = [write(one, wordings[w]) for one, w in zip(facts, which, strict=True)]
     present = drawn.count > 0
-    seed = int(torch.randint(2**31, (), generator=generator).item())
-    full = ReportBatch(
+    every = torch.ones(kspace.shape[-1], dtype=torch.bool, device=kspace.device)
+    return ReportBatch(
         kspace=kspace,
-        mask=torch.ones(kspace.shape[-1], dtype=torch.bool, device=kspace.device),
-        calibration=torch.ones(kspace.shape[-1], dtype=torch.bool, device=kspace.device),
+        mask=every,
+        calibration=every,
         target=rss(ifft2c(kspace)),
         scale=torch.ones(count, device=kspace.device),
         facts=facts,
@@ -114,7 +140,6 @@ def report_batch(
         index=index,
         coverage=coverage,
     )
-    return undersampled(full, scanner.sampling.mask(kspace.shape[-1], seed))
 
 
 def undersampled(batch: ReportBatch, mask: Tensor) -> ReportBatch:

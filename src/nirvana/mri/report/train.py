@@ -1,7 +1,7 @@
 """Stage 1: the k-space encoder learns to make a frozen backbone write reports."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,22 @@ from nirvana.errors import InputError
 from nirvana.model.backbone import load_backbone, load_tokenizer
 from nirvana.mri.codec import PATCH, CodecConfig, ConvolutionalStem
 from nirvana.mri.data import choice, micro_batch_generator
+from nirvana.mri.graphs import capture_training
 from nirvana.mri.lesions import LesionSettings
 from nirvana.mri.model import CodecModel
 from nirvana.mri.physics import MaskKind, Sampling, rss
 from nirvana.mri.report.grammar import WORDINGS
 from nirvana.mri.report.heads import Heads, load_heads
 from nirvana.mri.report.reporter import READING, Reporter, report_loss, save_reporter
-from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
+from nirvana.mri.report.samples import ReportBatch, scanned, undersampled
 from nirvana.mri.report.score import auc
 from nirvana.mri.report.targets import ReportTargets
 from nirvana.mri.simulate import Simulation
+from nirvana.train.checkpoint import latest, restore
 from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
 from nirvana.train.loop import Outcome, fit
 from nirvana.train.task import Task
-from nirvana.train.world import join
+from nirvana.train.world import World, join
 
 RARE = -4.0  # logit of a lesion at a place before anything is learned: few places have one
 
@@ -44,9 +46,12 @@ class ReportSection:
     accelerations: list[float] = field(default_factory=lambda: [1.0, 4.0, 8.0])
     center_fractions: list[float] = field(default_factory=lambda: [0.08, 0.08, 0.04])
     wordings: list[int] = field(default_factory=lambda: [0, 1, 2, 3])  # of `grammar.WORDINGS`
+    reuse: int = 1  # micro batches that are cut from one draw of slices, each with its own mask
+    words_weight: float = 1.0  # of the reports' cross-entropy; 0: the encoder only learns to see
     place_weight: float = 1.0  # of a loss on where lesions are, asked of the image tokens alone
     image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens, from
     # which alone its cascades then learn; 0: they learn from the reports
+    start: str = ""  # folder of a run, for the same encoder, whose weights this one begins with
     valid: list[str] = field(default_factory=list)  # subjects to validate on
     valid_slices: int = 256  # of them
 
@@ -54,6 +59,13 @@ class ReportSection:
         for name in ("subjects", "masks", "accelerations", "wordings"):
             require(bool(getattr(self, name)), f"data.{name}", getattr(self, name), "not empty")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        require(self.reuse >= 1, "data.reuse", self.reuse, "at least 1")
+        for name in ("words_weight", "place_weight", "image_weight"):
+            weight = getattr(self, name)
+            require(weight >= 0, f"data.{name}", weight, "at least 0")
+        learns = self.words_weight > 0 or self.place_weight > 0
+        right = "above 0, or data.place_weight, or nothing is learned of lesions"
+        require(learns, "data.words_weight", self.words_weight, right)
         right = f"numbers from 0 to {len(WORDINGS) - 1}"
         known = all(0 <= wording < len(WORDINGS) for wording in self.wordings)
         require(known, "data.wordings", self.wordings, right)
@@ -100,10 +112,15 @@ class Learner(nn.Module):
             self.fine = nn.Conv2d(stem.fine_channels, 1, 1)
             nn.init.constant_(self.fine.bias, RARE)  # type: ignore[arg-type]
 
-    def forward(self, batch: ReportBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The combined image `[B, 2, H, W]`, its tokens `[B, N, D]`, and the logits of a lesion in
-        each patch, `[B, N]`, and in each square of 4 x 4 pixels, `[B, H/4, W/4]`."""
-        image = self.codec.see(batch.kspace, batch.mask, batch.calibration, batch.scale).image
+    def forward(
+        self, kspace: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Arguments as in `ReportBatch`.
+
+        Returns: the combined image `[B, 2, H, W]`, its tokens `[B, N, D]`, and the logits of a
+            lesion in each patch, `[B, N]`, and in each square of 4 x 4 pixels, `[B, H/4, W/4]`.
+        """
+        image = self.codec.see(kspace, mask, calibration, scale).image
         encoder, fine = self.codec.encoder, None
         read = image.detach() if self.apart else image
         if isinstance(encoder.patches, ConvolutionalStem):
@@ -112,6 +129,27 @@ class Learner(nn.Module):
         else:
             tokens = encoder(read)
         return image, tokens, self.place(tokens)[..., 0], fine
+
+
+class Aids(nn.Module):
+    """The two losses that need no words, of tensors alone: what a CUDA graph can be made of."""
+
+    def __init__(self, learner: Learner):
+        super().__init__()
+        self.learner = learner
+
+    def forward(
+        self,
+        kspace: Tensor,
+        mask: Tensor,
+        calibration: Tensor,
+        scale: Tensor,
+        coverage: Tensor,
+        target: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments as in `ReportBatch`; `aids` of what the encoder makes of them."""
+        image, _, patch, fine = self.learner(kspace, mask, calibration, scale)
+        return aids(image, patch, fine, coverage, target / scale[:, None, None])
 
 
 class ReportTask(Task):
@@ -141,6 +179,8 @@ class ReportTask(Task):
         self.learner = Learner(CodecModel(config.codec, backbone), apart).to(device)
         self.model: nn.Module = self.learner
         self.units_per_step = config.data.batch_size * config.optim.accumulation
+        self.drawn: tuple[int, list[ReportBatch]] = (-1, [])  # the last draw, and its number
+        self.looking: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The encoder's parameters, the start and end vectors, and the unit of places; what comes
@@ -152,44 +192,72 @@ class ReportTask(Task):
             if p.requires_grad and not name.startswith(later)
         )
 
+    def prepare(self, world: World, compiled: bool) -> None:
+        """Begins with the weights of another run, if one is given."""
+        super().prepare(world, compiled)
+        start = self.config.data.start
+        if start:
+            found = latest(start)
+            if found is None:
+                raise InputError(f"data.start = {start!r}: there is no checkpoint")
+            restore(found, self.model, self.trainable())
+
     def batch(self, step: int, micro: int) -> ReportBatch:
         """Slices scanned and described as seed, step and micro batch say."""
         data, accumulation = self.config.data, self.config.optim.accumulation
-        generator = micro_batch_generator(self.config.run.seed, step * accumulation + micro)
-        return self._batch(self.heads, data.batch_size, generator)
+        number, part = divmod(step * accumulation + micro, data.reuse)
+        if number != self.drawn[0]:
+            generator = micro_batch_generator(self.config.run.seed, number)
+            sizes = (data.batch_size, data.reuse)
+            self.drawn = number, list(self._batches(self.heads, *sizes, generator))
+        return self.drawn[1][part]
 
-    def _batch(
-        self, heads: Heads, count: int, generator: torch.Generator, vary: bool = True
-    ) -> ReportBatch:
-        data = self.config.data
-        pairs = list(zip(data.accelerations, data.center_fractions, strict=True))
-        acceleration, fraction = choice(pairs, generator)
-        sampling = Sampling(choice(data.masks, generator), acceleration, fraction)
-        return report_batch(
+    def _batches(
+        self, heads: Heads, count: int, parts: int, generator: torch.Generator, vary: bool = True
+    ) -> Iterator[ReportBatch]:
+        """`parts` batches of one draw: many small kernels are launched once for all of them."""
+        data, config = self.config.data, self.config
+        whole = scanned(
             heads,
-            count,
+            count * parts,
             generator,
-            Scanner(sampling, self.config.simulation, data.coils),
-            self.config.lesions,
+            config.simulation,
+            data.coils,
+            config.lesions,
             data.wordings,
             vary,
         )
+        pairs = list(zip(data.accelerations, data.center_fractions, strict=True))
+        for part in whole.split(count):
+            acceleration, fraction = choice(pairs, generator)
+            sampling = Sampling(choice(data.masks, generator), acceleration, fraction)
+            seed = int(torch.randint(2**31, (), generator=generator).item())
+            yield undersampled(part, sampling.mask(part.kspace.shape[-1], seed))
 
     def loss(self, batch: ReportBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the report, and the two weighted aids of the encoder."""
         data = self.config.data
-        image, tokens, patch, fine = self.learner(batch)
-        words = report_loss(self.learner.codec, self.targets, tokens, batch.reports)
-        with torch.autocast(image.device.type, enabled=False):
-            place = place_entropy(patch, patches(batch.coverage))
-            if fine is not None:
-                share = F.avg_pool2d(batch.coverage, 4)
-                place = place + place_entropy(fine, share) + dice_loss(fine, share)
+        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+        if data.words_weight:
+            image, tokens, patch, fine = self.learner(*scan)
+            words = report_loss(self.learner.codec, self.targets, tokens, batch.reports)
             target = batch.target / batch.scale[:, None, None]
-            error = F.l1_loss(rss(image.float()), target)
-        loss = words + data.place_weight * place + data.image_weight * error
+            place, error = aids(image, patch, fine, batch.coverage, target)
+        else:
+            place, error = self._aids(*scan, batch.coverage, batch.target)
+            words = torch.zeros_like(place)
+        loss = data.words_weight * words + data.place_weight * place + data.image_weight * error
         parts = {"words": words, "place": place, "image": error}
         return loss, {name: x.detach() for name, x in parts.items()}
+
+    def _aids(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """`Aids`; on a GPU as a CUDA graph, for its thousands of kernels take longer to launch
+        than to run."""
+        if self.looking is None:
+            self.looking = Aids(self.learner)
+            if tensors[0].is_cuda and self.config.optim.accumulation == 1:
+                self.looking = capture_training(self.looking, tensors)
+        return self.looking(*tensors)
 
     def validate(self) -> dict[str, float]:
         """How well slices with and without a lesion are told apart, by the words and by the most
@@ -200,15 +268,20 @@ class ReportTask(Task):
         words: list[float] = []
         places: list[float] = []
         reporter = self._reporter()
-        size = min(self.config.data.batch_size, READING)
-        for first in range(0, self.config.data.valid_slices, size):
-            count = min(size, self.config.data.valid_slices - first)
-            batch = self._batch(self.valid, count, torch.Generator().manual_seed(first), False)
-            _, tokens, patch, _ = self.learner(batch)
-            words += reporter.findings(tokens)
+        data = self.config.data
+        size = min(data.batch_size, READING)
+        for first in range(0, data.valid_slices, size):
+            count = min(size, data.valid_slices - first)
+            generator = torch.Generator().manual_seed(first)
+            (batch,) = self._batches(self.valid, count, 1, generator, False)
+            scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+            _, tokens, patch, _ = self.learner(*scan)
+            words += reporter.findings(tokens) if data.words_weight else []
             places += patch.amax(1).tolist()
             present += [facts.finding for facts in batch.facts]
-        figures = {"finding_auc": auc(words, present), "place_auc": auc(places, present)}
+        figures = {"place_auc": auc(places, present)}
+        if words:
+            figures["finding_auc"] = auc(words, present)
         # Few slices may all be of one kind, and then there is nothing to tell.
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
@@ -221,10 +294,28 @@ class ReportTask(Task):
         return Reporter(self.learner.codec, self.tokenizer, wording=wording)
 
 
+def aids(
+    image: Tensor, patch: Tensor, fine: Tensor | None, coverage: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The losses beside the words: of where lesions are, and of the combined image.
+
+    Args:
+        image, patch, fine: as `Learner` returns them.
+        coverage: as in `ReportBatch`.
+        target: `[B, H, W]`, in the units of the image.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        place = place_entropy(patch, patches(coverage))
+        if fine is not None:
+            share = F.avg_pool2d(coverage, 4)
+            place = place + place_entropy(fine, share) + dice_loss(fine, share)
+        return place, F.l1_loss(rss(image.float()), target)
+
+
 def place_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     """Cross-entropy of places; a lesion takes few of many, and without the weight on those the
     answer would be: nowhere."""
-    weight = torch.tensor(5.0, device=logits.device)
+    weight = wanted.new_full((), 5.0)
     return F.binary_cross_entropy_with_logits(logits.float(), wanted, pos_weight=weight)
 
 

@@ -1,0 +1,178 @@
+"""Training on reports: what is learned from what, draws of slices, and one run after another."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from report_codec import small_config
+from report_heads import drawn_heads
+
+from nirvana import InputError
+from nirvana.model.backbone import load_backbone
+from nirvana.mri.graphs import capture_training
+from nirvana.mri.lesions import LesionSettings
+from nirvana.mri.model import CodecModel
+from nirvana.mri.physics import Sampling
+from nirvana.mri.report.encode import encode
+from nirvana.mri.report.heads import save_heads
+from nirvana.mri.report.reporter import load_reporter
+from nirvana.mri.report.samples import Scanner, report_batch
+from nirvana.mri.report.train import (
+    Aids,
+    Learner,
+    ReportConfig,
+    ReportSection,
+    ReportTask,
+    dice_loss,
+    patches,
+    train_reporter,
+)
+from nirvana.mri.simulate import Simulation
+from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.world import World
+
+
+def scan_of(count: int) -> tuple[torch.Tensor, ...]:
+    """K-space, mask, calibration and scale of some slices."""
+    scanner = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
+    generator = torch.Generator().manual_seed(0)
+    heads = drawn_heads((96, 80))
+    batch = report_batch(heads, count, generator, scanner, LesionSettings(), [0])
+    return batch.kspace, batch.mask, batch.calibration, batch.scale
+
+
+def config_of(folder: Path, out: str, steps: int, **data) -> ReportConfig:
+    """A small training on drawn heads."""
+    heads = folder / "heads.npz"
+    if not heads.is_file():
+        save_heads(heads, drawn_heads((64, 64)))
+    section = ReportSection(
+        str(heads),
+        ["person0"],
+        batch_size=4,
+        coils=2,
+        wordings=[0, 1],
+        valid=["person1"],
+        valid_slices=6,
+    )
+    return ReportConfig(
+        data=replace(section, **data),
+        run=RunConfig(str(folder / out), steps=steps, log_interval=4, validation_interval=steps),
+        codec=replace(small_config("tiny"), vit_stem="convolutions"),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1),
+    )
+
+
+def test_training_lowers_the_loss_and_exports(tmp_path):
+    assert train_reporter(config_of(tmp_path, "run", 16)).finished
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["words"] for line in lines if "words" in json.loads(line)]
+    assert losses[-1] < 0.97 * losses[0]
+    valid = json.loads(lines[-1])["valid"]
+    assert set(valid) == {"finding_auc", "place_auc"}
+    assert all(0 <= value <= 1 for value in valid.values())
+    trained = load_reporter(tmp_path / "run" / "model")
+    assert len(trained.read(encode(trained.model, *scan_of(2))[0])) == 2
+
+
+def test_patches_that_hold_a_lesion():
+    coverage = torch.zeros(1, 32, 48)
+    coverage[0, 20, 40] = 1.0
+    assert patches(coverage).nonzero().tolist() == [[0, 5]]
+
+
+def test_dice_rewards_the_few_places_that_count():
+    wanted = torch.zeros(2, 32, 32)
+    wanted[0, :4, :4] = 1.0
+    right, nowhere = torch.where(wanted > 0, 20.0, -20.0), torch.full_like(wanted, -20.0)
+    assert dice_loss(right, wanted) < 1e-3
+    assert dice_loss(nowhere, wanted) > 0.9
+    assert dice_loss(nowhere, torch.zeros_like(wanted)) < 1e-3
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_reports_teach_the_cascades_only_where_the_image_does_not(apart):
+    config = replace(small_config("tiny"), vit_stem="convolutions", encoder_cascades=1)
+    learner = Learner(CodecModel(config, load_backbone("nirvana")), apart)
+    image, tokens, _, fine = learner(*scan_of(2))
+    assert fine is not None
+    (tokens.square().sum() + fine.square().sum()).backward(retain_graph=True)
+    cascades = list(learner.codec.encoder_cascades.parameters())
+    assert all(p.grad is None for p in cascades) == apart
+    image.square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in cascades)
+
+
+def test_batches_of_one_draw(tmp_path):
+    """They are other slices of it under masks of their own, whatever was asked for before."""
+    task = ReportTask(config_of(tmp_path, "run", 4, reuse=3), torch.device("cpu"))
+    found = [task.batch(step, 0) for step in range(6)]
+    assert [len(batch.reports) for batch in found] == [4] * 6
+    for i in range(6):
+        for j in range(i):
+            assert not torch.equal(found[i].target, found[j].target)
+    assert len({tuple(batch.mask.tolist()) for batch in found}) > 1
+    for step in (4, 1):
+        again = task.batch(step, 0)
+        assert torch.equal(again.kspace, found[step].kspace)
+        assert again.facts == found[step].facts
+
+
+def test_one_run_begins_with_the_weights_of_another(tmp_path):
+    """The first learns to see alone: what hears the words stays as it was."""
+    first = config_of(tmp_path, "see", 4, words_weight=0.0)
+    assert train_reporter(first).finished
+    lines = (tmp_path / "see" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line).get("words", 0) == 0 for line in lines)
+    assert set(json.loads(lines[-1])["valid"]) == {"place_auc"}
+
+    second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        task = ReportTask(second, torch.device("cpu"))
+    trained = load_reporter(tmp_path / "see" / "model").model.encoder.state_dict()
+    before = {name: x.clone() for name, x in task.learner.codec.encoder.state_dict().items()}
+    assert any(not torch.equal(before[name], trained[name]) for name in trained)
+    task.prepare(World(torch.device("cpu")), compiled=False)
+    after = task.learner.codec.encoder.state_dict()
+    assert all(torch.equal(after[name], trained[name]) for name in trained)
+    assert train_reporter(second).finished
+
+
+def test_a_start_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"data.start = .*nowhere.*: there is no checkpoint"):
+        train_reporter(config_of(tmp_path, "run", 4, start=str(tmp_path / "nowhere")))
+
+
+def test_a_training_that_learns_nothing_is_refused():
+    with pytest.raises(InputError, match=r"data.words_weight = 0.* nothing is learned of lesions"):
+        ReportSection("heads.npz", ["a"], words_weight=0.0, place_weight=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast):
+    config = config_of(tmp_path, "run", 4, words_weight=0.0)
+    task = ReportTask(config, torch.device("cuda"))
+    parameters = [p for _, p in task.trainable()]
+    plain, graph = Aids(task.learner), None
+    for step in range(3):
+        batch = task.batch(step, 0)
+        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
+        tensors = (*scan, batch.coverage, batch.target)
+        found = []
+        with torch.autocast("cuda", torch.bfloat16, enabled=cast):
+            graph = graph or capture_training(Aids(task.learner), tensors)
+            for run in (plain, graph):
+                place, error = run(*tensors)
+                task.learner.zero_grad()
+                (place + 10 * error).backward()
+                found.append([p.grad.clone() for p in parameters if p.grad is not None])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * (1 + 1e3 * cast))
+        with torch.no_grad():  # the graph reads the new weights
+            for parameter in parameters:
+                parameter.add_(0.01 * torch.randn_like(parameter))
