@@ -14,6 +14,7 @@ from nirvana.mri.codec import (
     PATCH,
     CodecConfig,
     ConvolutionalStem,
+    Opposite,
     PatchEncoder,
     pad_to_patches,
     to_channels,
@@ -208,6 +209,23 @@ def test_the_convolutional_stem_does_not_see_the_phase():
     stem(image).sum().backward()
     assert image.grad is not None
     assert not image.grad.isnan().any()
+
+
+def test_a_place_also_sees_the_one_opposite():
+    opposite = Opposite(8)
+    x = torch.randn(1, 8, 12, 20)
+    assert torch.equal(opposite(x), x)
+    torch.nn.init.normal_(opposite.out.weight)
+    opposite.mix[1] = torch.nn.Identity()  # its statistics are of the whole map
+    changed = x.clone()
+    changed[..., 5, 3] += 1.0
+    seen = (opposite(changed) != opposite(x)).any(1)[0]
+    around = torch.zeros(12, 20, dtype=torch.bool)
+    around[4:7, 2:5] = around[4:7, 15:18] = True
+    assert seen[around].any()
+    assert not seen[~around].any()
+    assert seen[:, 10:].any()
+    assert seen[:, :10].any()
 
 
 def test_a_codec_from_before_the_stem_reads_patches(tmp_path):

@@ -243,6 +243,9 @@ class ConvolutionalStem(nn.Module):
     The way back brings what a stage sees far around a place together with the finer map there, so
     that a small thing is known for what it is before 16 x 16 pixels become one vector.
 
+    Every stage of the way back also sees what lies opposite, for a head has two sides that are much
+    alike: a sulcus has its like there, a lesion has not.
+
     They read the magnitude: a smooth phase, which means nothing here, would have to be unlearned.
     Each image is normalised alone; with batch normalisation a slice's tokens would depend on the
     slices trained beside it.
@@ -257,6 +260,7 @@ class ConvolutionalStem(nn.Module):
         self.fine_channels = channels[1]
         self.stages = nn.ModuleList(Stage(a, b) for a, b in pairwise((1, *channels)))
         self.back = nn.ModuleList(Merge(b, a) for a, b in pairwise(channels[1:]))
+        self.opposite = nn.ModuleList(Opposite(a) for a in channels[1:])
         self.gather = nn.Conv2d(channels[1], dim, 4, stride=4)
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,8 +272,10 @@ class ConvolutionalStem(nn.Module):
             x = stage(x)
             found.append(x)
         _, quarter, eighth, deepest = found
-        quarters, eighths = self.back
-        fine = quarters(eighths(deepest, eighth), quarter)
+        to_quarter, to_eighth = self.back
+        at_quarter, at_eighth, at_deepest = self.opposite
+        deepest = at_deepest(deepest)
+        fine = at_quarter(to_quarter(at_eighth(to_eighth(deepest, eighth)), quarter))
         return fine, deepest + self.gather(fine)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -301,6 +307,20 @@ class Merge(nn.Module):
     def forward(self, deep: Tensor, fine: Tensor) -> Tensor:
         wide = F.interpolate(self.narrow(deep), scale_factor=2.0, mode="nearest")
         return self.block(F.relu(self.mix(fine + wide)))
+
+
+class Opposite(nn.Module):
+    """x + what a convolution makes of x and its mirror image in the middle column; x at first."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mix = _normalised(2 * channels, channels)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(F.relu(self.mix(torch.cat([x, x.flip(-1)], dim=1))))
 
 
 class ResidualBlock(nn.Module):
