@@ -259,9 +259,8 @@ def read(reporter: Reporter, batch: ReportBatch, cell: Cell) -> Iterator[dict[st
     """What the model says of each sample of a batch."""
     if cell.kind == "no image":
         batch = replace(batch, kspace=torch.zeros_like(batch.kspace))
-    scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
     with torch.inference_mode():
-        tokens, _ = encode(reporter.model, *scan)
+        tokens, _ = encode(reporter.model, *batch.inputs)
     valid = [True] * len(tokens)
     if cell.kind == "curve":
         finding = reporter.findings(tokens, cell.wording)
@@ -305,9 +304,8 @@ def calibrated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, dict
     present: list[bool] = []
     finding: dict[int, list[float]] = {wording: [] for wording in (SEEN[0], *UNSEEN)}
     for batch in batches(study, heads, 4.0, study.samples, 1):
-        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
         with torch.inference_mode():
-            tokens, _ = encode(reporter.model, *scan)
+            tokens, _ = encode(reporter.model, *batch.inputs)
         for wording, values in finding.items():
             values += reporter.findings(tokens, wording)
         present += [facts.finding for facts in batch.facts]

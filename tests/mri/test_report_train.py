@@ -40,7 +40,7 @@ def scan_of(count: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     heads = drawn_heads((96, 80))
     batch = report_batch(heads, count, generator, scanner, LesionSettings(), [0])
-    return batch.kspace, batch.mask, batch.calibration, batch.scale
+    return batch.inputs
 
 
 def config_of(folder: Path, out: str, steps: int, **data) -> ReportConfig:
@@ -161,8 +161,7 @@ def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast):
     plain, graph = Aids(task.learner), None
     for step in range(3):
         batch = task.batch(step, 0)
-        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
-        tensors = (*scan, batch.coverage, batch.target)
+        tensors = (*batch.inputs, batch.coverage, batch.target)
         found = []
         with torch.autocast("cuda", torch.bfloat16, enabled=cast):
             graph = graph or capture_training(Aids(task.learner), tensors)

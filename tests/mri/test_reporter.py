@@ -146,8 +146,7 @@ def test_free_writing_is_greedy(reporter, tokens):
 
 def test_only_the_encoder_learns(reporter):
     batch = batch_of(2)
-    scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
-    found = encode(reporter.model, *scan)[0]
+    found = encode(reporter.model, *batch.inputs)[0]
     report_loss(reporter.model, reporter.targets, found, batch.reports).backward()
     moved = {name for name, p in reporter.model.named_parameters() if p.grad is not None}
     reporter.model.zero_grad(set_to_none=True)

@@ -11,10 +11,11 @@ from nirvana.cli import mri
 from nirvana.errors import InputError
 from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
 from nirvana.mri.io import read_scan
+from nirvana.mri.io.bart import read_cfl, write_cfl
 from nirvana.mri.metrics import score
 from nirvana.mri.physics import calibration_width, sampling_mask
 from nirvana.mri.simulate import Simulation, simulate_scan
-from nirvana.mri.toolbox import bart_pics, read_cfl, write_cfl
+from nirvana.mri.toolbox import bart_pics
 
 needs_bart = pytest.mark.skipif(shutil.which("bart") is None, reason="needs BART's program")
 SETTINGS = Simulation(noise=(0.004, 0.004))
@@ -58,8 +59,8 @@ def test_an_empty_slice_stays_empty_and_scale_does_not_matter(head_slices: np.nd
 def test_files_are_those_that_the_reader_reads(tmp_path) -> None:
     random = np.random.default_rng(0)
     values = (random.normal(size=(3, 10, 12)) + 1j).astype(np.complex64)
-    write_cfl(str(tmp_path / "scan"), values)
-    assert np.array_equal(read_cfl(str(tmp_path / "scan"), (3, 10, 12)), values)
+    write_cfl(tmp_path / "scan.cfl", values)
+    assert np.array_equal(read_cfl(tmp_path / "scan.cfl", (3, 10, 12)), values)
     assert np.array_equal(read_scan(tmp_path / "scan.cfl").kspace[0], values)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from nirvana.errors import InputError
 from nirvana.mri.baselines import arrays, fft2c, with_measured
+from nirvana.mri.io.bart import read_cfl, write_cfl
 
 PROGRAM = "bart"
 KERNEL = 6  # side of ESPIRiT's kernels, BART's own default
@@ -101,9 +102,11 @@ def _pics(
     padded = np.pad(kspace, [(0, 0), *padding])
     pattern = np.pad(np.broadcast_to(mask, (1, *sides)), [(0, 0), *padding])
     coils, height, columns = padded.shape
-    files = {name: str(folder / name) for name in ("kspace", "pattern", "maps", "image")}
-    write_cfl(files["kspace"], padded)
-    write_cfl(files["pattern"], pattern)
+    names = ("kspace", "pattern", "maps", "image")
+    data = {name: folder / f"{name}.cfl" for name in names}
+    files = {name: str(folder / name) for name in names}  # BART adds the suffixes
+    write_cfl(data["kspace"], padded)
+    write_cfl(data["pattern"], pattern)
     # More than half of the columns must be left for the kernel to move over.
     kernel = f"{min(KERNEL, height)}:{min(KERNEL, (width + 2) // 2)}:1"
     region = f"{min(ROWS, height)}:{width}:1"
@@ -111,8 +114,8 @@ def _pics(
     _run(program, *calibration, files["kspace"], files["maps"])
     solve = ["pics", "-S", *SETTINGS[norm], "-p", files["pattern"]]
     _run(program, *solve, files["kspace"], files["maps"], files["image"])
-    maps = read_cfl(files["maps"], (coils, height, columns))
-    found = fft2c(maps * read_cfl(files["image"], (1, height, columns)))
+    maps = read_cfl(data["maps"], (coils, height, columns))
+    found = fft2c(maps * read_cfl(data["image"], (1, height, columns)))
     inside = (slice(b, b + side) for b, side in zip(before, sides, strict=True))
     return found[:, *inside]
 
@@ -123,17 +126,3 @@ def _run(*command: str) -> None:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         why = said[-1].strip() if said else f"exit code {done.returncode}"
         raise InputError(f"{PROGRAM} {command[1]} failed: {why}")
-
-
-def write_cfl(name: str, values: np.ndarray) -> None:
-    """`NAME.hdr` and `NAME.cfl` of `[coils, H, W]`, in BART's order H, W, 1, coils."""
-    coils, height, width = values.shape
-    Path(f"{name}.hdr").write_text(f"# Dimensions\n{height} {width} 1 {coils}\n", encoding="ascii")
-    np.ascontiguousarray(values.swapaxes(1, 2), dtype="<c8").tofile(f"{name}.cfl")
-
-
-def read_cfl(name: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """What `write_cfl` writes, complex64 of the shape `[coils, H, W]`."""
-    coils, height, width = shape
-    values = np.fromfile(f"{name}.cfl", dtype="<c8").reshape(coils, width, height)
-    return values.swapaxes(1, 2)

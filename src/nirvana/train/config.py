@@ -68,6 +68,11 @@ class RunConfig:
     most_skipped: int = 5  # steps in a row without a finite loss and gradient that end the run
     wandb: bool = False  # also log to Weights & Biases, which must be installed
 
+    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+        """What products are rounded to on a device, as `precision` asks; None without autocast."""
+        rounds = self.precision == "bf16" and device.type == "cuda"
+        return torch.bfloat16 if rounds else None
+
     @property
     def export_dtype(self) -> torch.dtype:
         """`export_precision` as PyTorch calls it."""

@@ -76,8 +76,7 @@ class LanguageTask(Task):
     def prepare(self, world: World, compiled: bool) -> None:
         """Recompute, compile, shard."""
         blocks = list(self.model.model.layers)  # type: ignore[union-attr,arg-type]
-        rounds = self.config.run.precision == "bf16" and world.device.type == "cuda"
-        rounded = torch.bfloat16 if rounds else None
+        rounded = self.config.run.autocast_dtype(world.device)
         parallelize(self.model, blocks, self.config.parallel, world, compiled, rounded)
 
     def begin(self, folder: Path) -> None:

@@ -37,7 +37,7 @@ def parallelize(
     config: ParallelConfig,
     world: World,
     compiled: bool,
-    rounded: torch.dtype | None = None,
+    rounded: torch.dtype | None,
 ) -> None:
     """Changes `model` in place into one that trains on all processes of `world`.
 

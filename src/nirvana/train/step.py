@@ -47,12 +47,12 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """The arithmetic that `run.precision` asks for."""
-        on_cuda = self.world.device.type == "cuda"
+        dtype = self.run.autocast_dtype(self.world.device)
         # Weights that other processes hold parts of are freed after use; a kept cast would not be.
         return torch.autocast(
             self.world.device.type,
-            torch.bfloat16,
-            enabled=on_cuda and self.run.precision == "bf16",
+            dtype,
+            enabled=dtype is not None,
             cache_enabled=self.world.size == 1,
         )
 

@@ -44,12 +44,26 @@ def read_bart(path: Path) -> Scan:
     if found != expected:
         raise InputError(f"{data} has {found} bytes; its header asks for {expected}")
     try:
-        # The last of the dimensions that vary is the first one here.
-        values = np.fromfile(data, dtype="<c8").reshape(shape[0], shape[1], shape[3], shape[2])
+        values = read_cfl(data, shape)
     except (OSError, ValueError) as error:
         raise InputError(f"{data} cannot be read: {error}") from error
-    kspace = np.ascontiguousarray(values.swapaxes(-1, -2), dtype=np.complex64)
+    kspace = np.ascontiguousarray(values, dtype=np.complex64)
     return Scan(checked_kspace(data, kspace), mask=None, target=None, name=data.stem)
+
+
+def read_cfl(data: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The numbers of a `.cfl` as complex64 `[..., H, W]`, of this shape."""
+    *others, height, width = shape
+    # The last of the dimensions that vary is the first one here.
+    return np.fromfile(data, dtype="<c8").reshape(*others, width, height).swapaxes(-1, -2)
+
+
+def write_cfl(data: Path, values: np.ndarray) -> None:
+    """A `.cfl` and its `.hdr` of `[coils, H, W]`, in BART's order H, W, 1, coils."""
+    coils, height, width = values.shape
+    header = f"# Dimensions\n{height} {width} 1 {coils}\n"
+    data.with_suffix(".hdr").write_text(header, encoding="ascii")
+    np.ascontiguousarray(values.swapaxes(1, 2), dtype="<c8").tofile(data)
 
 
 def _dimensions(header: Path) -> list[int]:

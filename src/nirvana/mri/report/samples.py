@@ -54,6 +54,11 @@ class ReportBatch:
     index: Tensor
     coverage: Tensor
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a codec reads: k-space, mask, calibration, scale."""
+        return self.kspace, self.mask, self.calibration, self.scale
+
     def split(self, count: int) -> Iterator["ReportBatch"]:
         """Batches of `count` of its slices."""
         for first in range(0, len(self.kspace), count):
@@ -103,8 +108,7 @@ def report_batch(
     """`count` samples on the device of `heads`; every random number comes from `generator`."""
     how = (scanner.simulation, scanner.num_coils, lesions, wordings, vary)
     whole = scanned(heads, count, generator, *how)
-    seed = int(torch.randint(2**31, (), generator=generator).item())
-    return undersampled(whole, scanner.sampling.mask(whole.kspace.shape[-1], seed))
+    return undersampled(whole, scanner.sampling, generator)
 
 
 def scanned(
@@ -142,9 +146,11 @@ def scanned(
     )
 
 
-def undersampled(batch: ReportBatch, mask: Tensor) -> ReportBatch:
-    """The same scans of fewer columns, bool `[W]`; scaled by the brightest zero-filled pixel."""
+def undersampled(batch: ReportBatch, sampling: Sampling, generator: Generator) -> ReportBatch:
+    """The same scans of fewer columns; scaled by the brightest zero-filled pixel."""
     device = batch.kspace.device
+    seed = int(torch.randint(2**31, (), generator=generator).item())
+    mask = sampling.mask(batch.kspace.shape[-1], seed)
     kspace = batch.kspace * mask.to(device)
     return replace(
         batch,

@@ -231,20 +231,18 @@ class ReportTask(Task):
         for part in whole.split(count):
             acceleration, fraction = choice(pairs, generator)
             sampling = Sampling(choice(data.masks, generator), acceleration, fraction)
-            seed = int(torch.randint(2**31, (), generator=generator).item())
-            yield undersampled(part, sampling.mask(part.kspace.shape[-1], seed))
+            yield undersampled(part, sampling, generator)
 
     def loss(self, batch: ReportBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the report, and the two weighted aids of the encoder."""
         data = self.config.data
-        scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
         if data.words_weight:
-            image, tokens, patch, fine = self.learner(*scan)
+            image, tokens, patch, fine = self.learner(*batch.inputs)
             words = report_loss(self.learner.codec, self.targets, tokens, batch.reports)
             target = batch.target / batch.scale[:, None, None]
             place, error = aids(image, patch, fine, batch.coverage, target)
         else:
-            place, error = self._aids(*scan, batch.coverage, batch.target)
+            place, error = self._aids(*batch.inputs, batch.coverage, batch.target)
             words = torch.zeros_like(place)
         loss = data.words_weight * words + data.place_weight * place + data.image_weight * error
         parts = {"words": words, "place": place, "image": error}
@@ -274,8 +272,7 @@ class ReportTask(Task):
             count = min(size, data.valid_slices - first)
             generator = torch.Generator().manual_seed(first)
             (batch,) = self._batches(self.valid, count, 1, generator, False)
-            scan = (batch.kspace, batch.mask, batch.calibration, batch.scale)
-            _, tokens, patch, _ = self.learner(*scan)
+            _, tokens, patch, _ = self.learner(*batch.inputs)
             words += reporter.findings(tokens) if data.words_weight else []
             places += patch.amax(1).tolist()
             present += [facts.finding for facts in batch.facts]
