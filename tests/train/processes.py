@@ -37,6 +37,17 @@ def rounded():
     language.parallelize = partial(replaced, language.parallelize)
 
 
+def fused():
+    """The optimiser that CUDA has, and products rounded as there."""
+    rounded()
+    torch.optim.AdamW = partial(in_fused_form, torch.optim.AdamW)
+
+
+def in_fused_form(original, groups, **options):
+    """AdamW in its fused form, whatever was asked for."""
+    return original(groups, **{**options, "fused": True})
+
+
 def replaced(original, *arguments):
     """`parallelize` with products rounded to bfloat16."""
     original(*arguments[:-1], torch.bfloat16)
@@ -44,8 +55,8 @@ def replaced(original, *arguments):
 
 if __name__ == "__main__":
     _, kind, at, config, *arguments = sys.argv
-    if kind == "rounded":
-        rounded()
+    if kind in ("rounded", "fused"):
+        {"rounded": rounded, "fused": fused}[kind]()
     elif kind != "none":
         interrupt(kind, int(at))
     resume = "--resume" in arguments

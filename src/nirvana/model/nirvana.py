@@ -173,10 +173,19 @@ class NirvanaModel(NirvanaPreTrainedModel):
             output_trigger: return `trigger`, a `TriggerReport` for each layer with a Trigger.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for an
+                offloaded cache, unless the model has full attention layers.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        # Where windows bound the cache nothing is gained; and a layer's other states the library
+        # moves away along with its keys, but hands out without waiting for them to come back.
+        offloaded = getattr(past_key_values, "offloading", False)
+        if offloaded and "full_attention" not in (self.config.layer_types or ()):
+            raise ValueError(
+                "an offloaded cache is only for models with full attention layers: "
+                "use the dynamic or the static cache"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None

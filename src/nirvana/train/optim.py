@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nirvana.train.config import OptimConfig
 
@@ -24,21 +25,23 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters, in two groups: with and without weight decay.
+    """AdamW over named parameters: groups with and without weight decay, each of either parameters
+    that are cut over processes or whole ones, which no kernel of the fused form takes together.
 
     On CUDA in its fused form, which can leave a step out under a tensor's control (`found_inf`),
     without the host looking at it. Not on the CPU: there that form rounds the last few entries of a
     tensor differently, so that the result would depend on how parameters are cut.
     """
     named = list(parameters)
-    decayed = [p for name, p in named if is_decayed(name, p)]
-    others = [p for name, p in named if not is_decayed(name, p)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        kind = (is_decayed(name, parameter), isinstance(parameter, DTensor))
+        groups.setdefault(kind, []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": group, "weight_decay": config.weight_decay if decayed else 0.0}
+            for (decayed, _), group in groups.items()
+        ],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

@@ -133,8 +133,9 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         return
     flat = torch.cat([gradient.flatten() for gradient in whole])
     dist.all_reduce(flat)
-    for gradient, summed in zip(whole, flat.split([g.numel() for g in whole]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+    parts = flat.split([g.numel() for g in whole])
+    summed = [part.view_as(g) for part, g in zip(parts, whole, strict=True)]
+    torch._foreach_copy_(whole, summed)  # type: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
@@ -155,10 +156,8 @@ def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
             [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
         )
     elif cut:
-        norms = [nn.utils.get_total_norm(cut), *map(torch.linalg.vector_norm, whole)]
-        norm = torch.linalg.vector_norm(
-            torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
-        )
+        norm = nn.utils.get_total_norm(cut).full_tensor()  # type: ignore[union-attr]
+        norm = torch.hypot(norm, nn.utils.get_total_norm(whole).to(norm))
     else:
         norm = nn.utils.get_total_norm(whole)
     if largest > 0:
