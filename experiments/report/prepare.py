@@ -4,19 +4,36 @@ The folder is that of the MRI data, with train/, valid/ and test/ in it; see the
 volumes, which stay under their own licences and are not part of the project. The split is the
 study's own: tcga_DU7294, a training person elsewhere, is tested here, because of the test persons
 ms_x19 has no slice without lesions of its own and no other has a T2.
+
+Of the persons ms_l the lesions that changed are marked, not all that they have. Slices at whose
+height their FLAIR shows one, or bright spots, are left out of all their sequences (`spotted`). Of
+seg3d, whom no mask describes either, half of the head is left out (`VISIBLE`).
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
+from scipy import ndimage
+
+from nirvana.mri.io import read_spacing, read_volume
+from nirvana.mri.lobes import brain_mask, distance, frame_of
 from nirvana.mri.report.heads import join_heads, save_heads, slices_of
+
+# Ranges of w with a lesion that anyone can see and no mask marks: a malformed cortex around the
+# right Sylvian fissure, a cavity near the ventricle.
+VISIBLE = {"seg3d": [(0.3, 1.0)]}
+BORDER = 6.0  # mm of the brain's rim, cortex, in which no spot is looked for
+AROUND = 8.0  # mm, standard deviation of the surroundings that a spot is compared with
+BRIGHT = 1.3  # times as bright as they are
+SPOT = 12.0  # mm² of the smallest spot, 4 mm across
 
 # role in the study, subject, sequences, skull-stripped, mask of known lesions
 VOLUMES = (
     ("train", "colin27", "T1", False, None),
     ("train", "mni152", "T1", True, None),
     ("train", "studyforrest", "T1", False, None),
-    ("train", "niimath", "T1", True, None),
+    ("valid", "niimath", "T1", True, None),
     ("train", "ms_x07", "FLAIR T1 T2", True, "lesion"),
     ("train", "ms_l01", "FLAIR T1 T2", False, "change"),
     ("train", "ms_l03", "FLAIR T1", False, "change"),
@@ -30,7 +47,7 @@ VOLUMES = (
     ("test", "seg3d", "T1", False, None),
     ("test", "ecog", "T1", False, None),
 )
-FOLDERS = {"tcga_DU7294": "train"}
+FOLDERS = {"tcga_DU7294": "train", "niimath": "train"}
 FILES = {"mni152": "mni152_T1", "niimath": "niimath_T1brain"}
 
 
@@ -45,15 +62,42 @@ def main() -> None:
         for sequence in sequences.split():
             name = FILES.get(subject, f"{subject}_{sequence}")
             lesions = None if mask is None else given.folder / split / f"{subject}_{mask}.nii.gz"
-            if mask == "change" and sequence != "FLAIR":
-                lesions = None  # on the grid of the FLAIR
+            without: list[tuple[float, float]] = []
+            if lesions is not None and mask == "change":  # on the grid of the FLAIR, and not all
+                flair = given.folder / split / f"{subject}_FLAIR.nii.gz"
+                lesions, without = None, spotted(flair, lesions)
+            without += VISIBLE.get(subject, [])
             path = given.folder / split / f"{name}.nii.gz"
-            part = slices_of(path, sequence, f"{role}/{subject}", stripped, lesions)
+            part = slices_of(path, sequence, f"{role}/{subject}", stripped, lesions, without)
             print(f"{path.name}: {len(part)} slices")
             parts.append(part)
     heads = join_heads(parts)
     save_heads(given.out, heads)
     print(f"{given.out}: {len(heads)} slices, {given.out.stat().st_size / 1e6:.1f} MB")
+
+
+def spotted(path: Path, changed: Path) -> list[tuple[float, float]]:
+    """Ranges of w, see `nirvana.mri.lobes`, in which a FLAIR of a head shows a lesion that changed,
+    or bright spots: lesions, but also the plexus and whatever else is as bright."""
+    volume, spacing = read_volume(path), read_spacing(path)
+    assert spacing is not None
+    brain = brain_mask(volume, spacing)
+    frame = frame_of(brain, spacing)
+    inside = np.stack([distance(part, spacing[1:]) > BORDER for part in brain])
+    typical = np.median(volume[inside])
+    tissue = inside & (volume > 0.6 * typical)  # without fluid
+    sigma = (0.0, AROUND / spacing[1], AROUND / spacing[2])
+    weight = ndimage.gaussian_filter(tissue.astype(np.float32), sigma)
+    around = ndimage.gaussian_filter(np.minimum(volume, BRIGHT * typical) * tissue, sigma)
+    smooth = ndimage.gaussian_filter(volume, (0.0, 0.7 / spacing[1], 0.7 / spacing[2]))
+    bright = (inside & (smooth * weight > BRIGHT * around)) | (read_volume(changed) > 0.5)
+    ranges = []
+    for number, part in enumerate(bright):
+        labels, count = ndimage.label(part, np.ones((3, 3)))
+        areas = np.bincount(labels.ravel())[1:] * spacing[1] * spacing[2]
+        if count and areas.max() >= SPOT:
+            ranges.append((frame.depth(number + 0.75), frame.depth(number - 0.75)))
+    return ranges
 
 
 if __name__ == "__main__":

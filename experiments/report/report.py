@@ -24,12 +24,12 @@ INTRODUCTION = """# Evidence: reports
 
 Made by `experiments/report/report.py` from the rows of `experiments/report/run.py`. Lesions are
 simulated (`nirvana.mri.lesions`) in slices of real heads, scanned by the simulator with {coils}
-coils, phase and noise, and read by the frozen backbone through the trained k-space encoder. Test
-persons, and wordings 4 and 5, were in no training; the threshold of a finding was chosen on the
-validation person, for each wording. "Normal" means that no lesion was simulated: what multiple
-sclerosis or glioma a test person really has may be "hallucinated" here, so figures are given by
-person, too. This is research software, not for diagnosis; simulated lesions are no proof of what it
-does on patients.
+coils, phase and noise, and read by the frozen backbone through the trained k-space encoder
+({see_steps:,} and {tell_steps:,} steps of {batch_size} slices). Test persons, and wordings 4 and 5,
+were in no training; the threshold of a finding was chosen on the validation persons, for each
+wording. "Normal" means that no lesion was simulated in a slice where none is known or seen: what is
+too small for that may be "hallucinated" here, so figures are given by person, too. This is research
+software, not for diagnosis; simulated lesions are no proof of what it does on patients.
 
 Persons tested: {persons}. Intervals are 95 % bootstrap intervals over slices; slices of one person
 are not independent, so they are too narrow for a statement about persons.
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     cells = load(given.out / "rows")
     study = json.loads((given.out / "study.json").read_text(encoding="utf-8"))
     with atomic_file(given.page) as temporary:
-        temporary.write_text(page(cells, study["model"], study["coils"]), encoding="utf-8")
+        temporary.write_text(page(cells, study), encoding="utf-8")
     print(given.page)
 
 
@@ -66,10 +66,11 @@ def load(folder: Path) -> dict[tuple[str, str, float, int], list[Row]]:
     return dict(cells)
 
 
-def page(cells: dict[tuple[str, str, float, int], list[Row]], model: str, coils: int) -> str:
+def page(cells: dict[tuple[str, str, float, int], list[Row]], study: dict[str, Any]) -> str:
+    model = study["model"]
     main = cells[model, "wording", 4.0, 0]
     persons = sorted({row["subject"].removeprefix("test/") for row in main})
-    parts = [INTRODUCTION.format(coils=coils, persons=", ".join(persons))]
+    parts = [INTRODUCTION.format(persons=", ".join(persons), **study)]
     parts += ["## Targets\n", targets(main)]
     parts += ["## Models, accelerations, wordings\n", readings(cells)]
     parts += ["## F1 of each fact, wording 0\n", facts_table(cells)]

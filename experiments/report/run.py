@@ -48,17 +48,17 @@ class Study:
     """Sizes of the study."""
 
     see_steps: int = 16000
-    tell_steps: int = 2000
+    tell_steps: int = 4000
     batch_size: int = 64
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
     coils: int = 4
-    cascades: int = 2
+    cascades: int = 4
     vit_dim: int = 192
     vit_depth: int = 3
     vit_heads: int = 6
     see_lr: float = 2e-3
-    tell_lr: float = 1e-3
+    tell_lr: float = 5e-4
     place_weight: float = 1.0  # see `ReportSection`
 
 
@@ -140,7 +140,7 @@ def config_of(
             accelerations=list(CENTER),
             center_fractions=list(CENTER.values()),
             wordings=list(SEEN),
-            reuse=8,
+            reuse=16,
             words_weight=0.0 if seeing else 1.0,
             place_weight=study.place_weight,
             image_weight=10.0 if cascades else 0.0,
@@ -205,8 +205,9 @@ def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.dev
         rows = []
         for batch in batches(study, test, cell.acceleration, count, 2, cell.contrast):
             for row in read(reporter, batch, cell):
-                subject = test.names[int(test.subject[batch.index[row.pop("i")]])]
-                facts = {"model": name, **vars(cell), "subject": subject}
+                index = batch.index[row.pop("i")]
+                subject, w = test.names[int(test.subject[index])], float(test.frame[index, 4])
+                facts = {"model": name, **vars(cell), "subject": subject, "w": w}
                 rows.append({**facts, "threshold": reporter.threshold, **row})
         with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

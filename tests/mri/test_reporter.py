@@ -1,6 +1,7 @@
 """Reports by a model: probabilities, generation, training, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from nirvana.mri.model import CodecModel, save_codec
 from nirvana.mri.physics import Sampling, fft2c, sampling_mask
 from nirvana.mri.report.encode import View, encode, encode_scan, to_grid, view_of
 from nirvana.mri.report.grammar import SLOTS, WORDINGS, Facts, parse_wording, rounded, write
-from nirvana.mri.report.heads import GRID, PIXEL, load_heads, save_heads, varied
+from nirvana.mri.report.heads import GRID, PIXEL, blurred, load_heads, save_heads, varied
 from nirvana.mri.report.reporter import (
     CHOICES,
     Reporter,
@@ -155,27 +156,51 @@ def test_only_the_encoder_learns(reporter):
 
 
 def test_varied_heads_are_other_contrasts_of_the_same():
-    """A T1 (fluid dark, white matter brightest) becomes a T2 (fluid bright, white matter darkest);
-    in other sequences fluid stays dark, and the background stays empty."""
-    sequence = torch.arange(3).repeat(40)
-    images = torch.zeros(120, 24, 24)
-    images[:, 4:20, 4:20] = 0.8  # white matter
-    images[:, 8:12, 8:12] = 0.3  # fluid
+    """A T1 (fluid dark, white matter brightest) becomes a T2 (fluid brightest, white matter
+    darkest) or a FLAIR (fluid dark, grey matter brightest); other sequences keep the order that
+    they have, the background stays empty, and the scalp sometimes becomes so."""
+    sequence = torch.arange(3).repeat(80)
+    images = torch.zeros(240, 48, 48)
+    images[:, 8:40, 8:40] = 0.5  # grey matter
+    images[:, 15:33, 15:33] = 0.7  # white matter
+    images[:, 20:28, 20:28] = 0.18  # fluid
     brain = images > 0
+    images[:, 4:6] = 0.9  # scalp
     found, kinds = varied(images, brain, sequence, torch.Generator().manual_seed(0))
-    turned = kinds != sequence
-    assert 4 <= int(turned.sum()) <= 24
-    assert (sequence[turned] == 0).all()
-    assert (kinds[turned] == SEQUENCES.index("T2")).all()
-    assert not found[:, :3].any()
-    assert (found[turned, 10, 10] > 1.5 * found[turned, 5, 5]).all()
-    kept = found[~turned]
-    assert ((kept[:, 5, 5] / 0.8 - 1).abs() < 0.3).all()
-    share = kept[:, 10, 10] / kept[:, 5, 5]
-    assert (share < 0.8).all()
-    assert share.std() > 0.03  # it differs from slice to slice
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert found[:, 45:].max() < 2e-3
+    stripped = found[:, 4, 24] < 0.01
+    assert 24 <= int(stripped.sum()) <= 72
+    fluid, white, grey = found[:, 24, 24], found[:, 30, 24], found[:, 36, 24]
+    t2, flair = ((kinds == SEQUENCES.index(name)) & (kinds != sequence) for name in ("T2", "FLAIR"))
+    kept = kinds == sequence
+    assert torch.equal(kept, ~(t2 | flair))
+    assert (sequence[~kept] == SEQUENCES.index("T1")).all()
+    assert 10 <= int(t2.sum()) <= 40
+    assert 10 <= int(flair.sum()) <= 40
+    # Six pixels away from each other two places are shaded differently, too.
+    assert (fluid[t2] > grey[t2]).all()
+    assert (grey[t2] > white[t2]).float().mean() > 0.8
+    assert (fluid[flair] < white[flair]).all()
+    assert (grey[flair] > white[flair]).float().mean() > 0.8
+    assert (fluid[kept] < grey[kept]).all()
+    assert (grey[kept] < white[kept]).float().mean() > 0.8
+    assert (fluid[kept] / white[kept]).std() > 0.03  # it differs from slice to slice
     again, _ = varied(images, brain, sequence, torch.Generator().manual_seed(0))
     assert torch.equal(found, again)
+
+
+def test_each_slice_is_blurred_by_its_own_gaussian():
+    images = torch.zeros(3, 32, 24)
+    images[:, 16, 12] = 1.0
+    found = blurred(images, torch.tensor([0.0, 0.8, 2.0]))
+    assert torch.allclose(found[0], images[0], atol=1e-6)
+    assert torch.allclose(found.sum((1, 2)), torch.ones(3), atol=1e-5)
+    rows = torch.arange(32) - 16.0
+    for image, deviation in zip(found[1:], (0.8, 2.0), strict=True):
+        spread = (image.sum(1) * rows.square()).sum().sqrt()
+        assert math.isclose(float(spread), deviation, rel_tol=1e-2)
 
 
 def test_a_codec_without_reports_is_refused(reporter, tmp_path):

@@ -292,49 +292,86 @@ def draw_lesions(
 def paint(anatomy: Anatomy, lesions: Lesions) -> tuple[Tensor, Tensor]:
     """The slices with the lesions in them, and the share of each pixel that a lesion takes; both
     `[B, H, W]`. Slices without lesions stay as they are."""
+    images, coverage = anatomy.images.flatten(), torch.zeros_like(anatomy.images).flatten()
+    if lesions.present.any():
+        pixels, change, share = _changes(anatomy, lesions)
+        # Lesions of a slice lie apart, so that their changes add up.
+        images = images.index_add(0, pixels, change)
+        coverage = coverage.index_add(0, pixels, share)
+    return images.view_as(anatomy.images), coverage.view_as(anatomy.images)
+
+
+def _changes(anatomy: Anatomy, lesions: Lesions) -> tuple[Tensor, Tensor, Tensor]:
+    """What the lesions change: pixels, indices into all slices; the change there, and the share."""
     slices, numbers = lesions.present.nonzero(as_tuple=True)  # of the N lesions of the batch
-    share, core = _shares(anatomy, lesions, slices, numbers)
-    share = share * (anatomy.depth > 0)[slices]
+    rows, columns = _window(anatomy, lesions, slices, numbers)
+    share, core = _shares(anatomy, lesions, slices, numbers, rows, columns)
+    here = (slices[:, None, None], rows, columns)
+    share = share * (anatomy.depth[here] > 0)
     kind, flair = lesions.kind[slices], (anatomy.sequence == 2)[slices]
     fluid = _of(kind, "fluid")[:, None, None]
     # T1: tissue loses signal, fluid most. T2, FLAIR: it gains; FLAIR suppresses fluid.
     t1 = (anatomy.sequence == 0)[slices, None, None]
     gain = torch.where(t1, -0.75 - 0.25 * fluid, 1.0) - 1.9 * core * fluid * flair[:, None, None]
-    texture = _of(kind, "texture")[:, None, None] * lesions.texture[slices]
+    texture = _of(kind, "texture")[:, None, None] * lesions.texture[here]
     contrast = lesions.contrast[slices, None, None]
     target = _tissue(anatomy)[slices] * (1 + contrast * gain + texture).clamp(min=0.03)
-    # Lesions of a slice lie apart, so that their changes add up.
-    change = share * (target - anatomy.images[slices])
-    empty = torch.zeros_like(anatomy.images)
-    return anatomy.images + empty.index_add(0, slices, change), empty.index_add(0, slices, share)
+    change = share * (target - anatomy.images[here])
+    H, W = anatomy.images.shape[1:]
+    pixels = (slices[:, None, None] * H + rows) * W + columns
+    return pixels.flatten(), change.flatten(), share.flatten()
+
+
+def _window(
+    anatomy: Anatomy, lesions: Lesions, slices: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows `[N, h, 1]` and columns `[N, 1, w]` around each of N lesions, wide enough for all."""
+    longest = _semi_axis(lesions)[slices, numbers]
+    outline = 1 + lesions.waves[slices, numbers, :, 0].sum(1)
+    reach = math.ceil((longest * outline).amax().item() / anatomy.pixel) + 1
+
+    def around(centre: Tensor, side: int) -> Tensor:
+        length = min(2 * reach + 1, side)
+        first = (centre[slices, numbers].round().long() - reach).clamp(0, side - length)
+        return first[:, None] + torch.arange(length, device=first.device)
+
+    H, W = anatomy.images.shape[1:]
+    return around(lesions.row, H)[:, :, None], around(lesions.column, W)[:, None]
+
+
+def _semi_axis(lesions: Lesions) -> Tensor:
+    """The longest semi-axis a, mm, `[B, L]`: the diameter asked for is that of the section by the
+    slice's middle plane, at `offset` of the semi-axis c."""
+    return lesions.size / 2 / (1 - lesions.offset**2).sqrt()
 
 
 def _shares(
-    anatomy: Anatomy, lesions: Lesions, slices: Tensor, numbers: Tensor
+    anatomy: Anatomy,
+    lesions: Lesions,
+    slices: Tensor,
+    numbers: Tensor,
+    rows: Tensor,
+    columns: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Of N lesions: the share of the module's formula, and the core's, which has 0.6 of its
-    diameters; each `[N, H, W]`."""
-    H, W = anatomy.images.shape[1:]
-    device, pixel = anatomy.images.device, anatomy.pixel
+    """Of N lesions: the share of the module's formula in their windows, and the core's, which has
+    0.6 of its diameters; each `[N, h, w]`."""
+    pixel = anatomy.pixel
 
     def of(x: Tensor) -> Tensor:
         return x[slices, numbers, None, None]
 
-    # The diameter asked for is that of the middle plane's section, at `offset` of the semi-axis c.
-    offset = of(lesions.offset)
-    a = of(lesions.size) / 2 / (1 - offset**2).sqrt()
+    a = of(_semi_axis(lesions))
     b = a / of(lesions.elongation)
     c = (a * b).sqrt()
-    middle, half = offset * c, lesions.thickness[slices, None, None] / 2
+    middle, half = of(lesions.offset) * c, lesions.thickness[slices, None, None] / 2
     cosine, sine = of(lesions.angle).cos(), of(lesions.angle).sin()
     waves = lesions.waves[slices, numbers]
-    share = torch.zeros(len(slices), H, W, device=device)
-    core = torch.zeros_like(share)
+    share = core = torch.zeros((), device=rows.device)
     steps = ((torch.arange(SUBPIXELS) + 0.5) / SUBPIXELS - 0.5).tolist()
     for dy in steps:
-        y = (torch.arange(H, device=device)[:, None] + dy - of(lesions.row)) * pixel
+        y = (rows + dy - of(lesions.row)) * pixel
         for dx in steps:
-            x = (torch.arange(W, device=device) + dx - of(lesions.column)) * pixel
+            x = (columns + dx - of(lesions.column)) * pixel
             along, across = (x * cosine + y * sine) / a, (y * cosine - x * sine) / b
             angle = torch.atan2(across, along)
             outline = torch.ones_like(angle)
@@ -343,9 +380,9 @@ def _shares(
                 outline = outline + strength * torch.cos((k + 2) * angle + phase)
             rho = (along**2 + across**2) / outline**2
             height = c * (1 - rho).clamp(min=0).sqrt()
-            share += _overlap(height, middle, half)
+            share = share + _overlap(height, middle, half)
             inner = 0.6 * c * (1 - rho / 0.36).clamp(min=0).sqrt()
-            core += _overlap(inner, middle * 0.6, half)
+            core = core + _overlap(inner, middle * 0.6, half)
     return share / SUBPIXELS**2, core / SUBPIXELS**2
 
 

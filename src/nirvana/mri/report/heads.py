@@ -24,10 +24,15 @@ SLAB = 3.0  # mm of the volume that a slice is the mean of
 SHALLOWEST, DEEPEST = 0.12, 0.45  # w of the slices
 STEP = 0.012  # between them, w
 LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
-BEND, BEND_GRID = 10.0, (5, 4)  # mm, and the points between which a slice is bent smoothly
+BENDS = ((10.0, (5, 4)), (3.0, (12, 10)))  # mm, and the points between which slices are bent
 SHADE, SHADE_GRID = 0.3, (4, 3)  # largest logarithm of the smooth shading, and its points
-GAMMA = 0.6  # largest logarithm of the power that brightness is raised to
-INVERTED = 0.4  # share of T1 slices that become a T2: fluid bright, grey matter above white
+CURVE, CURVE_PARTS = 0.5, 5  # spread of the logarithm of the slopes of a curve of brightness
+STRIPPED = 0.2  # share of slices of which the brain alone is shown
+BLUR = 1.0  # largest standard deviation of the blur, pixels
+STAND_INS = (0.3, 0.3)  # share of T1 slices that become what a T2, and what a FLAIR looks like
+# Brightness over the brain's median on T1 and on FLAIR: fluid dark, grey matter above white, fat
+# bright. A T1 has fluid at 0.3, grey matter at 0.8 and white at 1.15.
+FLAIR_OF_T1 = ((0.0, 0.4, 0.8, 1.15, 1.45, 2.5), (0.0, 0.25, 1.12, 0.88, 0.9, 2.0))
 COLUMNS = ("images", "depth", "frame", "sequence", "subject")
 
 
@@ -78,9 +83,9 @@ class Heads:
         """Random slices, every subject as often as any other.
 
         Each is turned up to 15 degrees, scaled by 0.85 to 1.15, stretched up to 8 %, moved up to
-        5 mm, bent smoothly by some 10 mm and mirrored half of the time, shaded, and some T1 become
-        a stand-in for T2 (`varied`), unless `vary` is off. All of that comes before lesions do, so
-        sides and signals are true.
+        5 mm, bent smoothly by some 10 mm and mirrored half of the time; it is shaded and blurred,
+        and some T1 become a stand-in for T2 or FLAIR (`varied`); unless `vary` is off. All of that
+        comes before lesions do, so sides and signals are true.
 
         Returns: the slices' anatomy, and their indices `[count]`.
         """
@@ -96,9 +101,10 @@ class Heads:
         H, W = self.images.shape[1:]
         r = 2 * torch.rand(B, 6, generator=generator) - 1
         r = (r if vary else torch.zeros_like(r)).to(device)
-        bend = 2 * torch.rand(B, 2, *BEND_GRID, generator=generator) - 1
-        bend = (bend if vary else torch.zeros_like(bend)).to(device) * BEND / PIXEL
-        bend = F.interpolate(bend, size=(H, W), mode="bicubic", align_corners=True)
+        bend = torch.zeros(B, 2, H, W, device=device)
+        for most, points in BENDS if vary else ():
+            moved = most / PIXEL * (2 * torch.rand(B, 2, *points, generator=generator) - 1)
+            bend += F.interpolate(moved.to(device), (H, W), mode="bicubic", align_corners=True)
         angle, scale, stretch = r[:, 0] * torch.pi / 12, 1 + 0.15 * r[:, 1], 1 + 0.08 * r[:, 2]
         flip = torch.where(r[:, 3] < 0, -1.0, 1.0)
         # Of a pixel of the view from the middle, in pixels, to the slice's, likewise.
@@ -136,8 +142,9 @@ class Heads:
 def varied(
     images: Tensor, brain: Tensor, sequence: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Slices in other contrasts than those that few heads have: the brightness of each is raised to
-    a power and shaded smoothly, and a share of the T1 is turned into what a T2 looks like.
+    """Slices in other contrasts than those that few heads have: the brightness of each is bent by a
+    rising curve, shaded smoothly and blurred, shares of the T1 are turned into what a T2 and what a
+    FLAIR looks like, and of some the brain alone is kept.
 
     Args:
         images: `[B, H, W]` in 0..1.
@@ -148,18 +155,58 @@ def varied(
     Returns: images and their sequences.
     """
     B, H, W = images.shape
-    chosen = (torch.rand(B, generator=generator) < INVERTED).to(images.device)
+    chosen = torch.rand(B, generator=generator).to(images.device)
     shade = (2 * torch.rand(B, 1, *SHADE_GRID, generator=generator) - 1).to(images)
     shade = F.interpolate(SHADE * shade, size=(H, W), mode="bicubic", align_corners=True)[:, 0]
-    turned = chosen & (sequence == SEQUENCES.index("T1"))
+    slopes = (CURVE * torch.randn(B, CURVE_PARTS, generator=generator)).exp().to(images)
+    stripped = (torch.rand(B, generator=generator) < STRIPPED).to(images.device)
+    blur = BLUR * torch.rand(B, generator=generator).to(images)
+
+    t1 = sequence == SEQUENCES.index("T1")
+    to_t2 = t1 & (chosen < STAND_INS[0])
+    to_flair = t1 & ~to_t2 & (chosen < sum(STAND_INS))
     top = _each((images * brain).amax((1, 2))).clamp(min=1 / 255)
-    power = (GAMMA * (2 * torch.rand(B, generator=generator) - 1)).exp().to(images)
-    images = top * (images / top) ** _each(power)
     inside = images > 0.1 * top
-    inverted = torch.where(inside, (1.05 * top - images).clamp(min=0.03), images)
-    images = torch.where(_each(turned), inverted, images)
-    sequence = torch.where(turned, SEQUENCES.index("T2"), sequence)
-    return (images * shade.exp()).clamp(max=1.0), sequence
+    t2 = torch.where(inside, (1.05 * top - images).clamp(min=0.03), images)
+    images = torch.where(_each(to_t2), t2, images)
+    images = torch.where(_each(to_flair), _flair_of(images, brain), images)
+    top = _each((images * brain).amax((1, 2))).clamp(min=1 / 255)
+    images = top * _bent(images / top, slopes)
+    images = torch.where(_each(stripped) & ~brain, 0.0, images)
+    sequence = torch.where(to_t2, SEQUENCES.index("T2"), sequence)
+    sequence = torch.where(to_flair, SEQUENCES.index("FLAIR"), sequence)
+    return blurred(images * shade.exp(), blur).clamp(0.0, 1.0), sequence
+
+
+def _flair_of(images: Tensor, brain: Tensor) -> Tensor:
+    """What T1 slices would look like as FLAIR, by `FLAIR_OF_T1`."""
+    before, after = (torch.tensor(values, device=images.device) for values in FLAIR_OF_T1)
+    median = torch.where(brain, images, torch.nan).flatten(1).nanmedian(1).values.nan_to_num(1.0)
+    relative = images / _each(median.clamp(min=1 / 255))
+    part = torch.bucketize(relative, before[1:-1])
+    slope = after.diff() / before.diff()
+    return _each(median) * (after[part] + slope[part] * (relative - before[part]))
+
+
+def _bent(relative: Tensor, slopes: Tensor) -> Tensor:
+    """Brightness `[B, H, W]` through a curve of straight parts with these slopes, `[B, parts]`: 0
+    and 1 stay, and so does what is above."""
+    parts = slopes.shape[1]
+    steps = slopes / slopes.sum(1, keepdim=True)
+    ends = steps.cumsum(1)
+    part = (relative * parts).long().clamp(0, parts - 1)
+    step, end = (x.gather(1, part.flatten(1)).view_as(relative) for x in (steps, ends))
+    bent = end + step * (relative * parts - part - 1)
+    return torch.where(relative > 1, relative, bent)
+
+
+def blurred(images: Tensor, deviation: Tensor) -> Tensor:
+    """Each of `[B, H, W]` blurred by a Gaussian of its own standard deviation, `[B]`, pixels."""
+    H, W = images.shape[-2:]
+    rows = torch.fft.fftfreq(H, device=images.device)[:, None]
+    columns = torch.fft.rfftfreq(W, device=images.device)
+    passed = torch.exp(-2 * (torch.pi * _each(deviation)) ** 2 * (rows**2 + columns**2))
+    return torch.fft.irfft2(torch.fft.rfft2(images) * passed, s=(H, W))
 
 
 def slices_of(
@@ -168,6 +215,7 @@ def slices_of(
     subject: str,
     stripped: bool = False,
     lesions: str | Path | None = None,
+    without: Sequence[tuple[float, float]] = (),
 ) -> Heads:
     """The slices of a volume that can carry simulated lesions.
 
@@ -177,6 +225,7 @@ def slices_of(
         subject: whose it is.
         stripped: the volume shows the brain alone.
         lesions: mask of known lesions on the same grid; slices that show them are left out.
+        without: ranges of w that are left out, too.
 
     Raises:
         InputError: for an unknown sequence or a file that cannot be used.
@@ -199,6 +248,8 @@ def slices_of(
         middle = round(frame.top - w * frame.slices_per_length)
         low, high = max(0, middle - half), min(len(volume), middle + half + 1)
         if low >= high or known[low:high].any(0).sum() * spacing[1] * spacing[2] > LESION_AREA:
+            continue
+        if any(shallow <= w <= deep for shallow, deep in without):
             continue
         inside, column, row = _on_grid(brain[low:high].mean(0), zoom, frame.column, frame.row)
         images.append(_on_grid(volume[low:high].mean(0), zoom, frame.column, frame.row)[0])
