@@ -3,7 +3,7 @@
 The folder is that of the MRI data, with train/, valid/ and test/ in it; see the table below for the
 volumes, which stay under their own licences and are not part of the project. The split is the
 study's own: tcga_DU7294, a training person elsewhere, is tested here, because of the test persons
-ms_x19 has no slice without lesions of its own and no other has a T2.
+ms_x19 has no slice without lesions of its own and no other has a T2 with a mask.
 
 Of the persons ms_l the lesions that changed are marked, not all that they have. Slices at whose
 height their FLAIR shows one, or bright spots, are left out of all their sequences (`spotted`). Of
@@ -11,18 +11,19 @@ seg3d, whom no mask describes either, half of the head is left out (`VISIBLE`).
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from nirvana.mri.io import read_spacing, read_volume
+from nirvana.mri.io import read_affine, read_spacing, read_volume
 from nirvana.mri.lobes import brain_mask, distance, frame_of
-from nirvana.mri.report.heads import join_heads, save_heads, slices_of
+from nirvana.mri.report.heads import SLAB, join_heads, save_heads, slices_of
 
-# Ranges of w with a lesion that anyone can see and no mask marks: a malformed cortex around the
+# Heights, mm, with a lesion that anyone can see and no mask marks: a malformed cortex around the
 # right Sylvian fissure, a cavity near the ventricle.
-VISIBLE = {"seg3d": [(0.3, 1.0)]}
+VISIBLE = {"seg3d": [(-math.inf, 486.0)]}
 BORDER = 6.0  # mm of the brain's rim, cortex, in which no spot is looked for
 AROUND = 8.0  # mm, standard deviation of the surroundings that a spot is compared with
 BRIGHT = 1.3  # times as bright as they are
@@ -38,7 +39,7 @@ VOLUMES = (
     ("train", "ms_l01", "FLAIR T1 T2", False, "change"),
     ("train", "ms_l03", "FLAIR T1", False, "change"),
     ("train", "ms_l09", "FLAIR", False, "change"),
-    ("train", "ms_l12", "FLAIR T1", False, "change"),
+    ("train", "ms_l12", "FLAIR", False, "change"),  # moved by 3 mm before the T1
     ("train", "stroke_M2307", "T2", True, "lesion"),
     ("train", "stroke_clin", "T2", False, "lesion"),
     ("test", "tcga_DU7294", "FLAIR T1 T2", True, "autoseg"),
@@ -77,10 +78,11 @@ def main() -> None:
 
 
 def spotted(path: Path, changed: Path) -> list[tuple[float, float]]:
-    """Ranges of w, see `nirvana.mri.lobes`, in which a FLAIR of a head shows a lesion that changed,
-    or bright spots: lesions, but also the plexus and whatever else is as bright."""
-    volume, spacing = read_volume(path), read_spacing(path)
+    """Heights, see `slices_of`, at which a FLAIR of a head shows a lesion that changed, or bright
+    spots: lesions, but also the plexus and whatever else is as bright."""
+    volume, spacing, affine = read_volume(path), read_spacing(path), read_affine(path)
     assert spacing is not None
+    assert affine is not None
     brain = brain_mask(volume, spacing)
     frame = frame_of(brain, spacing)
     inside = np.stack([distance(part, spacing[1:]) > BORDER for part in brain])
@@ -92,11 +94,13 @@ def spotted(path: Path, changed: Path) -> list[tuple[float, float]]:
     smooth = ndimage.gaussian_filter(volume, (0.0, 0.7 / spacing[1], 0.7 / spacing[2]))
     bright = (inside & (smooth * weight > BRIGHT * around)) | (read_volume(changed) > 0.5)
     ranges = []
+    margin = 0.45 * (spacing[0] + SLAB)  # a slice shows a tenth of the next one or more
     for number, part in enumerate(bright):
         labels, count = ndimage.label(part, np.ones((3, 3)))
         areas = np.bincount(labels.ravel())[1:] * spacing[1] * spacing[2]
         if count and areas.max() >= SPOT:
-            ranges.append((frame.depth(number + 0.75), frame.depth(number - 0.75)))
+            height = (affine @ (number, frame.row, frame.column, 1))[2]
+            ranges.append((height - margin, height + margin))
     return ranges
 
 

@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
             if (folder / phase / "model" / "report.json").is_file():
                 continue
             config = config_of(study, given, heads, folder, phase, backbone, cascades)
-            outcome = train_reporter(config, resume=(folder / phase / "checkpoints").is_dir())
+            outcome = train_reporter(config, resume=True)
             if not outcome.finished:
                 return  # interrupted; what there is goes on next time
         evaluate(study, heads, given.out, name, choose_device(given.device))
@@ -206,8 +206,8 @@ def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.dev
         for batch in batches(study, test, cell.acceleration, count, 2, cell.contrast):
             for row in read(reporter, batch, cell):
                 index = batch.index[row.pop("i")]
-                subject, w = test.names[int(test.subject[index])], float(test.frame[index, 4])
-                facts = {"model": name, **vars(cell), "subject": subject, "w": w}
+                subject = test.names[int(test.subject[index])]
+                facts = {"model": name, **vars(cell), "subject": subject, "slice": int(index)}
                 rows.append({**facts, "threshold": reporter.threshold, **row})
         with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

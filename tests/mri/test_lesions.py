@@ -11,6 +11,7 @@ from report_heads import drawn_heads
 from scipy import ndimage
 
 from nirvana import InputError
+from nirvana.mri import lesions
 from nirvana.mri.io import read_spacing, read_volume
 from nirvana.mri.lesions import (
     MAX_COUNT,
@@ -219,6 +220,23 @@ def test_the_patients_left_is_on_the_right_of_the_picture(tmp_path):
         assert marked.nonzero()[:, 1].float().mean() > middle.shape[1] / 2
         mirrored = marked.flip(1)
         assert u[mirrored].mean() < -0.3
+
+
+def test_windows_around_lesions_hold_all_of_them(monkeypatch):
+    """As if whole slices were computed, but for rounding; lesions at the border, too."""
+    where = anatomy(32, vary=True)
+    drawn = draw_lesions(where, generator(1), SICK)
+    drawn.row[0], drawn.column[1] = 1.0, where.images.shape[2] - 1.0
+    found = paint(where, drawn)
+    H, W = where.images.shape[1:]
+
+    def everywhere(anatomy, lesions, slices, numbers):
+        rows, columns = torch.arange(H)[:, None], torch.arange(W)
+        return rows.expand(len(slices), H, 1), columns.expand(len(slices), 1, W)
+
+    monkeypatch.setattr(lesions, "_window", everywhere)
+    for ours, whole in zip(found, paint(where, drawn), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_the_side_said_is_where_the_lesion_is_painted():

@@ -168,7 +168,7 @@ def test_varied_heads_are_other_contrasts_of_the_same():
     images[:, 4:6] = 0.9  # scalp
     found, kinds = varied(images, brain, sequence, torch.Generator().manual_seed(0))
     assert found.min() >= 0
-    assert found.max() <= 1
+    assert 1 < found.max() < 1.4  # the shading makes brighter, and nothing is cut off
     assert found[:, 45:].max() < 2e-3
     stripped = found[:, 4, 24] < 0.01
     assert 24 <= int(stripped.sum()) <= 72

@@ -98,7 +98,8 @@ def capture_training(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[
     }
     alone = _Autocast(module, kind, casts)
     with torch.autocast(kind, enabled=False):
-        return torch.cuda.make_graphed_callables(alone, inputs, allow_unused_input=True)
+        kept = tuple(x.clone() for x in inputs)  # later inputs are written over these
+        return torch.cuda.make_graphed_callables(alone, kept, allow_unused_input=True)
 
 
 class _Autocast(nn.Module):

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
-from nirvana.mri.io import read_spacing, read_volume
+from nirvana.mri.io import read_affine, read_spacing, read_volume
 from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.lesions import SEQUENCES, Anatomy
 from nirvana.mri.lobes import brain_mask, distance, frame_of
@@ -134,7 +134,7 @@ class Heads:
             v=v,
             w=frame[:, 4],
             sequence=sequence,
-            width=frame[:, 2] * scale * PIXEL,
+            width=frame[:, 2] * scale / stretch * PIXEL,
             pixel=PIXEL,
         )
 
@@ -175,7 +175,7 @@ def varied(
     images = torch.where(_each(stripped) & ~brain, 0.0, images)
     sequence = torch.where(to_t2, SEQUENCES.index("T2"), sequence)
     sequence = torch.where(to_flair, SEQUENCES.index("FLAIR"), sequence)
-    return blurred(images * shade.exp(), blur).clamp(0.0, 1.0), sequence
+    return blurred(images * shade.exp(), blur).clamp(min=0.0), sequence
 
 
 def _flair_of(images: Tensor, brain: Tensor) -> Tensor:
@@ -225,15 +225,16 @@ def slices_of(
         subject: whose it is.
         stripped: the volume shows the brain alone.
         lesions: mask of known lesions on the same grid; slices that show them are left out.
-        without: ranges of w that are left out, too.
+        without: ranges of height that are left out, too: of the scanner's third axis in mm, in the
+            middle of the brain, as the volume's affine says.
 
     Raises:
         InputError: for an unknown sequence or a file that cannot be used.
     """
     if sequence not in SEQUENCES:
         raise InputError(f"sequence {sequence!r} must be one of {', '.join(SEQUENCES)}")
-    spacing = read_spacing(path)
-    if spacing is None:
+    spacing, affine = read_spacing(path), read_affine(path)
+    if spacing is None or affine is None:
         raise InputError(f"{path} does not tell its spacing; give a NIfTI volume")
     volume = read_volume(path)
     brain = brain_mask(volume, spacing, stripped)
@@ -249,7 +250,8 @@ def slices_of(
         low, high = max(0, middle - half), min(len(volume), middle + half + 1)
         if low >= high or known[low:high].any(0).sum() * spacing[1] * spacing[2] > LESION_AREA:
             continue
-        if any(shallow <= w <= deep for shallow, deep in without):
+        height = (affine @ (middle, frame.row, frame.column, 1))[2]
+        if any(bottom <= height <= top for bottom, top in without):
             continue
         inside, column, row = _on_grid(brain[low:high].mean(0), zoom, frame.column, frame.row)
         images.append(_on_grid(volume[low:high].mean(0), zoom, frame.column, frame.row)[0])

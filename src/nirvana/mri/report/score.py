@@ -60,8 +60,8 @@ def bootstrap(
         draws: number of resamples.
         seed: of the resampling.
 
-    Returns: `f1.FACT`, `hallucination`, `omission`, `side_accuracy` -> (low, high); a figure that
-        most resamples cannot have is left out.
+    Returns: names as of `flat` -> (low, high); a figure that most resamples cannot have is left
+        out.
     """
     table = outcomes(truth, said)
     labels = np.arange(len(table)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -69,7 +69,7 @@ def bootstrap(
     np.add.at(totals, labels, np.concatenate([table, np.ones((len(table), 1))], axis=1))
     random = np.random.default_rng(seed)
     picks = random.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=draws)
-    samples = [_flat(_rates(row[:-1], row[-1])) for row in picks @ totals]
+    samples = [flat(_rates(row[:-1], row[-1])) for row in picks @ totals]
     intervals = {}
     for name in samples[0]:
         values = [x for x in (sample[name] for sample in samples) if x is not None]
@@ -129,9 +129,11 @@ def _share(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 
-def _flat(rates: dict[str, Any]) -> dict[str, float | None]:
-    flat = {f"f1.{slot}": rates["facts"][slot]["f1"] for slot in FACTS}
-    return flat | {name: rates[name] for name in ("hallucination", "omission", "side_accuracy")}
+def flat(rates: dict[str, Any]) -> dict[str, float | None]:
+    """Of what `score` returns: `f1.FACT`, `hallucination`, `omission`, `side_accuracy`, `exact`."""
+    found = {f"f1.{slot}": rates["facts"][slot]["f1"] for slot in FACTS}
+    names = ("hallucination", "omission", "side_accuracy", "exact")
+    return found | {name: rates[name] for name in names}
 
 
 def majority(reports: Sequence[Facts]) -> Facts:

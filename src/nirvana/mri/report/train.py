@@ -324,8 +324,8 @@ def dice_loss(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def patches(coverage: Tensor) -> Tensor:
-    """Which patches a lesion takes a sixteenth or more of: `[B, H, W]`, sides multiples of 16, to
-    0/1 `[B, N]`, row by row."""
+    """Which patches a lesion takes a sixteenth of, or half of a pixel: `[B, H, W]`, sides multiples
+    of 16, to 0/1 `[B, N]`, row by row."""
     share = F.avg_pool2d(coverage[:, None], PATCH).flatten(1)
     small = F.max_pool2d(coverage[:, None], PATCH).flatten(1) > 0.5
     return ((share > 1 / 16) | small).float()
