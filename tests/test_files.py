@@ -5,7 +5,14 @@ import json
 import pytest
 
 from nirvana import InputError
-from nirvana.files import atomic_file, atomic_folder, replaceable_folder, write_json
+from nirvana.files import (
+    atomic_file,
+    atomic_folder,
+    replaceable_folder,
+    sole_use,
+    writable_file,
+    write_json,
+)
 
 
 def names(folder):
@@ -60,3 +67,19 @@ def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path):
         atomic_folder(tmp_path / "file" / "out"),
     ):
         pass
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "a" / "b.json"
+    for asked in (writable_file, lambda path: replaceable_folder(path, [])):
+        with pytest.raises(InputError, match=r"b\.json cannot be written: .*file is no folder"):
+            asked(below)
+    with pytest.raises(InputError, match="is a folder; give a file"):
+        writable_file(tmp_path)
+    with pytest.raises(InputError, match=r"b\.json cannot be written"):
+        write_json(below, {})
+    with pytest.raises(InputError, match="file cannot be written"), sole_use(tmp_path / "file"):
+        pass
+    assert writable_file(tmp_path / "new" / "a.json") == tmp_path / "new" / "a.json"
+    assert names(tmp_path) == ["file"]

@@ -20,9 +20,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` when the block succeeds.
 
     When the block raises, the temporary file is removed and `path` stays as it was.
+
+    Raises:
+        InputError: where no file can be made.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = writable_file(path)
+    _make(path.parent, path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
@@ -42,8 +45,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         InputError: where no folder can be made.
     """
     path = Path(path)
+    _make(path.parent, path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
@@ -78,10 +81,10 @@ def sole_use(folder: str | Path) -> Iterator[None]:
     that is killed gives it back.
 
     Raises:
-        InputError: when another process has it.
+        InputError: when another process has it, or it cannot be made.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder, folder)
     with open(folder / ".lock", "w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,9 +102,10 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
         results: names, or patterns with *, of what earlier results leave there.
 
     Raises:
-        InputError: for a file, or a folder that holds anything else.
+        InputError: for a file, a folder that holds anything else, or a place without write access.
     """
     path, patterns = Path(path).resolve(), list(results)
+    _require_place(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; give a folder to write")
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
@@ -109,6 +113,33 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
     if others:
         raise InputError(f"{path} holds {others[0]}; give a new or empty folder to write")
     return path
+
+
+def writable_file(path: str | Path) -> Path:
+    """The same path, if a file may be written there: asked before the work that ends in it.
+
+    Raises:
+        InputError: for a folder, or a place where nothing can be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file to write")
+    _require_place(path)
+    return path
+
+
+def _require_place(path: Path) -> None:
+    """Refuses a path of which no folder above it can be written to."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{path} cannot be written: {above} is no folder that can be written to")
+
+
+def _make(folder: Path, wanted: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{wanted} cannot be written: {error.strerror}") from error
 
 
 def sha256(path: str | Path) -> str:

@@ -93,7 +93,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise InputError(f"{where}: must be a JSON object")

@@ -1,6 +1,7 @@
 """The commands about text, as a user calls them: output, files and exit codes."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -214,3 +215,39 @@ def test_wrong_input(run, model, tmp_path, arguments, message):
     assert code == 2
     assert message in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_tokenizer_is_one_line(run, model, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    whole = (copy / "tokenizer.json").read_text()
+    for damaged in (whole[: len(whole) // 2], "{}", "[]"):
+        (copy / "tokenizer.json").write_text(damaged)
+        code, _, said = run("generate", copy, "--prompt", "the")
+        assert code == 2
+        assert said.count("\n") == 1
+        assert "copy: its tokenizer cannot be read" in said
+
+
+def test_results_are_asked_for_before_the_work(run, model, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    code, _, said = run("eval", model, "--data", "text.txt", "--json", tmp_path)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "is a folder; give a file to write" in said
+
+
+def test_an_interruption_is_told(run, model, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nirvana.model.assets.load_language_model", interrupted)
+    code, _, said = run("generate", model, "--prompt", "the")
+    assert (code, said) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5_000])
+def test_json_that_no_parser_takes(run, tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    code, _, said = run("eval", "tiny", "--data", "a.jsonl")
+    assert code == 2
+    assert "a.jsonl, line 1: not JSON" in said

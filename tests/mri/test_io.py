@@ -149,6 +149,11 @@ def _saved(**datasets: np.ndarray) -> Callable[[Path], None]:
             _saved(kspace=_kspace(3, 2, 12, 16), reconstruction_rss=np.full((3, 12, 16), np.inf)),
             "'reconstruction_rss' holds NaN",
         ),
+        (
+            _saved(kspace=_kspace(3, 2, 12, 16), reconstruction_rss=np.zeros((3, 12, 16))),
+            "'reconstruction_rss' holds no value above zero",
+        ),
+        (_saved(kspace=1e22 * _kspace(3, 2, 12, 16)), r"reaches .e\+22, whose square is beyond"),
         (_huge, "cannot hold"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nirvana import InputError
-from nirvana.mri.data import SlicePool, simulate_batch
+from nirvana.mri.data import SlicePool, micro_batch_generator, simulate_batch
 from nirvana.mri.model import load_codec
 from nirvana.mri.physics import Sampling, rss
 from nirvana.mri.physics import ifft2c as to_image
@@ -253,6 +253,9 @@ def test_two_processes_compute_what_one_computes(config, tmp_path):
     [
         (["--data.center_fractions", "[0.1, 0.2]"], "1 numbers, one for each acceleration"),
         (["--data.coils", "[]"], "data.coils"),
+        (["--data.coils", "[4, 0]"], r"data.coils = \[4, 0\] must be from 1 to 256"),
+        (["--data.sizes", "[[-4, 32]]"], "sides of at least 8 pixels"),
+        (["--data.accelerations", "[0.5]"], "acceleration 0.5 is not possible"),
         (["--codec.vit_dim", "10"], "vit_dim = 10"),
         (["--codec.vit_dim", "12", "--codec.vit_stem", "convolutions"], "multiple of 8"),
         (["--codec.vit_stem", "pools"], "codec.vit_stem"),
@@ -275,3 +278,9 @@ def test_wrong_settings_are_named(config, tmp_path, override, message):
     with pytest.raises(InputError, match=message):
         train(config(), override)
     assert not (tmp_path / "run").exists()
+
+
+def test_any_seed_makes_generators_that_differ():
+    assert micro_batch_generator(3, 5).initial_seed() == (3 << 40) + 5
+    large = {micro_batch_generator(seed, 0).initial_seed() for seed in (20261127, 2**23, 2**62)}
+    assert len(large) == 3

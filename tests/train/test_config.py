@@ -71,6 +71,8 @@ def test_saved_configuration_reads_back(path, tmp_path):
         ("--opitm.lr 1", "did you mean optim"),
         ("--optim.lr fast", "optim.lr = 'fast' must be a number"),
         ("--optim.lr true", "optim.lr = True must be a number"),
+        ("--optim.lr inf", "optim.lr = inf must be finite"),
+        ("--run.seed 9223372036854775808", "run.seed = 9223372036854775808 must be from 0"),
         ("--run.steps 1.5", "run.steps = 1.5 must be a whole number"),
         ("--run.steps true", "run.steps = True must be a whole number"),
         ("--run.steps 0", "run.steps = 0 must be at least 1"),

@@ -60,8 +60,9 @@ def main() -> None:
     except UsageError as error:
         code = _refuse(error.format_message())  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):
-        Console(stderr=True).print("interrupted")
         code = 130
+    if code == 130:  # typer makes this code of Ctrl-C itself
+        Console(stderr=True).print("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from nirvana.cli.console import output
 from nirvana.errors import InputError
-from nirvana.files import write_json
+from nirvana.files import writable_file, write_json
 
 PARTS = ("train", "prefill", "decode", "trigger")
 PEERS = ("gated_deltanet", "llama", "llama_compiled")
@@ -51,8 +51,8 @@ def bench(
     for name, value in (("context", context), ("new-tokens", new_tokens), ("steps", steps)):
         if value < 1:
             raise InputError(f"--{name} = {value} must be at least 1")
-    if json is not None and json.is_dir():
-        raise InputError(f"--json {json} is a folder; give a file to write")
+    if json is not None:
+        writable_file(json)
     chosen = {"installed": list(PEERS), "none": []}.get(peers)
     options = Options(
         preset=preset,

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from nirvana.cli.console import output
 from nirvana.errors import InputError
-from nirvana.files import write_json
+from nirvana.files import writable_file, write_json
 
 RECALL = ("s_niah_1", "s_niah_2", "s_niah_3", "mqar")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
@@ -63,6 +63,8 @@ def evaluate(
     "unigram" is the entropy of a file's own single bytes: the least that any model of them pays.
     Docs: docs/evaluation.md.
     """
+    if json is not None:
+        writable_file(json)
     if compare is not None:
         if model is not None or data or tasks:
             raise InputError("--compare A B takes two results and nothing else: no MODEL or data")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nirvana.cli.console import output
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder, write_json
+from nirvana.files import atomic_folder, replaceable_folder, writable_file, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,6 +96,8 @@ def reconstruct(
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")
+    if json is not None:
+        writable_file(json)
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
     paths = find_scans(scan)
@@ -265,6 +267,8 @@ def evaluate(
 
     if slices < 0:
         raise InputError(f"--slices {slices} must be 0 (all) or more")
+    if json is not None:
+        writable_file(json)
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
     if bart:

@@ -56,7 +56,14 @@ def load_language_model(
         loaded: Any = NirvanaForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
-    except (SafetensorError, StrictDataclassError, ValueError, RuntimeError, OSError) as error:
+    except (
+        SafetensorError,
+        StrictDataclassError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         first = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{folder} does not hold a Nirvana language model: {first}") from error
     finally:
@@ -71,5 +78,8 @@ def load_language_model(
         raise InputError(
             f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:3])}{more}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
     return model.eval().to(device), tokenizer

@@ -25,6 +25,8 @@ T = TypeVar("T")
 MASK_SEEDS = 256  # different masks of each kind and width
 Reports = Mapping[tuple[str, int | None], str]
 
+LARGEST_PRIME = 2**63 - 25  # below 2^63, where a generator's seeds end
+
 
 @dataclass(frozen=True)
 class MriBatch:
@@ -173,7 +175,7 @@ def simulate_batch(
 
 def micro_batch_generator(seed: int, micro_batch: int) -> Generator:
     """Of everything random in a training's micro batch, numbered through all steps."""
-    return Generator().manual_seed((seed << 40) + micro_batch)
+    return Generator().manual_seed(((seed << 40) + micro_batch) % LARGEST_PRIME)
 
 
 def choice(options: Sequence[T], generator: Generator) -> T:

@@ -15,7 +15,7 @@ from nirvana.errors import InputError
 from nirvana.mri.data import MriBatch, Reports, draw_masks, report_of, undersampled
 from nirvana.mri.io import hdf5
 from nirvana.mri.io.scan import check_size
-from nirvana.mri.physics import Sampling, fft2c, ifft2c
+from nirvana.mri.physics import Sampling, fft2c, find_mask, ifft2c, is_undersampled
 
 SUFFIXES = (".h5", ".hdf5")
 
@@ -105,7 +105,7 @@ def cut(kspace: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _shape(file: Path) -> tuple[int, int]:
-    """Slices and coils, by the header alone."""
+    """Slices and coils, by the header, of a scan whose middle slice has no column left out."""
     with hdf5.open_hdf5(file) as handle:
         found = hdf5.dataset(handle, "kspace", file)
         if found is None or found.dtype.kind != "c" or found.ndim not in (3, 4):
@@ -114,4 +114,7 @@ def _shape(file: Path) -> tuple[int, int]:
             raise InputError(f"{file} is undersampled: training needs fully sampled scans")
         shape = found.shape if found.ndim == 4 else (len(found), 1, *found.shape[1:])
         check_size(file, shape, 8)
+        middle = found[len(found) // 2]  # the files of a challenge have no mask, but gaps
+        if middle.any() and is_undersampled(find_mask(middle)):
+            raise InputError(f"{file} is undersampled: training needs fully sampled scans")
         return shape[0], shape[1]

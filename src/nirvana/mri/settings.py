@@ -39,6 +39,13 @@ class MriDataSection:
             self.center_fractions,
             f"{len(self.accelerations)} numbers, one for each acceleration",
         )
+        sides = [side for size in self.sizes for side in size]
+        require(min(sides) >= 8, "data.sizes", self.sizes, "sides of at least 8 pixels")
+        right = "from 1 to 256 each"
+        require(all(1 <= n <= 256 for n in self.coils), "data.coils", self.coils, right)
+        for sampling in self.samplings:
+            for _, width in self.sizes:
+                sampling.mask(width, 0)  # raises where there is no such mask
 
     @property
     def samplings(self) -> list[Sampling]:

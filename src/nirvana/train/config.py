@@ -6,6 +6,7 @@ The machinery (`load_config`, `to_dict`) works for any tree of frozen dataclasse
 
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -81,7 +82,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.out), "run.out", self.out, "the name of a folder")
         require(self.steps >= 1, "run.steps", self.steps, "at least 1")
-        require(self.seed >= 0, "run.seed", self.seed, "at least 0")
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2^63 - 1")
         require(self.log_interval >= 1, "run.log_interval", self.log_interval, "at least 1")
         for name in ("validation_interval", "checkpoint_interval"):
             require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "at least 0")
@@ -186,7 +187,7 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = N
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a configuration file: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: must be a table of sections")
@@ -317,6 +318,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(_convert(each, v, path) for each, v in zip(arguments, value, strict=True))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        require(math.isfinite(value), path, value, "finite")
         return float(value)
     if origin is None and type(value) is kind:
         return value

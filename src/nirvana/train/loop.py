@@ -85,7 +85,9 @@ def fit(
     """
     out = Path(run.out)
     log = MetricsLog(out, run.steps, task.unit, say, active=world.first, wandb=run.wandb)
-    if not resume and out.exists() and any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder as --run.out")
+    if not resume and out.exists() and any(file.name != ".lock" for file in out.iterdir()):
         raise InputError(
             f"{out}: holds a run already; give --resume to continue it, or another "
             "folder as --run.out"

@@ -94,6 +94,8 @@ def _target(found: Any, name: str, path: Path, shape: tuple[int, ...]) -> np.nda
     target = _read(found, np.float32)
     if not np.isfinite(target).all():
         raise InputError(f"{path}: '{name}' holds NaN or infinite values")
+    if not target.max() > 0:
+        raise InputError(f"{path}: '{name}' holds no value above zero")
     return target
 
 

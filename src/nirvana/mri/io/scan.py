@@ -3,6 +3,7 @@
 import os
 import struct
 import tokenize
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ MAX_BYTES = 64 * 2**30
 MAX_COMPRESSION = 1032
 
 # What libraries raise on a file that is not what it says it is.
+LARGEST = 1e15  # of k-space: sums of its squares must stay within float32
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -33,6 +35,7 @@ UNREADABLE = (
     TypeError,
     ValueError,
     struct.error,
+    zipfile.BadZipFile,
     tokenize.TokenError,
     zlib.error,
 )
@@ -119,4 +122,9 @@ def checked_kspace(path: Path, kspace: np.ndarray, name: str = "k-space") -> np.
         raise InputError(f"{path}: {name} holds NaN or infinite values")
     if not kspace.any():
         raise InputError(f"{path}: {name} is zero everywhere")
+    largest = max(float(np.abs(part(kspace)).max()) for part in (np.real, np.imag))
+    if largest > LARGEST:
+        raise InputError(
+            f"{path}: {name} reaches {largest:.0e}, whose square is beyond float32; scale it down"
+        )
     return kspace
