@@ -168,6 +168,17 @@ def test_empty_documents_are_left_out_and_told(tmp_path):
         assert list(read_documents(path)) == ["a b", "c"]
 
 
+def test_an_unusable_tokenizer_is_called_by_its_own_name(corpus, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"^\S*/damaged: not a readable tokenizer"):
+        tokenize([corpus], tmp_path / "out", damaged)
+    with pytest.raises(InputError, match="workers = -1 must be at least 1"):
+        tokenize([corpus], tmp_path / "out", None, workers=-1)
+    assert [file.name for file in tmp_path.iterdir()] == ["damaged"]
+
+
 def test_wrong_tokenizer(corpus, tmp_path):
     with pytest.raises(InputError, match="not a tokenizer"):
         tokenize([corpus], tmp_path / "out", tmp_path)

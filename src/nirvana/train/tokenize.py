@@ -96,7 +96,11 @@ def tokenize(
             and for a folder without a usable tokenizer.
     """
     out = replaceable_folder(out, SHARD_FILES)
+    if workers < 1:
+        raise InputError(f"workers = {workers} must be at least 1")
     given = None if tokenizer is None else tokenizer_folder(tokenizer)
+    if given is not None:
+        load_tokenizer(given)  # so that an unusable one is called by its own name
     parts = _expand(sources)
     plan = {
         "sources": [[part, *_identity(part)] for part in parts],
@@ -156,7 +160,7 @@ def load_tokenizer(path: str | Path) -> Any:
     folder = tokenizer_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: not a readable tokenizer: {error}") from None
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
