@@ -113,8 +113,9 @@ def test_unusable_scans_are_named(folder, monkeypatch):
         ScanPool(train_folder.glob("thin.h5"), torch.device("cpu"), [3])
     with h5py.File(train_folder / "thin.h5", "w") as file:
         file["kspace"] = np.ones((1, 3, 32, 48), np.complex64) * (np.arange(48) % 4 == 0)
+    pool = ScanPool([train_folder / "thin.h5"], torch.device("cpu"), [3])
     with pytest.raises(InputError, match=r"thin\.h5 is undersampled"):
-        ScanPool(train_folder.glob("thin.h5"), torch.device("cpu"), [3])
+        pool.batch(1, (32, 48), 3, [Sampling()], torch.Generator())
     with h5py.File(train_folder / "thin.h5", "w") as file:
         file["kspace"] = np.full((1, 3, 32, 48), np.nan, np.complex64)
     pool = ScanPool([train_folder / "thin.h5"], torch.device("cpu"), [3])

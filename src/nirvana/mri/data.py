@@ -23,9 +23,8 @@ from nirvana.mri.simulate import Simulation, simulate
 T = TypeVar("T")
 
 MASK_SEEDS = 256  # different masks of each kind and width
-Reports = Mapping[tuple[str, int | None], str]
-
 LARGEST_PRIME = 2**63 - 25  # below 2^63, where a generator's seeds end
+Reports = Mapping[tuple[str, int | None], str]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ MAX_BYTES = 64 * 2**30
 # Deflate, the densest filter in use, stores at best 1032 bytes in one.
 MAX_COMPRESSION = 1032
 
-# What libraries raise on a file that is not what it says it is.
 LARGEST = 1e15  # of k-space: sums of its squares must stay within float32
+
+# What libraries raise on a file that is not what it says it is.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
