@@ -55,8 +55,10 @@ def replaced(original, *arguments):
 
 if __name__ == "__main__":
     _, kind, at, config, *arguments = sys.argv
-    if kind in ("rounded", "fused"):
-        {"rounded": rounded, "fused": fused}[kind]()
+    if kind == "rounded":
+        rounded()
+    elif kind == "fused":
+        fused()
     elif kind != "none":
         interrupt(kind, int(at))
     resume = "--resume" in arguments

@@ -125,32 +125,33 @@ def test_data_that_one_process_cannot_read_end_both_with_a_checkpoint(config, tm
     assert weights(tmp_path / "run") == weights(config.parent / "alone")
 
 
-def test_weights_rounded_before_they_are_gathered(config, tmp_path, monkeypatch):
-    """They are what autocast makes of them afterwards."""
+@pytest.fixture(scope="module")
+def rounded(config):
+    """The run of one process whose products are rounded to bfloat16."""
 
     def autocast(trainer):
         return torch.autocast("cpu", torch.bfloat16)
 
-    monkeypatch.setattr(Trainer, "autocast", autocast)
-    train(config, [f"--run.out={tmp_path / 'alone'}"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Trainer, "autocast", autocast)
+        train(config, [f"--run.out={config.parent / 'rounded'}"])
+    return config.parent / "rounded"
+
+
+def test_weights_rounded_before_they_are_gathered(config, rounded, tmp_path):
+    """They are what autocast makes of them afterwards."""
     code, said = together(config, tmp_path / "run", kind="rounded")
     assert code == 0, said
-    assert curve(tmp_path / "run") == curve(tmp_path / "alone")
+    assert curve(tmp_path / "run") == curve(rounded)
     assert curve(tmp_path / "run") != curve(config.parent / "alone")
-    assert weights(tmp_path / "run") == weights(tmp_path / "alone")
+    assert weights(tmp_path / "run") == weights(rounded)
 
 
-def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, tmp_path, monkeypatch):
+def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, rounded, tmp_path):
     """On the CPU it rounds the last entries of a tensor differently, hence the tolerance."""
-
-    def autocast(trainer):
-        return torch.autocast("cpu", torch.bfloat16)
-
-    monkeypatch.setattr(Trainer, "autocast", autocast)
-    train(config, [f"--run.out={tmp_path / 'alone'}"])
     code, said = together(config, tmp_path / "run", kind="fused")
     assert code == 0, said
-    for a, b in zip(curve(tmp_path / "alone"), curve(tmp_path / "run"), strict=True):
+    for a, b in zip(curve(rounded), curve(tmp_path / "run"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 

@@ -315,7 +315,9 @@ def _changes(anatomy: Anatomy, lesions: Lesions) -> tuple[Tensor, Tensor, Tensor
     gain = torch.where(t1, -0.75 - 0.25 * fluid, 1.0) - 1.9 * core * fluid * flair[:, None, None]
     texture = _of(kind, "texture")[:, None, None] * lesions.texture[here]
     contrast = lesions.contrast[slices, None, None]
-    target = _tissue(anatomy)[slices] * (1 + contrast * gain + texture).clamp(min=0.03)
+    target = tissue(anatomy.images, anatomy.depth > 0)[slices] * (
+        1 + contrast * gain + texture
+    ).clamp(min=0.03)
     change = share * (target - anatomy.images[here])
     H, W = anatomy.images.shape[1:]
     pixels = (slices[:, None, None] * H + rows) * W + columns
@@ -409,7 +411,7 @@ def _first_size(kind: Tensor, generator: Generator, settings: LesionSettings) ->
 def _room(anatomy: Anatomy, deep: Tensor) -> Tensor:
     """How far a place is from the brain's border and middle plane, mm; 0 where it is no tissue, of
     no lobe, or less than `deep`, `[B]`, away from the border: `[B, H, W]`."""
-    relative = anatomy.images / _tissue(anatomy)
+    relative = anatomy.images / tissue(anatomy.images, anatomy.depth > 0)
     # Fluid is dark on T1 and FLAIR and bright on T2.
     solid = torch.where(
         anatomy.sequence[:, None, None] == 1,
@@ -424,10 +426,11 @@ def _room(anatomy: Anatomy, deep: Tensor) -> Tensor:
     return torch.where(allowed, room, 0.0)
 
 
-def _tissue(anatomy: Anatomy) -> Tensor:
-    """The median brightness of the brain in each slice, `[B, 1, 1]`, above 0."""
-    brain = torch.where(anatomy.depth > 0, anatomy.images, torch.nan).flatten(1)
-    return brain.nanmedian(dim=1).values.nan_to_num(1.0).clamp(min=1e-6)[:, None, None]
+def tissue(images: Tensor, brain: Tensor) -> Tensor:
+    """The median brightness of the brain in each slice, `[B, 1, 1]`, above 0; brain: bool
+    `[B, H, W]`."""
+    inside = torch.where(brain, images, torch.nan).flatten(1)
+    return inside.nanmedian(dim=1).values.nan_to_num(1.0).clamp(min=1e-6)[:, None, None]
 
 
 def _places(

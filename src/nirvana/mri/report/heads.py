@@ -15,7 +15,7 @@ from nirvana.errors import InputError
 from nirvana.files import atomic_file
 from nirvana.mri.io import read_affine, read_spacing, read_volume
 from nirvana.mri.io.scan import UNREADABLE
-from nirvana.mri.lesions import SEQUENCES, Anatomy
+from nirvana.mri.lesions import SEQUENCES, Anatomy, tissue
 from nirvana.mri.lobes import brain_mask, distance, frame_of
 
 GRID = (192, 160)  # pixels
@@ -181,11 +181,11 @@ def varied(
 def _flair_of(images: Tensor, brain: Tensor) -> Tensor:
     """What T1 slices would look like as FLAIR, by `FLAIR_OF_T1`."""
     before, after = (torch.tensor(values, device=images.device) for values in FLAIR_OF_T1)
-    median = torch.where(brain, images, torch.nan).flatten(1).nanmedian(1).values.nan_to_num(1.0)
-    relative = images / _each(median.clamp(min=1 / 255))
+    median = tissue(images, brain)
+    relative = images / median
     part = torch.bucketize(relative, before[1:-1])
     slope = after.diff() / before.diff()
-    return _each(median) * (after[part] + slope[part] * (relative - before[part]))
+    return median * (after[part] + slope[part] * (relative - before[part]))
 
 
 def _bent(relative: Tensor, slopes: Tensor) -> Tensor:
