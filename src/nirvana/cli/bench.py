@@ -1,14 +1,13 @@
 """`nirvana bench`: speed and memory, beside the peers that are installed."""
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nirvana.cli.console import output
+from nirvana.cli.console import JsonOption, output
 from nirvana.errors import InputError
-from nirvana.files import writable_file, write_json
+from nirvana.files import write_json
 
 PARTS = ("train", "prefill", "decode", "trigger")
 PEERS = ("gated_deltanet", "llama", "llama_compiled")
@@ -33,7 +32,7 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     layers: Annotated[int | None, typer.Option(help="Depth instead of the preset's.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here, too.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Measures training, prefill, decoding and the Trigger's share, beside peers.
 
@@ -51,8 +50,6 @@ def bench(
     for name, value in (("context", context), ("new-tokens", new_tokens), ("steps", steps)):
         if value < 1:
             raise InputError(f"--{name} = {value} must be at least 1")
-    if json is not None:
-        writable_file(json)
     chosen = {"installed": list(PEERS), "none": []}.get(peers)
     options = Options(
         preset=preset,

@@ -1,8 +1,13 @@
-"""Where the commands print their tables."""
+"""Where the commands print and write their tables."""
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
+
+from nirvana.files import writable_file
 
 WIDTH = 160
 """Columns of a table in a file or a pipe, which have no width of their own."""
@@ -11,3 +16,13 @@ WIDTH = 160
 def output() -> Console:
     """The standard output."""
     return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def _asked(path: Path | None) -> Path | None:
+    """Before the work whose results go there."""
+    return None if path is None else writable_file(path)
+
+
+JsonOption = Annotated[
+    Path | None, typer.Option(help="Write the results here, too.", callback=_asked)
+]

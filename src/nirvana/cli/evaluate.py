@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from nirvana.cli.console import output
+from nirvana.cli.console import JsonOption, output
 from nirvana.errors import InputError
-from nirvana.files import writable_file, write_json
+from nirvana.files import write_json
 
 RECALL = ("s_niah_1", "s_niah_2", "s_niah_3", "mqar")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
@@ -40,7 +40,7 @@ def evaluate(
         tuple[Path, Path] | None,
         typer.Option(help="Two results of --json: B - A with 95 % intervals. Needs no MODEL."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results here, too.")] = None,
+    json: JsonOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     limit: Annotated[
         int | None, typer.Option(help="Documents of each file, questions of each task at most.")
@@ -63,8 +63,6 @@ def evaluate(
     "unigram" is the entropy of a file's own single bytes: the least that any model of them pays.
     Docs: docs/evaluation.md.
     """
-    if json is not None:
-        writable_file(json)
     if compare is not None:
         if model is not None or data or tasks:
             raise InputError("--compare A B takes two results and nothing else: no MODEL or data")

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nirvana.cli.console import output
+from nirvana.cli.console import JsonOption, output
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder, writable_file, write_json
+from nirvana.files import atomic_folder, replaceable_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,7 @@ def reconstruct(
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 4,
     wavelet: WaveletOption = True,
     device: DeviceOption = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the figures here, too.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Reconstructs a scan or a folder of them, with a picture beside the classical methods.
 
@@ -96,8 +96,6 @@ def reconstruct(
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")
-    if json is not None:
-        writable_file(json)
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
     paths = find_scans(scan)
@@ -254,7 +252,7 @@ def evaluate(
     sense: SenseOption = False,
     bart: BartOption = False,
     device: DeviceOption = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the results here, too.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Scores zero-filled, L1-wavelet and codecs on undersampled volumes.
 
@@ -267,8 +265,6 @@ def evaluate(
 
     if slices < 0:
         raise InputError(f"--slices {slices} must be 0 (all) or more")
-    if json is not None:
-        writable_file(json)
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
     if bart:
