@@ -14,7 +14,7 @@ from nirvana.ops import decayed_sum
 
 triton_trigger = pytest.importorskip("nirvana.ops.triton_trigger")
 
-SIZES = [(3, 23, 8, 4), (1, 70, 13, 5), (2, 2, 32, 17)]  # B, T, C, R
+SIZES = [(3, 23, 8, 4), (1, 70, 13, 5), (2, 2, 32, 17), (1, 20, 100, 3)]  # B, T, C, R
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from nirvana.ops import at_least_float32, decayed_sum, no_autocast, suits_kernel
 
 EPS = 1e-6
 """Inside the root of the normalisation over C."""
+WIDEST = 128
+"""C that the kernels take."""
 
 
 class WeightBank(nn.Module):
@@ -169,8 +171,9 @@ def trigger_apply(x: Tensor, fast: Tensor, bank: WeightBank) -> Tensor:
 
 def fused(x: Tensor) -> bool:
     """Whether the Trigger's kernels take x `[B, T, C]`: half precision on a GPU, and not one token,
-    for which PyTorch's products are the faster ones."""
-    return suits_kernels(x) and x.shape[-2] > 1
+    for which PyTorch's products are the faster ones; nor a C whose matrices of the bank are too
+    large for a multiprocessor's memory."""
+    return suits_kernels(x) and x.shape[-2] > 1 and x.shape[-1] <= WIDEST
 
 
 def _apply(x: Tensor, U: Tensor, fast: Tensor, bank: WeightBank) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,8 @@ from nirvana.ops.triton_kernels import (
 BLOCK, WARPS, STAGES = 64, 4, 3
 """Tokens of a program, its warps, and the depth of its pipeline of loads."""
 WEIGHT_BLOCK, WEIGHT_RANK, WEIGHT_PARTS = 64, 4, 16
-"""The weight's gradient: tokens a step, matrices a program, parts that the tokens are cut into."""
+"""The weight's gradient: tokens a step, matrices a program (fewer where they are wider than 64, as
+shared memory holds no more), parts that the tokens are cut into."""
 WEIGHT_WARPS, WEIGHT_STAGES = 8, 2
 TUNING = (
     *("BLOCK", "WARPS", "STAGES"),
@@ -179,19 +180,21 @@ def _weight_gradient(
     """sum_t x_t (p_w[r] z_bar + a_w[r] dz)_t, `[R, C, C]`; a and dz go together, or are None."""
     R, C, _ = weight.shape
     parts = x.new_empty(WEIGHT_PARTS, R, C, C, dtype=torch.float32)
+    width = padded(C, LEAST)
+    rank = max(1, WEIGHT_RANK * 64 // max(64, width))
     constants = {
         "C": C,
         "R": R,
-        "CP": padded(C, LEAST),
+        "CP": width,
         "BLOCK": WEIGHT_BLOCK,
-        "RANK": WEIGHT_RANK,
+        "RANK": rank,
         "TWO": a is not None,
         **_precision(x, weight),
         "num_warps": WEIGHT_WARPS,
         "num_stages": WEIGHT_STAGES,
     }
     steps = blocks(x.shape[0], WEIGHT_BLOCK * WEIGHT_PARTS)
-    grid = (blocks(R, WEIGHT_RANK), WEIGHT_PARTS)
+    grid = (blocks(R, rank), WEIGHT_PARTS)
     inputs = (x, x.stride(0), fast, z_bar, a, dz)
     launch(weight_backward, grid, *inputs, parts, x.shape[0], steps, **constants)
     return parts.sum(0).to(weight.dtype)
