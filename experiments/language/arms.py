@@ -53,6 +53,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "normalised": {"trigger_step": "normalised"},
     "normalised-memory": {**MEMORY, "trigger_step": "normalised"},
     "normalised-learned": {**LEARNED, "trigger_step": "normalised"},
+    "bank-2": {"bank_size": 2},
+    "bank-4": {"bank_size": 4},
     "bank-8": {"bank_size": 8},
     "bank-128": {"bank_size": 128},
     "task-128": {"task_dim": 128},
@@ -60,6 +62,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "window-all": {"sliding_window": None},
     "prelude-0": {"num_prelude_layers": 0},
     "prelude-4": {"num_prelude_layers": 4},
+    "prelude-0-bank-8": {"num_prelude_layers": 0, "bank_size": 8},
+    "prelude-0-constant": {"num_prelude_layers": 0, "gate": "constant"},
+    "prelude-0-input": {"num_prelude_layers": 0, "gate": "input"},
 }
 ARMS = {**PEERS, **ABLATIONS}
 DESCRIPTIONS = {
