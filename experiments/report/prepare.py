@@ -5,6 +5,9 @@ volumes, which stay under their own licences and are not part of the project. Th
 study's own: tcga_DU7294, a training person elsewhere, is tested here, because of the test persons
 ms_x19 has no slice without lesions of its own and no other has a T2 with a mask.
 
+Persons who train, with voxels of 1 mm, nod, too: slices that cut their gyri at other angles are as
+good as those of other persons, of whom there are few.
+
 Of the persons ms_l the lesions that changed are marked, not all that they have. Slices at whose
 height their FLAIR shows one, or bright spots, are left out of all their sequences (`spotted`). Of
 seg3d, whom no mask describes either, half of the head is left out (`VISIBLE`).
@@ -27,6 +30,8 @@ VISIBLE = {"seg3d": [(-math.inf, 486.0)]}
 BORDER = 6.0  # mm of the brain's rim, cortex, in which no spot is looked for
 AROUND = 8.0  # mm, standard deviation of the surroundings that a spot is compared with
 BRIGHT = 1.3  # times as bright as they are
+PITCHES = (-12.0, -6.0, 6.0, 12.0)  # degrees
+STILL = {"stroke_clin"}  # nodding, each of its slices would show the lesion
 SPOT = 12.0  # mm² of the smallest spot, 4 mm across
 
 # role in the study, subject, sequences, skull-stripped, mask of known lesions
@@ -69,9 +74,14 @@ def main() -> None:
                 lesions, without = None, spotted(flair, lesions)
             without += VISIBLE.get(subject, [])
             path = given.folder / split / f"{name}.nii.gz"
-            part = slices_of(path, sequence, f"{role}/{subject}", stripped, lesions, without)
-            print(f"{path.name}: {len(part)} slices")
-            parts.append(part)
+            spacing = read_spacing(path)
+            nods = role == "train" and subject not in STILL and not without
+            nods &= spacing is not None and max(spacing) < 1.5
+            for pitch in (0.0, *(PITCHES if nods else ())):
+                who = f"{role}/{subject}"
+                part = slices_of(path, sequence, who, stripped, lesions, without, pitch)
+                print(f"{path.name}, {pitch:+.0f} degrees: {len(part)} slices")
+                parts.append(part)
     heads = join_heads(parts)
     save_heads(given.out, heads)
     print(f"{given.out}: {len(heads)} slices, {given.out.stat().st_size / 1e6:.1f} MB")

@@ -140,7 +140,7 @@ def config_of(
             accelerations=list(CENTER),
             center_fractions=list(CENTER.values()),
             wordings=list(SEEN),
-            reuse=16,
+            reuse=32,
             words_weight=0.0 if seeing else 1.0,
             place_weight=study.place_weight,
             image_weight=10.0 if cascades else 0.0,

@@ -103,8 +103,9 @@ def test_a_scan_that_does_not_tell_its_orientation_is_said_to(
         (("missing.nii",), "does not exist"),
         (("VOLUME", "--slice", "7"), "1 to 6"),
         (("VOLUME", "--batch-size", "0"), "--batch-size"),
-        (("VOLUME", "--codec", "codec"), "was not trained on reports"),
-        (("VOLUME", "--codec", "nowhere"), "no MRI codec"),
+        (("VOLUME", "--codec", "codec"), "no MRI reporter 'codec': give a folder, or reporter"),
+        (("VOLUME", "--codec", "FOLDER"), "was not trained on reports"),
+        (("VOLUME", "--codec", "nowhere"), "no MRI reporter"),
         (("ARRAY", "--image"), "size of its pixels"),
         (("VOLUME", "--mask", "radial"), "radial"),
     ],
@@ -113,7 +114,10 @@ def test_wrong_input_is_refused_and_nothing_written(
     arguments: tuple[str, ...], words: str, codec: Path, volume: Path, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "array.npy", np.ones((2, 32, 32), np.float32))
-    places = {"VOLUME": str(volume), "ARRAY": str(tmp_path / "array.npy")}
+    from nirvana.model.assets import resolve
+
+    folder = str(resolve("codec", "MRI codec"))
+    places = {"VOLUME": str(volume), "FOLDER": folder, "ARRAY": str(tmp_path / "array.npy")}
     given = [places.get(argument, argument) for argument in arguments]
     if "--codec" not in given:
         given += ["--codec", str(codec)]

@@ -1,5 +1,7 @@
 """Slices of volumes that can carry lesions: which are left out, and where the others lie."""
 
+import math
+
 import nibabel
 import numpy as np
 import pytest
@@ -69,6 +71,28 @@ def test_marked_slices_are_left_out(volumes, tmp_path):
     gone = heights(whole)[~torch.isin(heights(whole), heights(kept))]
     assert len(gone) > 0
     assert ((gone - 6).abs() < 1.5).all()
+
+
+@pytest.mark.parametrize("pitch", [-12.0, 8.0])
+def test_a_head_that_nods_is_cut_at_an_angle(volumes, pitch):
+    """With its front down, a slice shows there what was higher."""
+    heads = slices_of(volumes[0], "T1", "a", stripped=True, pitch=pitch)
+    middle = GRID[1] // 2
+    rows, checked = round(30 / PIXEL), 0
+    for image, frame in zip(heads.images, heads.frame, strict=True):
+        row = round(frame[1].item())
+        front, back = (image[row + step, middle].item() / 255 * 200 for step in (-rows, rows))
+        if min(front, back) > 50:  # within the brain
+            assert front - back == pytest.approx(60 * math.sin(math.radians(pitch)), abs=3)
+            checked += 1
+    assert checked > 5
+    # It is turned, not bent: as long and as wide as it was, but for the tilt of the ellipsoid.
+    assert ((heads.frame[:, 2] * PIXEL - 65).abs() < 3).all()
+
+
+def test_heights_of_a_head_that_nods_are_refused(volumes):
+    with pytest.raises(InputError, match="a head that does not nod"):
+        slices_of(volumes[0], "T1", "a", stripped=True, without=[(0.0, 1.0)], pitch=5.0)
 
 
 def test_a_volume_without_a_slice_left_is_refused(volumes):

@@ -23,23 +23,32 @@ from nirvana.files import atomic_folder, replaceable_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from nirvana.mri.report.encode import View
-    from nirvana.mri.report.reporter import Reading
+    from nirvana.mri.report.reporter import Reading, Reporter
 
 RESULTS = ("panel.png", "report.json", "report.txt")
 
 
 def report(
     scan: Annotated[Path, typer.Argument(help=f"Scan, full or undersampled: {FORMATS}")],
-    codec: Annotated[str, typer.Option(help="Folder of a codec that was trained on reports.")],
     out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole.")],
+    codec: Annotated[
+        str, typer.Option(help='Folder of a codec trained on reports, or the packaged "reporter".')
+    ] = "reporter",
     image: Annotated[
         bool, typer.Option("--image", help="SCAN is a reconstruction; read its images as they are.")
     ] = False,
     slice_number: Annotated[
-        int, typer.Option("--slice", help="Read this slice alone, counted from 1; 0 reads all.")
+        int, typer.Option("--slice", help="Read this slice alone, counted from 1; 0 reads many.")
     ] = 0,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--every", help="Read also slices above and below the heights that were learned."
+        ),
+    ] = False,
     stripped: Annotated[
         bool, typer.Option("--stripped", help="The images show the brain without the skull.")
     ] = False,
@@ -52,13 +61,15 @@ def report(
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 4,
     device: DeviceOption = "auto",
 ) -> None:
-    """Writes a report of every axial slice, its facts with their probabilities, and a picture.
+    """Writes a report of every axial slice of the cerebrum, its facts with their probabilities, and
+    a picture.
 
     A fully sampled scan is undersampled first; of an image volume a scan is simulated, unless it is
     a reconstruction (--image). Research software, not for diagnosis.
     """
-    from nirvana.mri.report.encode import encode_scan, view_of
-    from nirvana.mri.report.figure import place, report_panel
+    from nirvana.mri.report.encode import view_of
+    from nirvana.mri.report.figure import report_panel
+    from nirvana.mri.report.place import place, readable
     from nirvana.mri.report.reporter import DISCLAIMER, load_reporter
     from nirvana.train.world import choose_device
 
@@ -72,25 +83,18 @@ def report(
     view = view_of(given.scan)
     slices = len(given.kspace)
     if not 0 <= slice_number <= slices:
-        raise InputError(f"--slice {slice_number} must be 1 to {slices}, or 0 for all")
+        raise InputError(f"--slice {slice_number} must be 1 to {slices}, or 0 for many")
     reporter = load_reporter(codec, choose_device(device))
-    readings: dict[int, Reading] = {}
-    pictures: list[np.ndarray] = []
-    with progress_bars() as progress:
-        task = progress.add_task(given.scan.name, total=slices)
-        batches = encode_scan(reporter.model, given.kspace, given.mask, view, batch_size)
-        for tokens, images in batches:
-            wanted = [i for i in range(len(images)) if slice_number in (0, len(pictures) + i + 1)]
-            if wanted:
-                for i, reading in zip(wanted, reporter.read(tokens[wanted]), strict=True):
-                    readings[len(pictures) + i] = reading
-            pictures += list(images.numpy())
-            progress.advance(task, len(images))
+    tokens, volume = _encoded(reporter, given, view, batch_size)
+    if slice_number:
+        wanted = [slice_number - 1]
+    else:
+        wanted = list(range(slices)) if every else readable(volume, view.spacing[0], stripped)
+    readings = _read(reporter, tokens, wanted)
     chosen = max(readings, key=lambda number: readings[number].finding)
     reading = readings[chosen]
-    volume = _stack(pictures)
     marked = place(volume, chosen, view.spacing[0], reading.facts, stripped)
-    text = _text(readings, DISCLAIMER)
+    text = _text(readings, slices, DISCLAIMER)
     with atomic_folder(out) as folder:
         (folder / "report.txt").write_text(text, encoding="utf-8")
         title = f"{given.scan.name}, slice {chosen + 1}, {_sampled(given)} of columns sampled"
@@ -120,8 +124,42 @@ def _as_scan(path: Path) -> Prepared:
     return Prepared(path, scan, kspace, mask, None, None)
 
 
-def _text(readings: "dict[int, Reading]", note: str) -> str:
+def _encoded(
+    reporter: "Reporter", given: Prepared, view: "View", batch_size: int
+) -> "tuple[Tensor, np.ndarray]":
+    """Tokens `[slices, N, D]` and pictures `[slices, H, W]` of a scan."""
+    import torch
+
+    from nirvana.mri.report.encode import encode_scan
+
+    with progress_bars() as progress:
+        task = progress.add_task(f"{given.scan.name}: images", total=len(given.kspace))
+        parts = encode_scan(
+            *(reporter.model, given.kspace, given.mask, view, batch_size),
+            progress=lambda count: progress.advance(task, count),
+        )
+        tokens, pictures = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(pictures).numpy()
+
+
+def _read(reporter: "Reporter", tokens: "Tensor", wanted: list[int]) -> "dict[int, Reading]":
+    """Readings of some slices."""
+    from nirvana.mri.report.reporter import READING
+
+    readings: dict[int, Reading] = {}
+    with progress_bars() as progress:
+        task = progress.add_task("reports", total=len(wanted))
+        for first in range(0, len(wanted), READING):
+            part = wanted[first : first + READING]
+            readings |= zip(part, reporter.read(tokens[part]), strict=True)
+            progress.advance(task, len(part))
+    return readings
+
+
+def _text(readings: "dict[int, Reading]", slices: int, note: str) -> str:
     lines = [f"Slice {number + 1}: {reading.text}" for number, reading in readings.items()]
+    if len(readings) < slices:
+        lines.append(f"{len(readings)} of {slices} slices were read.")
     return "\n".join([*lines, note]) + "\n"
 
 
@@ -151,9 +189,3 @@ def _described(
             {"slice": number + 1, **reading.to_dict()} for number, reading in readings.items()
         ],
     }
-
-
-def _stack(pictures: "list[np.ndarray]") -> "np.ndarray":
-    import numpy as np
-
-    return np.stack(pictures)

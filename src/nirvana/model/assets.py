@@ -13,14 +13,14 @@ from transformers.utils import logging
 from nirvana.errors import InputError
 from nirvana.model.nirvana import NirvanaForCausalLM
 
-PACKAGED = {"tiny": "language model", "codec": "MRI codec"}
+PACKAGED = {"tiny": "language model", "codec": "MRI codec", "reporter": "MRI reporter"}
 
 
 def resolve(name: str | Path, kind: str = "language model") -> Path:
     """The folder that `name` means: an existing folder, or a packaged checkpoint's name.
 
     Args:
-        kind: "language model" or "MRI codec"; also what the error calls it.
+        kind: one of `PACKAGED`; also what the error calls it.
 
     Raises:
         InputError: for a name that is neither, or a folder without a configuration or weights.

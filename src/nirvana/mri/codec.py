@@ -335,10 +335,20 @@ class ResidualBlock(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
+class Norm(nn.GroupNorm):
+    """Group normalisation in the precision of its input, with moments in float32; autocast would
+    make float32 of the input, and twice the traffic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 def _normalised(before: int, after: int, stride: int = 1) -> nn.Module:
-    """A convolution and GroupNorm of eight groups, or as many as divide its channels."""
+    """A convolution and a normalisation of eight groups, or as many as divide its channels."""
     convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.GroupNorm(math.gcd(8, after), after))
+    return nn.Sequential(convolution, Norm(math.gcd(8, after), after))
 
 
 def token_map(hidden: Tensor, height: int) -> Tensor:

@@ -440,13 +440,14 @@ def _places(
     B, H, W = room.shape
     L = size.shape[1]
     cell = cell.flatten(1)
+    narrow = cell.to(torch.uint8)
     present = torch.zeros(B, L, dtype=torch.bool, device=room.device)
     row = torch.zeros(B, L, device=room.device)
     column = torch.zeros(B, L, device=room.device)
     for number in range(L):
         free = room.flatten(1) >= (size[:, number, None] / 3 - 1e-4).clamp(min=SMALLEST / 2)
         # Every lobe and side equally often, however large.
-        area = torch.zeros(B, 9, device=room.device).scatter_add_(1, cell, free.float())
+        area = torch.stack([(free & (narrow == c)).sum(1) for c in range(9)], dim=1).float()
         weight = (free / area.gather(1, cell).clamp(min=1)).double().cumsum(1)
         u = uniform(B, CANDIDATES).double() * weight[:, -1:]
         index = torch.searchsorted(weight, u, right=True).clamp(max=H * W - 1)

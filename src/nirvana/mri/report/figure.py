@@ -3,52 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from nirvana.errors import InputError
 from nirvana.files import atomic_file
 from nirvana.mri.figure import BACKGROUND, FAINT, INK
-from nirvana.mri.lobes import LOBES, SIDES, Frame, brain_mask, frame_of, lobe_map
-from nirvana.mri.report.grammar import Facts
-from nirvana.mri.report.heads import PIXEL
 from nirvana.mri.report.reporter import DISCLAIMER, Reading
 
 MARK = "#ffb000"
 WIDTH = 4.6
-
-
-def place(
-    images: np.ndarray, slice_index: int, spacing: float, facts: Facts, stripped: bool
-) -> np.ndarray | None:
-    """Where the largest lesion is said to lie: bool `[H, W]` of its lobe on its side.
-
-    Args:
-        images: real `[slices, H, W]` on the reports' grid, as `encode_scan` yields them.
-        spacing: of slices, mm.
-        facts: of the slice.
-        stripped: the images show the brain alone.
-
-    Returns: None without a finding, where no brain is found, or where the lobe map has no such lobe
-        in this slice.
-    """
-    found = frame(images, spacing, stripped)
-    if found is None or facts.lobe is None or facts.side is None:
-        return None
-    brain, box = found
-    u, v = box.coordinates(images.shape[1:])
-    lobes = lobe_map(u, v, torch.tensor(box.depth(slice_index)))
-    inside = (lobes == 1 + LOBES.index(facts.lobe)) & ((u > 0) == bool(SIDES.index(facts.side)))
-    marked = inside.numpy() & brain[slice_index]
-    return marked if marked.any() else None
-
-
-def frame(images: np.ndarray, spacing: float, stripped: bool) -> tuple[np.ndarray, Frame] | None:
-    """The brain's mask and box; None where none is found."""
-    try:
-        brain = brain_mask(images, (spacing, PIXEL, PIXEL), stripped)
-        return brain, frame_of(brain, (spacing, PIXEL, PIXEL))
-    except InputError:
-        return None
 
 
 def report_panel(
@@ -59,7 +20,7 @@ def report_panel(
 
     Args:
         image: real `[H, W]`.
-        marked: bool `[H, W]` of `place`.
+        marked: bool `[H, W]` of `place.place`.
         title: a line on top.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,7 +47,7 @@ def report_panel(
     lines += ["", *_facts(reading)]
     if reading.facts.finding:
         outline = "its lobe is outlined" if marked is not None else "its lobe could not be outlined"
-        lines += ["", f"({outline}; R and L are the patient's)"]
+        lines += ["", *_wrapped(f"({outline}; R and L are the patient's)", 44)]
     figure.text(
         left, 1 - 0.75 / size[1], "\n".join(lines), color=INK, fontsize=11, va="top",
         linespacing=1.5,

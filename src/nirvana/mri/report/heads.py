@@ -1,5 +1,6 @@
 """Slices of heads on one grid, with what lesions need to know of them: a pool to sample from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ SHADE, SHADE_GRID = 0.3, (4, 3)  # largest logarithm of the smooth shading, and 
 CURVE, CURVE_PARTS = 0.5, 5  # spread of the logarithm of the slopes of a curve of brightness
 STRIPPED = 0.2  # share of slices of which the brain alone is shown
 BLUR = 1.0  # largest standard deviation of the blur, pixels
-STAND_INS = (0.3, 0.3)  # share of T1 slices that become what a T2, and what a FLAIR looks like
+STAND_INS = (0.1, 0.1)  # share of T1 slices that become what a T2, and what a FLAIR looks like
 # Brightness over the brain's median on T1 and on FLAIR: fluid dark, grey matter above white, fat
 # bright. A T1 has fluid at 0.3, grey matter at 0.8 and white at 1.15.
 FLAIR_OF_T1 = ((0.0, 0.4, 0.8, 1.15, 1.45, 2.5), (0.0, 0.25, 1.12, 0.88, 0.9, 2.0))
@@ -216,6 +217,7 @@ def slices_of(
     stripped: bool = False,
     lesions: str | Path | None = None,
     without: Sequence[tuple[float, float]] = (),
+    pitch: float = 0.0,
 ) -> Heads:
     """The slices of a volume that can carry simulated lesions.
 
@@ -227,6 +229,8 @@ def slices_of(
         lesions: mask of known lesions on the same grid; slices that show them are left out.
         without: ranges of height that are left out, too: of the scanner's third axis in mm, in the
             middle of the brain, as the volume's affine says.
+        pitch: degrees by which the head nods (front down above 0) before it is cut into slices, for
+            others than its own; not together with `without`.
 
     Raises:
         InputError: for an unknown sequence or a file that cannot be used.
@@ -236,12 +240,17 @@ def slices_of(
     spacing, affine = read_spacing(path), read_affine(path)
     if spacing is None or affine is None:
         raise InputError(f"{path} does not tell its spacing; give a NIfTI volume")
+    if pitch and without:
+        raise InputError(f"{path}: heights to leave out are those of a head that does not nod")
     volume = read_volume(path)
+    known = np.zeros_like(volume) if lesions is None else read_volume(lesions)
+    if known.shape != volume.shape:
+        raise InputError(f"{lesions} is not on the grid of {path}")
+    if pitch:
+        volume, known = (nodded(x, spacing, pitch) for x in (volume, known))
+    known = known > 0.5
     brain = brain_mask(volume, spacing, stripped)
     frame = frame_of(brain, spacing)
-    known = np.zeros_like(brain) if lesions is None else read_volume(lesions) > 0.5
-    if known.shape != brain.shape:
-        raise InputError(f"{lesions} is not on the grid of {path}")
     half = max(0, round((SLAB / spacing[0] - 1) / 2))
     images, depths, frames = [], [], []
     zoom = (spacing[1] / PIXEL, spacing[2] / PIXEL)
@@ -268,6 +277,20 @@ def slices_of(
         subject=torch.zeros(count, dtype=torch.int64),
         names=(subject,),
     )
+
+
+def nodded(volume: np.ndarray, spacing: tuple[float, float, float], pitch: float) -> np.ndarray:
+    """A volume `[slices, H, W]`, from bottom to top and from front to back, turned about the axis
+    from left to right through its middle by `pitch` degrees, the front down; outside of it is 0."""
+    cosine, sine = math.cos(math.radians(pitch)), math.sin(math.radians(pitch))
+    up, back = spacing[0], spacing[1]
+    # Of a place in the turned volume to the one that it came from, in voxels.
+    turn = np.array([[cosine, -sine * back / up], [sine * up / back, cosine]])
+    middle = (np.array(volume.shape[:2]) - 1) / 2
+    matrix = np.eye(3)
+    offset: Any = np.zeros(3)
+    matrix[:2, :2], offset[:2] = turn, middle - turn @ middle
+    return ndimage.affine_transform(volume.astype(np.float32), matrix, offset, order=1)
 
 
 def join_heads(parts: Sequence[Heads]) -> Heads:

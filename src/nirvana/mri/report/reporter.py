@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from nirvana.mri.report.grammar import (
     pieces,
     write,
 )
-from nirvana.mri.report.targets import ReportTargets, report_entropy
+from nirvana.mri.report.targets import ReportTargets
 
 DISCLAIMER = "Research software, not for diagnosis."
 ABOUT = "report.json"
@@ -79,16 +78,6 @@ class Reading:
                 for slot, values in self.probabilities.items()
             },
         }
-
-
-def report_loss(
-    model: CodecModel, targets: ReportTargets, tokens: Tensor, reports: Sequence[str]
-) -> Tensor:
-    """Mean cross-entropy of the reports' tokens after the image's tokens `[B, N, D]`: stage 1."""
-    ids, labels = targets(reports, tokens.device)
-    logits = model.specialist(tokens, ids).logits
-    assert logits is not None
-    return report_entropy(logits, labels)
 
 
 class Reporter:
@@ -250,10 +239,13 @@ def save_reporter(
 def load_reporter(name: str | Path, device: str | torch.device = "cpu") -> Reporter:
     """A codec that `save_reporter` wrote.
 
+    Args:
+        name: its folder, or "reporter" for the packaged one.
+
     Raises:
         InputError: for what is no codec, or one that never learned to report.
     """
-    folder = resolve(name, "MRI codec")
+    folder = resolve(name, "MRI reporter")
     about = folder / ABOUT
     if not about.is_file():
         raise InputError(

@@ -20,10 +20,10 @@ from nirvana.mri.model import CodecModel
 from nirvana.mri.physics import MaskKind, Sampling, rss
 from nirvana.mri.report.grammar import WORDINGS
 from nirvana.mri.report.heads import Heads, load_heads
-from nirvana.mri.report.reporter import READING, Reporter, report_loss, save_reporter
+from nirvana.mri.report.reporter import READING, Reporter, save_reporter
 from nirvana.mri.report.samples import ReportBatch, scanned, undersampled
 from nirvana.mri.report.score import auc
-from nirvana.mri.report.targets import ReportTargets
+from nirvana.mri.report.targets import ReportTargets, report_entropy
 from nirvana.mri.simulate import Simulation
 from nirvana.train.checkpoint import latest, restore
 from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
@@ -131,8 +131,8 @@ class Learner(nn.Module):
         return image, tokens, self.place(tokens)[..., 0], fine
 
 
-class Aids(nn.Module):
-    """The two losses that need no words, of tensors alone: what a CUDA graph can be made of."""
+class Losses(nn.Module):
+    """The losses of a batch, of tensors alone: what a CUDA graph can be made of."""
 
     def __init__(self, learner: Learner):
         super().__init__()
@@ -146,10 +146,19 @@ class Aids(nn.Module):
         scale: Tensor,
         coverage: Tensor,
         target: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Arguments as in `ReportBatch`; `aids` of what the encoder makes of them."""
-        image, _, patch, fine = self.learner(kspace, mask, calibration, scale)
-        return aids(image, patch, fine, coverage, target / scale[:, None, None])
+        ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments as in `ReportBatch`; ids and labels of `ReportTargets`, None without words.
+
+        Returns: the reports' cross-entropy, 0 without words, and the two `aids`.
+        """
+        image, tokens, patch, fine = self.learner(kspace, mask, calibration, scale)
+        place, error = aids(image, patch, fine, coverage, target / scale[:, None, None])
+        if ids is None or labels is None:
+            return torch.zeros_like(place), place, error
+        logits = self.learner.codec.specialist(tokens, ids).logits
+        return report_entropy(logits, labels), place, error
 
 
 class ReportTask(Task):
@@ -180,7 +189,8 @@ class ReportTask(Task):
         self.model: nn.Module = self.learner
         self.units_per_step = config.data.batch_size * config.optim.accumulation
         self.drawn: tuple[int, list[ReportBatch]] = (-1, [])  # the last draw, and its number
-        self.looking: Callable[..., tuple[Tensor, Tensor]] | None = None
+        # Of each length of the reports, in tokens.
+        self.losses: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
 
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The encoder's parameters, the start and end vectors, and the unit of places; what comes
@@ -236,26 +246,23 @@ class ReportTask(Task):
     def loss(self, batch: ReportBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the report, and the two weighted aids of the encoder."""
         data = self.config.data
-        if data.words_weight:
-            image, tokens, patch, fine = self.learner(*batch.inputs)
-            words = report_loss(self.learner.codec, self.targets, tokens, batch.reports)
-            target = batch.target / batch.scale[:, None, None]
-            place, error = aids(image, patch, fine, batch.coverage, target)
-        else:
-            place, error = self._aids(*batch.inputs, batch.coverage, batch.target)
-            words = torch.zeros_like(place)
+        told = self.targets(batch.reports, batch.kspace.device) if data.words_weight else ()
+        tensors = (*batch.inputs, batch.coverage, batch.target, *told)
+        length = told[0].shape[1] if told else 0
+        if length not in self.losses:
+            self.losses[length] = self._losses(tensors)
+        words, place, error = self.losses[length](*tensors)
         loss = data.words_weight * words + data.place_weight * place + data.image_weight * error
         parts = {"words": words, "place": place, "image": error}
         return loss, {name: x.detach() for name, x in parts.items()}
 
-    def _aids(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """`Aids`; on a GPU as a CUDA graph, for its thousands of kernels take longer to launch
+    def _losses(self, tensors: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """`Losses`; on a GPU as a CUDA graph, for their thousands of kernels take longer to launch
         than to run."""
-        if self.looking is None:
-            self.looking = Aids(self.learner)
-            if tensors[0].is_cuda and self.config.optim.accumulation == 1:
-                self.looking = capture_training(self.looking, tensors)
-        return self.looking(*tensors)
+        losses = Losses(self.learner)
+        if tensors[0].is_cuda and self.config.optim.accumulation == 1:
+            return capture_training(losses, tensors)
+        return losses
 
     def validate(self) -> dict[str, float]:
         """How well slices with and without a lesion are told apart, by the words and by the most
