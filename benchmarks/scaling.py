@@ -36,6 +36,7 @@ from nirvana.train.config import LanguageConfig, load_config
 PROGRAM = Path(__file__).with_name("measured.py")
 COUNTS = (1, 2, 4, 8)
 PROFILED = 3  # steps, after the timed ones
+WARMUP = 4  # times the steps, for the learning rate to rise to the configuration's
 OURS = (
     "optim.accumulation",
     "optim.warmup_steps",
@@ -85,7 +86,11 @@ class Study:
         """Settings of a training into a folder of that name."""
         steps = self.stop + 1  # never reached: no checkpoint and no model at the end
         batch_size, gate = self.options.batch_size, self.options.gate
-        settings = overrides(self.shards, self.folder / out, steps, steps, batch_size, accumulation)
+        # Where the loss falls steeply, what rounding changes doubles with every step.
+        warmup = WARMUP * steps
+        settings = overrides(
+            self.shards, self.folder / out, steps, warmup, batch_size, accumulation
+        )
         ours = [f"--run.log_interval={gate}", f"--run.device={self.options.device}"]
         return [*settings, *ours, *more, *self.others]
 

@@ -92,8 +92,9 @@ def _verdict(results: Results) -> str:
     for setting in SETTINGS:
         for kind, domains in domains_of(setting).items():
             for arm in results.arms(setting):
-                if ARMS[arm].keys() & {"gate", "branches"} or len(results.runs(arm, setting)) < 3:
-                    continue  # one without Trigger, or that seeds tell nothing of
+                few = arm != REFERENCE and len(results.runs(arm, setting)) < 3
+                if few or ARMS[arm].keys() & {"gate", "branches"}:
+                    continue  # seeds tell nothing of it, or it has no Trigger
                 for than in (WITHOUT, "hybrid-constant", "gated-deltanet", "transformer"):
                     found = results.difference(arm, than, setting, [text(d) for d in domains])
                     if found is not None:
@@ -102,7 +103,7 @@ def _verdict(results: Results) -> str:
                             f"{found.show(4, sign=True)} bits per byte: {_says(found)}."
                         )
     if len(lines) == 1:
-        lines.append("Nothing to compare yet: no arm with a Trigger has three seeds beside a peer.")
+        lines.append(f"Nothing to compare yet: no seed has both `{REFERENCE}` and a peer.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,12 @@
-"""Writes the evidence page from the study's rows: python report.py OUT docs/evidence-report.md"""
+"""Writes the evidence page from the study's rows: python report.py OUT docs/evidence-report.md
+
+Reports of real cases that `nirvana mri report SCAN --out OUT/shown/NAME` has written are shown on
+it, too, after what OUT/shown/about.md says of them.
+"""
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     cells = load(given.out / "rows")
     study = json.loads((given.out / "study.json").read_text(encoding="utf-8"))
+    text = page(cells, study) + cases(given.out / "shown")
     with atomic_file(given.page) as temporary:
-        temporary.write_text(page(cells, study), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     print(given.page)
 
 
@@ -233,6 +238,32 @@ def by_person(main: Sequence[Row]) -> str:
         columns = " | ".join(shown(*found, name) for name in names)
         lines.append(f"| {person.removeprefix('test/')} | {len(rows)} | {columns} |")
     return "\n".join(lines) + "\n"
+
+
+def cases(folder: Path) -> str:
+    """What was said of real scans, which is no measurement."""
+    lines = []
+    for case in sorted(folder.glob("*/report.json")):
+        said = json.loads(case.read_text(encoding="utf-8"))
+        found = [each for each in said["slices"] if each["facts"]["finding"]]
+        sides = Counter(each["facts"]["side"] for each in found)
+        told = ", ".join(f"{count} {side}" for side, count in sides.most_common())
+        number = said["panel"]["slice"]
+        shown = next(each for each in said["slices"] if each["slice"] == number)
+        likely = ", ".join(f"{name} {p:.0%}" for name, p in shown["probability"].items())
+        columns = [
+            f"`{case.parent.name}`",
+            f"{len(said['slices'])}",
+            f"{len(found)} ({told or 'none'})",
+            f"{number}: {shown['text']} ({likely})",
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    if not lines:
+        return ""
+    about = (folder / "about.md").read_text(encoding="utf-8")
+    head = "| scan | slices read | with a finding | the slice whose finding is most probable |"
+    title = "\n## Real cases, shown and not scored\n"
+    return "\n".join([title, about, head, "|---|---|---|---|", *lines]) + "\n"
 
 
 def shown(

@@ -4,11 +4,11 @@
     python experiments/report/run.py heads.npz OUT
     python experiments/report/report.py OUT docs/evidence-report.md
 
-Persons are named role/person with the roles train, valid and test. Every model is trained twice:
-into OUT/NAME/see, where its encoder learns to see lesions and images, and from there into
-OUT/NAME/tell, where it learns to make the backbone write (an interrupted training goes on where it
-stopped). Every cell of the study appends one file to OUT/rows when it is whole; those that are
-there are not made again.
+Persons are named role/person with the roles train, valid and test. An encoder is trained twice:
+into OUT/see-CASCADES, where it learns to see lesions and images, which needs no backbone, and from
+there into OUT/NAME/tell, where it learns to make a backbone write (an interrupted training goes on
+where it stopped). Every cell of the study appends one file to OUT/rows when it is whole; those that
+are there are not made again.
 """
 
 import argparse
@@ -47,12 +47,12 @@ HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the tes
 class Study:
     """Sizes of the study."""
 
-    see_steps: int = 16000
-    tell_steps: int = 4000
+    see_steps: int = 12000
+    tell_steps: int = 8000
     batch_size: int = 64
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
-    coils: int = 4
+    coils: int = 8
     cascades: int = 4
     vit_dim: int = 192
     vit_depth: int = 3
@@ -95,18 +95,19 @@ def main(arguments: list[str] | None = None) -> None:
     asked = {name: value for name, value in asked.items() if value is not None}
     study = replace(TOY if given.toy else Study(), **asked)
     heads = load_heads(given.heads)
-    first, *_ = (name for name, _, _ in models(given.backbones, study))
+    first = Path(given.backbones[0]).name
     write_json(given.out / "study.json", {"model": first, **vars(study)})
     for name, backbone, cascades in models(given.backbones, study):
-        folder = given.out / name
-        for phase in ("see", "tell"):
-            if (folder / phase / "model" / "report.json").is_file():
+        seen = given.out / f"see-{cascades}"
+        for phase, folder in (("see", seen), ("tell", given.out / name / "tell")):
+            if (folder / "model" / "report.json").is_file():
                 continue
-            config = config_of(study, given, heads, folder, phase, backbone, cascades)
+            start = "" if phase == "see" else str(seen)
+            config = config_of(study, given, heads, folder, start, backbone, cascades)
             outcome = train_reporter(config, resume=True)
             if not outcome.finished:
                 return  # interrupted; what there is goes on next time
-        evaluate(study, heads, given.out, name, choose_device(given.device))
+        evaluate(study, heads, given.out, name, choose_device(given.device), name != first)
 
 
 def models(backbones: list[str], study: Study) -> Iterator[tuple[str, str, int]]:
@@ -122,13 +123,13 @@ def config_of(
     given: argparse.Namespace,
     heads: Heads,
     folder: Path,
-    phase: str,
+    start: str,
     backbone: str,
     cascades: int,
 ) -> ReportConfig:
-    """What a model is trained with in a phase."""
+    """What is trained into a folder: seeing, or telling, which starts from what has been seen."""
     codec: Any = {"backbone": backbone, "weights": given.weights}
-    seeing = phase == "see"
+    seeing = not start
     steps = study.see_steps if seeing else study.tell_steps
     lr = study.see_lr if seeing else study.tell_lr
     return ReportConfig(
@@ -144,12 +145,12 @@ def config_of(
             words_weight=0.0 if seeing else 1.0,
             place_weight=study.place_weight,
             image_weight=10.0 if cascades else 0.0,
-            start="" if seeing else str(folder / "see"),
+            start=start,
             valid=of_role(heads, "valid"),
             valid_slices=min(256, study.samples),
         ),
         run=RunConfig(
-            out=str(folder / phase),
+            out=str(folder),
             steps=steps,
             device=given.device,
             precision=given.precision,
@@ -182,7 +183,9 @@ def of_role(heads: Heads, role: str) -> list[str]:
     return names
 
 
-def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.device) -> None:
+def evaluate(
+    study: Study, heads: Heads, out: Path, name: str, device: torch.device, few: bool
+) -> None:
     """All cells of a model that are not there yet."""
     folder, threshold = out / name / "reporter", out / name / "threshold.json"
     if not threshold.is_file():
@@ -196,7 +199,7 @@ def evaluate(study: Study, heads: Heads, out: Path, name: str, device: torch.dev
         write_json(threshold, found)
     reporter, thresholds = load_reporter(folder, device), json.loads(threshold.read_text())
     test = heads.of_subjects(of_role(heads, "test")).to(device)
-    for cell in cells(name == "zero-filled"):
+    for cell in cells(few):
         path = out / "rows" / f"{name}.{cell.name}.jsonl"
         if path.is_file():
             continue
@@ -231,7 +234,7 @@ class Cell:
 
 
 def cells(few: bool) -> list[Cell]:
-    """The cells of a model; the control on the zero-filled image has the main ones alone."""
+    """The cells of a model; those beside the first have the main ones alone."""
     main = [Cell("wording", a, w) for a in (4.0, 8.0) for w in (SEEN[0], *UNSEEN)]
     if few:
         return main

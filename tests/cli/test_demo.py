@@ -10,6 +10,8 @@ import pytest
 from nirvana import cli
 from nirvana.cli.demo import BYTES_PER_TEXT, found_texts
 from nirvana.model.config import preset
+from nirvana.mri.report.grammar import parse
+from nirvana.mri.report.score import auc
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ def test_demo(program, tmp_path):
         "metrics.json",
         "mri.png",
         "reconstruction.h5",
+        "report.png",
     ]
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["seconds"] > 0
@@ -57,6 +60,13 @@ def test_demo(program, tmp_path):
     for figures in metrics["language"].values():
         assert 0 < figures["bits_per_byte"] < 5
         assert figures["bits_per_byte_without_trigger"] > 0
+    simulated = [report["simulated"]["finding"] for report in metrics["reports"]]
+    assert {True, False} == set(simulated)
+    found = [report["probability_of_a_finding"] for report in metrics["reports"]]
+    assert auc(found, simulated) > 0.9
+    for report in metrics["reports"]:
+        assert parse(report["text"]).to_dict() == report["facts"]
+        assert report["text"].split(" in the ")[0][:40] in out
     with h5py.File(tmp_path / "demo" / "reconstruction.h5") as file:
         assert file["reconstruction"].shape == (24, 96, 128)
 

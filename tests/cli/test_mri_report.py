@@ -61,6 +61,7 @@ def test_a_volume_is_scanned_and_reported(codec: Path, volume: Path, tmp_path: P
     assert text[-1] == DISCLAIMER
     assert DISCLAIMER in result.stdout
     assert [one["slice"] for one in described["slices"]] == [1, 2, 3, 4, 5, 6]
+    assert described["slices_of_scan"] == 6
     for one, line in zip(described["slices"], text, strict=False):
         assert line == f"Slice {one['slice']}: {one['text']}"
         facts = parse(one["text"])
@@ -73,6 +74,25 @@ def test_a_volume_is_scanned_and_reported(codec: Path, volume: Path, tmp_path: P
     run(volume, "--codec", codec, "--out", out, "--coils", 2, "--slice", 3)
     described = json.loads((out / "report.json").read_text())
     assert [one["slice"] for one in described["slices"]] == [3]
+
+
+def test_slices_at_heights_that_were_learned_are_read(codec: Path, tmp_path: Path) -> None:
+    x, y, z = (np.arange(-n, n + 1, 4.0) for n in (76, 92, 68))
+    inside = (x[:, None, None] / 65) ** 2 + (y[:, None] / 80) ** 2 + (z / 60) ** 2 < 1
+    brain = tmp_path / "brain.nii.gz"
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(inside.astype(np.float32), affine), brain)
+    out = tmp_path / "out"
+    read = {}
+    for options in ((), ("--every",)):
+        run(brain, "--codec", codec, "--out", out, "--image", "--stripped", *options)
+        described = json.loads((out / "report.json").read_text())
+        read[options] = [one["slice"] for one in described["slices"]]
+        some = f"{len(read[options])} of {len(z)} slices were read."
+        assert (some in (out / "report.txt").read_text()) == (options == ())
+    assert read["--every",] == list(range(1, len(z) + 1))
+    heights = z[np.array(read[()]) - 1]
+    assert 60 - 0.45 * 160 - 4 <= heights.min() < heights.max() <= 60 - 0.12 * 160 + 4
 
 
 def test_a_reconstruction_is_read_as_it_is(codec: Path, volume: Path, tmp_path: Path) -> None:
@@ -103,6 +123,7 @@ def test_a_scan_that_does_not_tell_its_orientation_is_said_to(
         (("missing.nii",), "does not exist"),
         (("VOLUME", "--slice", "7"), "1 to 6"),
         (("VOLUME", "--batch-size", "0"), "--batch-size"),
+        (("VOLUME", "--every", "--slice", "2"), "--every reads all slices, --slice 2 one"),
         (("VOLUME", "--codec", "codec"), "no MRI reporter 'codec': give a folder, or reporter"),
         (("VOLUME", "--codec", "FOLDER"), "was not trained on reports"),
         (("VOLUME", "--codec", "nowhere"), "no MRI reporter"),

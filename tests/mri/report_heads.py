@@ -20,7 +20,7 @@ def drawn_heads(
     image = 0.5 * (depth > 0)
     levels = (0.2, 0.3, 0.4)
     rows = [(s, q, w) for s in range(len(names)) for q in range(len(SEQUENCES)) for w in levels]
-    frame = [[(W - 1) / 2, (H - 1) / 2, half_width, half_length, w] for _, _, w in rows]
+    frame = [[(W - 1) / 2, (H - 1) / 2, half_width, half_length, w, 0.0] for _, _, w in rows]
     return Heads(
         images=(image * 255).byte().expand(len(rows), H, W).contiguous(),
         depth=depth.round().byte().expand(len(rows), H, W).contiguous(),

@@ -52,7 +52,7 @@ def test_the_same_height_is_left_out_of_every_sequence(volumes):
 def test_slices_lie_on_the_grid_with_the_brain_in_the_middle(volumes):
     heads = slices_of(volumes[0], "FLAIR", "a", stripped=True)
     assert heads.images.shape[1:] == GRID
-    column, row, half_width, half_length, w = heads.frame.unbind(1)
+    column, row, half_width, half_length, w, _ = heads.frame.unbind(1)
     assert torch.allclose(column, torch.full_like(column, (GRID[1] - 1) / 2))
     assert torch.allclose(row, torch.full_like(row, (GRID[0] - 1) / 2))
     assert ((half_width * PIXEL - 65).abs() < 3).all()
@@ -86,8 +86,25 @@ def test_a_head_that_nods_is_cut_at_an_angle(volumes, pitch):
             assert front - back == pytest.approx(60 * math.sin(math.radians(pitch)), abs=3)
             checked += 1
     assert checked > 5
+    # And what lies where is asked of the head as it was: brightness tells the height there.
+    view = heads.views(torch.arange(len(heads)), torch.Generator(), vary=False)
+    inside = view.depth > 8
+    error = (60 - (200 * view.images - 100)) / 160 - view.w
+    assert error[inside].abs().mean() < 0.02
+    assert (view.w.amax((1, 2)) - view.w.amin((1, 2))).min() > 0.1
     # It is turned, not bent: as long and as wide as it was, but for the tilt of the ellipsoid.
     assert ((heads.frame[:, 2] * PIXEL - 65).abs() < 3).all()
+
+
+def test_a_volume_without_the_top_of_the_brain(volumes):
+    """The second volume ends 17 mm below the first one's top; told so, its slices are as deep."""
+    whole = slices_of(volumes[0], "T1", "a", stripped=True)
+    cut = slices_of(volumes[1], "T1", "a", stripped=True, above=17.0)
+    step = torch.cdist(heights(cut)[:, None], heights(whole)[:, None]).min(1)
+    same = step.values < 1.5
+    assert same.sum() > 10
+    depths = whole.frame[step.indices, 4]
+    assert (cut.frame[same, 4] - depths[same]).abs().max() < 0.04  # 6 mm
 
 
 def test_heights_of_a_head_that_nods_are_refused(volumes):

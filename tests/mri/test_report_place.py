@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nirvana.mri.report.heads import DEEPEST, GRID, PIXEL, SHALLOWEST
-from nirvana.mri.report.place import readable
+from nirvana.mri.report.place import find_brain, readable
 
 SPACING = 3.0
 LENGTH = 160.0  # mm, of the brain below
@@ -19,7 +19,8 @@ def brain(bottom: float = -60.0, top: float = 70.0) -> np.ndarray:
 
 
 def test_the_heights_that_were_learned_are_read() -> None:
-    read = readable(brain(), SPACING, stripped=True)
+    images = brain()
+    read = readable(find_brain(images, SPACING, stripped=True), len(images))
     heights = np.array(read) * SPACING - 60
     assert np.array_equal(np.diff(read), np.ones(len(read) - 1))
     assert heights[0] == pytest.approx(60 - DEEPEST * LENGTH, abs=2 * SPACING)
@@ -32,4 +33,5 @@ def test_the_heights_that_were_learned_are_read() -> None:
     ids=["top cut off", "none at such a height", "no brain"],
 )
 def test_all_are_read_where_heights_cannot_be_told(images: np.ndarray) -> None:
-    assert readable(images, SPACING, stripped=True) == list(range(len(images)))
+    found = find_brain(images, SPACING, stripped=True)
+    assert readable(found, len(images)) == list(range(len(images)))

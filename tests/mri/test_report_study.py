@@ -53,8 +53,17 @@ def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
     assert set(after) == set(kept)
     assert all(after[file] == kept[file] for file in files[1:])
     page = tmp_path / "evidence.md"
+    case = out / "shown" / "stroke"
+    case.mkdir(parents=True)
+    facts = {"finding": True, "side": "left"}
+    slices = [{"slice": 4, "facts": facts, "text": "One mass.", "probability": {"side": 0.6}}]
+    said = {"slices": slices}
+    (case / "report.json").write_text(json.dumps(said | {"panel": {"slice": 4}, "sampled": 0.25}))
+    (case.parent / "about.md").write_text("A stroke on the left.")
     report.main([str(out), str(page)])
     text = page.read_text()
+    assert "| `stroke` | 1 | 1 (1 left) | 4: One mass. (side 60%) |" in text
+    assert "A stroke on the left." in text
     line = next(line for line in text.splitlines() if line.startswith("| oracle"))
     assert line.count("1.000 [1.000, 1.000]") == 3
     assert "| presence F1 | >= 0.90 |" in text

@@ -137,9 +137,12 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     trained = load_reporter(tmp_path / "see" / "model").model.encoder.state_dict()
     before = {name: x.clone() for name, x in task.learner.codec.encoder.state_dict().items()}
     assert any(not torch.equal(before[name], trained[name]) for name in trained)
+    with torch.no_grad():
+        task.learner.codec.specialist.start.fill_(2.0)  # as of a backbone with louder words
     task.prepare(World(torch.device("cpu")), compiled=False)
     after = task.learner.codec.encoder.state_dict()
     assert all(torch.equal(after[name], trained[name]) for name in trained)
+    assert (task.learner.codec.specialist.start == 2.0).all()
     assert train_reporter(second).finished
 
 

@@ -12,6 +12,7 @@ from report_codec import small_backbone, small_config
 from report_heads import drawn_heads
 
 from nirvana import InputError
+from nirvana.model.assets import resolve
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.io import Scan
 from nirvana.mri.lesions import SEQUENCES, TYPES, LesionSettings
@@ -209,7 +210,7 @@ def test_a_codec_without_reports_is_refused(reporter, tmp_path):
     with pytest.raises(InputError, match="was not trained on reports"):
         load_reporter(tmp_path / "codec")
     with pytest.raises(InputError, match="was not trained on reports"):
-        load_reporter("codec")
+        load_reporter(resolve("codec", "MRI codec"))
     save_reporter(Reporter(reporter.model, reporter.tokenizer, 0.3, 2), tmp_path / "reporter")
     loaded = load_reporter(tmp_path / "reporter")
     assert (loaded.threshold, loaded.wording) == (0.3, 2)

@@ -7,7 +7,7 @@ they run there, and the interpreter's variants skip.
 import pytest
 import torch
 
-from nirvana import NirvanaConfig
+from nirvana import NirvanaConfig, NirvanaForCausalLM, preset
 from nirvana.model import trigger as pytorch
 from nirvana.model.trigger import WeightBank
 from nirvana.ops import decayed_sum
@@ -180,3 +180,18 @@ def test_is_a_proper_operation(name):
         q, k, v = (x.detach().contiguous() for x in (q, k, v))
         args = (q, bank[0].detach(), fast, k, fast, v)
         torch.library.opcheck(triton_trigger._weight_gradient, args)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("task_dim", [128, 129])
+def test_task_vectors_that_are_too_wide_for_the_kernels_are_pytorchs(task_dim):
+    """Both learn, one with the kernels."""
+    config = preset("tiny", task_dim=task_dim, bank_size=4, num_hidden_layers=3, vocab_size=64)
+    model = NirvanaForCausalLM(config).to("cuda", torch.bfloat16)
+    ids = torch.randint(64, (1, 40), device="cuda")
+    model(ids, labels=ids).loss.backward()
+    assert model.model.bank.weight.grad.isfinite().all()
+    assert pytorch.fused(torch.empty(1, 40, task_dim, dtype=torch.bfloat16, device="cuda")) == (
+        task_dim <= pytorch.WIDEST
+    )

@@ -21,14 +21,18 @@ BYTES_PER_TEXT = 24_000
 PROMPT = "The magnetic resonance images of the brain show"
 SEED = 0
 NOISE = 0.005  # standard deviation over the brightest voxel
-RESULTS = ("metrics.json", "mri.png", "reconstruction.h5")
+REPORTS = 6
+ABOVE = 40.0  # mm of brain above the volume's last slice, by the height of its ventricles
+LESIONS = (12.0, 30.0)  # mm, sizes of those that are simulated
+RESULTS = ("metrics.json", "mri.png", "reconstruction.h5", "report.png")
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("out/demo"),
     text: Annotated[Path | None, typer.Option(help="A text file of your own to read, too.")] = None,
 ) -> None:
-    """Reads real text with the Trigger on and off, and reconstructs a real brain volume."""
+    """Reads real text with the Trigger on and off, reconstructs a real brain volume, and reports
+    lesions that were simulated in it."""
     from nirvana.text import read_documents
 
     started = time.perf_counter()
@@ -41,13 +45,13 @@ def demo(
     console = output()
     language = _language(texts, console)
     mri, write_images = _mri(console)
+    reports, write_report = _reports(console)
     seconds = time.perf_counter() - started
     with atomic_folder(out) as folder:
         write_images(folder)
-        write_json(
-            folder / "metrics.json",
-            {"language": language, "mri": mri, "seconds": round(seconds, 1)},
-        )
+        write_report(folder)
+        figures = {"language": language, "mri": mri, "reports": reports}
+        write_json(folder / "metrics.json", {**figures, "seconds": round(seconds, 1)})
     console.print(f"{out}: {', '.join(RESULTS)}; {seconds:.0f} seconds")
 
 
@@ -143,10 +147,8 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
     from nirvana.mri.physics import Sampling
     from nirvana.mri.simulate import Simulation
 
-    # nibabel.testing names this folder, too, but cannot be imported without pytest.
-    path = Path(str(resources.files("nibabel") / "tests" / "data" / "example4d.nii.gz"))
     settings = Simulation(num_coils=8, noise=(NOISE, NOISE))
-    scan = simulated(path, settings, SEED)
+    scan = simulated(_volume(), settings, SEED)
     sampling = Sampling("equispaced", acceleration=4, center_fraction=0.08)
     kspace, mask = ev.undersample(scan, sampling, SEED)
     slices, coils, rows, columns = kspace.shape
@@ -175,3 +177,61 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
         for row in table
     }
     return figures, write_images
+
+
+def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
+    """What is said of slices of the same volume, some of which get a lesion before they are
+    scanned, and what writes the picture of one."""
+    import torch
+
+    from nirvana.model.assets import packaged
+    from nirvana.mri.lesions import LesionSettings
+    from nirvana.mri.physics import Sampling, rss
+    from nirvana.mri.report.encode import encode
+    from nirvana.mri.report.figure import report_panel
+    from nirvana.mri.report.grammar import write
+    from nirvana.mri.report.heads import slices_of
+    from nirvana.mri.report.place import within
+    from nirvana.mri.report.reporter import DISCLAIMER, load_reporter
+    from nirvana.mri.report.samples import Scanner, report_batch
+    from nirvana.mri.simulate import Simulation
+
+    reporter = load_reporter(packaged("reporter"))
+    # Fluid is bright in echo-planar images, too.
+    heads = slices_of(_volume(), "T2", "demo", above=ABOVE)
+    scanner = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(NOISE, NOISE)), 8)
+    generator = torch.Generator().manual_seed(SEED)
+    lesions = LesionSettings(size=LESIONS)
+    wording = reporter.wording
+    batch = report_batch(heads, REPORTS, generator, scanner, lesions, [wording], vary=False)
+    with torch.inference_mode():
+        tokens, images = encode(reporter.model, *batch.inputs)
+    readings = reporter.read(tokens)
+    console.print(
+        "\n[bold]Reports[/] of slices at 4x, in some of which lesions are simulated; the reporter "
+        "learned from no echo-planar images like these"
+    )
+    table = Table("simulated", "said", "probability of a finding")
+    for facts, reading in zip(batch.facts, readings, strict=True):
+        table.add_row(write(facts, wording), reading.text, f"{reading.finding:.0%}")
+    console.print(table)
+    console.print(DISCLAIMER)
+
+    shown = next(i for i, facts in enumerate(batch.facts) if facts.finding)
+    view = heads.views(batch.index[shown : shown + 1], generator, vary=False)
+    brain = (view.depth[0] > 0).numpy()
+    marked = within(view.u[0], view.v[0], view.w[0], brain, readings[shown].facts)
+    title = f"simulated: {write(batch.facts[shown], wording)}"
+
+    def write_report(folder: Path) -> None:
+        picture = rss(images)[shown].numpy()
+        report_panel(folder / "report.png", picture, readings[shown], marked, title)
+
+    rows = zip(batch.facts, readings, strict=True)
+    return [{"simulated": facts.to_dict(), **said.to_dict()} for facts, said in rows], write_report
+
+
+def _volume() -> Path:
+    """nibabel's example of a real brain."""
+    # nibabel.testing names this folder, too, but cannot be imported without pytest.
+    return Path(str(resources.files("nibabel") / "tests" / "data" / "example4d.nii.gz"))

@@ -35,8 +35,9 @@ def report(
     scan: Annotated[Path, typer.Argument(help=f"Scan, full or undersampled: {FORMATS}")],
     out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole.")],
     codec: Annotated[
-        str, typer.Option(help='Folder of a codec trained on reports, or the packaged "reporter".')
-    ] = "reporter",
+        Path | None,
+        typer.Option(help="Folder of a codec trained on reports; the packaged one if not given."),
+    ] = None,
     image: Annotated[
         bool, typer.Option("--image", help="SCAN is a reconstruction; read its images as they are.")
     ] = False,
@@ -67,14 +68,17 @@ def report(
     A fully sampled scan is undersampled first; of an image volume a scan is simulated, unless it is
     a reconstruction (--image). Research software, not for diagnosis.
     """
+    from nirvana.model.assets import packaged
     from nirvana.mri.report.encode import view_of
     from nirvana.mri.report.figure import report_panel
-    from nirvana.mri.report.place import place, readable
+    from nirvana.mri.report.place import find_brain, place, readable
     from nirvana.mri.report.reporter import DISCLAIMER, load_reporter
     from nirvana.train.world import choose_device
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")
+    if every and slice_number:
+        raise InputError(f"--every reads all slices, --slice {slice_number} one; give one of them")
     out = replaceable_folder(out, RESULTS)
     if image:
         given = _as_scan(scan)
@@ -84,22 +88,24 @@ def report(
     slices = len(given.kspace)
     if not 0 <= slice_number <= slices:
         raise InputError(f"--slice {slice_number} must be 1 to {slices}, or 0 for many")
-    reporter = load_reporter(codec, choose_device(device))
+    reporter = load_reporter(codec or packaged("reporter"), choose_device(device))
     tokens, volume = _encoded(reporter, given, view, batch_size)
+    brain = find_brain(volume, view.spacing[0], stripped)
     if slice_number:
         wanted = [slice_number - 1]
     else:
-        wanted = list(range(slices)) if every else readable(volume, view.spacing[0], stripped)
+        wanted = list(range(slices)) if every else readable(brain, slices)
     readings = _read(reporter, tokens, wanted)
     chosen = max(readings, key=lambda number: readings[number].finding)
     reading = readings[chosen]
-    marked = place(volume, chosen, view.spacing[0], reading.facts, stripped)
+    marked = None if brain is None else place(brain, chosen, reading.facts)
     text = _text(readings, slices, DISCLAIMER)
     with atomic_folder(out) as folder:
         (folder / "report.txt").write_text(text, encoding="utf-8")
         title = f"{given.scan.name}, slice {chosen + 1}, {_sampled(given)} of columns sampled"
         report_panel(folder / "panel.png", volume[chosen], reading, marked, title)
         described = _described(scan, codec, given, view, readings, chosen, marked is not None)
+        described |= {"slices_of_scan": slices, "image": image, "stripped": stripped}
         write_json(folder / "report.json", {**described, "note": DISCLAIMER})
     if not view.known:
         print("the scan does not say how the patient lay: sides assume radiological pictures")
@@ -169,7 +175,7 @@ def _sampled(given: Prepared) -> str:
 
 def _described(
     path: Path,
-    codec: str,
+    codec: Path | None,
     given: Prepared,
     view: "View",
     readings: "dict[int, Reading]",
@@ -179,7 +185,7 @@ def _described(
     """What report.json says."""
     return {
         "scan": str(path),
-        "codec": codec,
+        "codec": "the packaged reporter" if codec is None else str(codec),
         "mask": given.drawn,
         "sampled": float(given.mask.float().mean()),
         "orientation": "of the scan" if view.known else "assumed radiological",

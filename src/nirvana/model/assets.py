@@ -16,25 +16,30 @@ from nirvana.model.nirvana import NirvanaForCausalLM
 PACKAGED = {"tiny": "language model", "codec": "MRI codec", "reporter": "MRI reporter"}
 
 
+def packaged(name: str) -> Path:
+    """The folder of a packaged checkpoint, whatever a folder of the user's is called."""
+    return Path(str(resources.files("nirvana") / "assets" / name))
+
+
 def resolve(name: str | Path, kind: str = "language model") -> Path:
     """The folder that `name` means: an existing folder, or a packaged checkpoint's name.
 
     Args:
-        kind: one of `PACKAGED`; also what the error calls it.
+        kind: one of the values of `PACKAGED`; also what the error calls it.
 
     Raises:
         InputError: for a name that is neither, or a folder without a configuration or weights.
     """
     folder = Path(name)
     if PACKAGED.get(str(name)) == kind and not folder.is_dir():
-        folder = Path(str(resources.files("nirvana") / "assets" / str(name)))
+        folder = packaged(str(name))
     elif not folder.exists():
         names = [packaged for packaged, of_kind in PACKAGED.items() if of_kind == kind]
         raise InputError(f"no {kind} {str(name)!r}: give a folder, or {' or '.join(names)}")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a {kind}: it has no config.json")
+        raise InputError(f"{folder} holds no {kind}: it has no config.json")
     if not any(folder.glob("model*.safetensors")):
-        raise InputError(f"{folder} is not a {kind}: it has no weights (model.safetensors)")
+        raise InputError(f"{folder} holds no {kind}: it has no weights (model.safetensors)")
     return folder
 
 

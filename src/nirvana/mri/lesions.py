@@ -170,7 +170,7 @@ class Anatomy:
     Attributes:
         images: magnitude.
         depth: way to the nearest border of the brain in mm, 0 outside the brain.
-        u: `[B, H, W]`, v: `[B, H, W]`, w: `[B]`: coordinates of the head, see `lobes`.
+        u, v, w: coordinates of the head, see `lobes`.
         sequence: `[B]`, index in `SEQUENCES`.
         width: `[B]`, half the brain's width in mm, the unit of u.
         pixel: side of a pixel in mm.
@@ -260,7 +260,7 @@ def draw_lesions(
     size = first.minimum(3 * room.amax((1, 2)))
     smaller = size[:, None] * (0.3 + 0.45 * uniform(B, L - 1))
     size = torch.cat([size[:, None], smaller.clamp(min=SMALLEST)], dim=1)
-    lobes = lobe_map(anatomy.u, anatomy.v, anatomy.w[:, None, None])
+    lobes = lobe_map(anatomy.u, anatomy.v, anatomy.w)
     cell = torch.where(lobes > 0, 2 * lobes - 1 + (anatomy.u > 0).long(), 0)
     present, row, column = _places(cell, room, size, wanted, uniform, anatomy.pixel)
 
@@ -418,7 +418,7 @@ def _room(anatomy: Anatomy, deep: Tensor) -> Tensor:
         (relative < 1.5) & (relative > 0.4),
         (relative > 0.65) & (relative < 1.7),
     )
-    lobes = lobe_map(anatomy.u, anatomy.v, anatomy.w[:, None, None])
+    lobes = lobe_map(anatomy.u, anatomy.v, anatomy.w)
     # Two thirds, so that no more than a sliver of a finding lies on the other side.
     from_middle = anatomy.u.abs() * anatomy.width[:, None, None] * 2 / 3
     room = torch.minimum(anatomy.depth, from_middle)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ PIXEL = 1.2  # mm
 SLAB = 3.0  # mm of the volume that a slice is the mean of
 SHALLOWEST, DEEPEST = 0.12, 0.45  # w of the slices
 STEP = 0.012  # between them, w
+MIDDLE = 0.4  # w of the brain's middle, about which a head nods
 LESION_AREA = 20.0  # mm² of a known lesion from which on a slice is no background
 BENDS = ((10.0, (5, 4)), (3.0, (12, 10)))  # mm, and the points between which slices are bent
 SHADE, SHADE_GRID = 0.3, (4, 3)  # largest logarithm of the smooth shading, and its points
@@ -44,8 +45,8 @@ class Heads:
     Attributes:
         images: uint8, 255 is the volume's brightest voxel.
         depth: uint8, way to the border of the brain in mm, 0 outside.
-        frame: float32 `[S, 5]`: column, row, half width and half length of the brain in pixels, and
-            the slice's w; see `lobes`.
+        frame: float32 `[S, 6]`: column, row, half width and half length of the brain in pixels, the
+            slice's w (see `lobes`), and the pitch of the head, radians (see `slices_of`).
         sequence: int64 `[S]`, index in `SEQUENCES`.
         subject: int64 `[S]`, index in `names`.
         names: of the subjects.
@@ -125,6 +126,7 @@ class Heads:
         frame = self.frame[index]
         u = (source_x - _each(frame[:, 0])) / _each(frame[:, 2]) * _each(flip)
         v = (_each(frame[:, 1]) - source_y) / _each(frame[:, 3])
+        v, w = upright(v, _each(frame[:, 4]), _each(frame[:, 5]))
         images, sequence = view[:, 0] / 255, self.sequence[index]
         if vary:
             images, sequence = varied(images, view[:, 1] > 0, sequence, generator)
@@ -133,7 +135,7 @@ class Heads:
             depth=view[:, 1] * _each(scale),
             u=u,
             v=v,
-            w=frame[:, 4],
+            w=w,
             sequence=sequence,
             width=frame[:, 2] * scale / stretch * PIXEL,
             pixel=PIXEL,
@@ -218,6 +220,7 @@ def slices_of(
     lesions: str | Path | None = None,
     without: Sequence[tuple[float, float]] = (),
     pitch: float = 0.0,
+    above: float = 0.0,
 ) -> Heads:
     """The slices of a volume that can carry simulated lesions.
 
@@ -231,6 +234,7 @@ def slices_of(
             middle of the brain, as the volume's affine says.
         pitch: degrees by which the head nods (front down above 0) before it is cut into slices, for
             others than its own; not together with `without`.
+        above: mm of the brain that the volume does not show, above its last slice with brain.
 
     Raises:
         InputError: for an unknown sequence or a file that cannot be used.
@@ -251,6 +255,7 @@ def slices_of(
     known = known > 0.5
     brain = brain_mask(volume, spacing, stripped)
     frame = frame_of(brain, spacing)
+    frame = replace(frame, top=frame.top + above / spacing[0])
     half = max(0, round((SLAB / spacing[0] - 1) / 2))
     images, depths, frames = [], [], []
     zoom = (spacing[1] / PIXEL, spacing[2] / PIXEL)
@@ -265,7 +270,8 @@ def slices_of(
         inside, column, row = _on_grid(brain[low:high].mean(0), zoom, frame.column, frame.row)
         images.append(_on_grid(volume[low:high].mean(0), zoom, frame.column, frame.row)[0])
         depths.append(distance(inside > 0.5, (PIXEL, PIXEL)))
-        frames.append([column, row, frame.half_width * zoom[1], frame.half_length * zoom[0], w])
+        halves = frame.half_width * zoom[1], frame.half_length * zoom[0]
+        frames.append([column, row, *halves, w, math.radians(pitch)])
     if not images:
         raise InputError(f"{path} has no slice without a known lesion")
     count = len(images)
@@ -279,9 +285,28 @@ def slices_of(
     )
 
 
+def upright(v: Tensor, w: Tensor, pitch: Tensor) -> tuple[Tensor, Tensor]:
+    """The coordinates v and w (see `lobes`) that places of a nodding head have in an upright one,
+    on which the lobes are drawn; all broadcast.
+
+    Args:
+        v, w: in the frame of the nodding head.
+        pitch: radians, the front down above 0.
+    """
+    front, up = v / 2, MIDDLE - w  # from the brain's middle, in lengths of the brain
+    cosine, sine = pitch.cos(), pitch.sin()
+    return 2 * (front * cosine - up * sine), MIDDLE - (up * cosine + front * sine)
+
+
 def nodded(volume: np.ndarray, spacing: tuple[float, float, float], pitch: float) -> np.ndarray:
     """A volume `[slices, H, W]`, from bottom to top and from front to back, turned about the axis
-    from left to right through its middle by `pitch` degrees, the front down; outside of it is 0."""
+    from left to right through its middle by `pitch` degrees, the front down; outside of it is 0.
+
+    Args:
+        spacing: of slices, rows and columns, mm.
+
+    Returns: float32 of the same shape.
+    """
     cosine, sine = math.cos(math.radians(pitch)), math.sin(math.radians(pitch))
     up, back = spacing[0], spacing[1]
     # Of a place in the turned volume to the one that it came from, in voxels.

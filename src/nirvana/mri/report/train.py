@@ -51,7 +51,8 @@ class ReportSection:
     place_weight: float = 1.0  # of a loss on where lesions are, asked of the image tokens alone
     image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens, from
     # which alone its cascades then learn; 0: they learn from the reports
-    start: str = ""  # folder of a run, for the same encoder, whose weights this one begins with
+    start: str = ""  # folder of a run whose encoder this one begins with; their backbones may be
+    # of other kinds, of the same width
     valid: list[str] = field(default_factory=list)  # subjects to validate on
     valid_slices: int = 256  # of them
 
@@ -189,8 +190,7 @@ class ReportTask(Task):
         self.model: nn.Module = self.learner
         self.units_per_step = config.data.batch_size * config.optim.accumulation
         self.drawn: tuple[int, list[ReportBatch]] = (-1, [])  # the last draw, and its number
-        # Of each length of the reports, in tokens.
-        self.losses: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+        self._losses_of: dict[int, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
 
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The encoder's parameters, the start and end vectors, and the unit of places; what comes
@@ -203,14 +203,23 @@ class ReportTask(Task):
         )
 
     def prepare(self, world: World, compiled: bool) -> None:
-        """Begins with the weights of another run, if one is given."""
+        """Begins with the encoder of another run, if one is given; not with what surrounds its
+        tokens, which must be as loud as this backbone's words."""
         super().prepare(world, compiled)
         start = self.config.data.start
         if start:
             found = latest(start)
             if found is None:
                 raise InputError(f"data.start = {start!r}: there is no checkpoint")
-            restore(found, self.model, self.trainable())
+            around = [p for name, p in self.trainable() if name.startswith("codec.specialist.")]
+            own = [p.detach().clone() for p in around]
+            try:
+                restore(found, self.model, self.trainable())
+            except InputError as error:
+                raise InputError(f"data.start = {start!r} has another encoder: {error}") from error
+            with torch.no_grad():
+                for parameter, value in zip(around, own, strict=True):
+                    parameter.copy_(value)
 
     def batch(self, step: int, micro: int) -> ReportBatch:
         """Slices scanned and described as seed, step and micro batch say."""
@@ -248,10 +257,10 @@ class ReportTask(Task):
         data = self.config.data
         told = self.targets(batch.reports, batch.kspace.device) if data.words_weight else ()
         tensors = (*batch.inputs, batch.coverage, batch.target, *told)
-        length = told[0].shape[1] if told else 0
-        if length not in self.losses:
-            self.losses[length] = self._losses(tensors)
-        words, place, error = self.losses[length](*tensors)
+        length = told[0].shape[1] if told else 0  # in tokens
+        if length not in self._losses_of:
+            self._losses_of[length] = self._losses(tensors)
+        words, place, error = self._losses_of[length](*tensors)
         loss = data.words_weight * words + data.place_weight * place + data.image_weight * error
         parts = {"words": words, "place": place, "image": error}
         return loss, {name: x.detach() for name, x in parts.items()}
