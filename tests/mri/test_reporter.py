@@ -237,6 +237,9 @@ def test_heads_are_saved_and_chosen(tmp_path: Path):
     assert len(some) == 9
     with pytest.raises(InputError, match="no slices of someone"):
         heads.of_subjects(["someone"])
+    save_heads(tmp_path / "heads.npz", replace(heads, frame=heads.frame[:, :5]))
+    with pytest.raises(InputError, match="frames of 5 numbers, not 6; make it anew"):
+        load_heads(tmp_path / "heads.npz")
     (tmp_path / "heads.npz").write_bytes(b"junk")
     with pytest.raises(InputError, match="cannot be read"):
         load_heads(tmp_path / "heads.npz")

@@ -35,6 +35,7 @@ STAND_INS = (0.1, 0.1)  # share of T1 slices that become what a T2, and what a F
 # Brightness over the brain's median on T1 and on FLAIR: fluid dark, grey matter above white, fat
 # bright. A T1 has fluid at 0.3, grey matter at 0.8 and white at 1.15.
 FLAIR_OF_T1 = ((0.0, 0.4, 0.8, 1.15, 1.45, 2.5), (0.0, 0.25, 1.12, 0.88, 0.9, 2.0))
+FRAME = 6  # numbers of a slice's frame
 COLUMNS = ("images", "depth", "frame", "sequence", "subject")
 
 
@@ -350,7 +351,12 @@ def load_heads(path: str | Path) -> Heads:
             columns = [torch.from_numpy(file[name]) for name in COLUMNS]
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as slices of heads: {error}") from error
-    return Heads(*columns, names=names)
+    heads = Heads(*columns, names=names)
+    if heads.frame.shape != (len(heads), FRAME):
+        raise InputError(
+            f"{path} has frames of {heads.frame.shape[-1]} numbers, not {FRAME}; make it anew"
+        )
+    return heads
 
 
 def _each(x: Tensor) -> Tensor:
