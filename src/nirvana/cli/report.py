@@ -105,8 +105,8 @@ def report(
         title = f"{given.scan.name}, slice {chosen + 1}, {_sampled(given)} of columns sampled"
         report_panel(folder / "panel.png", volume[chosen], reading, marked, title)
         described = _described(scan, codec, given, view, readings, chosen, marked is not None)
-        described |= {"slices_of_scan": slices, "image": image, "stripped": stripped}
-        write_json(folder / "report.json", {**described, "note": DISCLAIMER})
+        asked = {"image": image, "stripped": stripped, "note": DISCLAIMER}
+        write_json(folder / "report.json", {**described, **asked})
     if not view.known:
         print("the scan does not say how the patient lay: sides assume radiological pictures")
     print(text, end="")
@@ -188,6 +188,7 @@ def _described(
         "codec": "the packaged reporter" if codec is None else str(codec),
         "mask": given.drawn,
         "sampled": float(given.mask.float().mean()),
+        "slices_of_scan": len(given.kspace),
         "orientation": "of the scan" if view.known else "assumed radiological",
         "sides": "the patient's",
         "panel": {"slice": chosen + 1, "place_marked": marked},
