@@ -5,8 +5,8 @@ volumes, which stay under their own licences and are not part of the project. Th
 study's own: tcga_DU7294, a training person elsewhere, is tested here, because of the test persons
 ms_x19 has no slice without lesions of its own and no other has a T2 with a mask.
 
-Persons who train, with voxels of 1 mm, nod, too: slices that cut their gyri at other angles are as
-good as those of other persons, of whom there are few.
+Persons who train, with voxels of 1 mm, nod, too (but for `STILL`): there are few of them, and
+slices that cut their gyri at other angles are new ones.
 
 Of the persons ms_l the lesions that changed are marked, not all that they have. Slices at whose
 height their FLAIR shows one, or bright spots, are left out of all their sequences (`spotted`). Of
@@ -74,11 +74,10 @@ def main() -> None:
                 lesions, without = None, spotted(flair, lesions)
             without += VISIBLE.get(subject, [])
             path = given.folder / split / f"{name}.nii.gz"
-            spacing = read_spacing(path)
+            who, spacing = f"{role}/{subject}", read_spacing(path)
             nods = role == "train" and subject not in STILL and not without
             nods &= spacing is not None and max(spacing) < 1.5
             for pitch in (0.0, *(PITCHES if nods else ())):
-                who = f"{role}/{subject}"
                 part = slices_of(path, sequence, who, stripped, lesions, without, pitch)
                 print(f"{path.name}, {pitch:+.0f} degrees: {len(part)} slices")
                 parts.append(part)

@@ -99,10 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(given.out / "study.json", {"model": first, **vars(study)})
     for name, backbone, cascades in models(given.backbones, study):
         seen = given.out / f"see-{cascades}"
-        for phase, folder in (("see", seen), ("tell", given.out / name / "tell")):
+        for folder, start in ((seen, ""), (given.out / name / "tell", str(seen))):
             if (folder / "model" / "report.json").is_file():
                 continue
-            start = "" if phase == "see" else str(seen)
             config = config_of(study, given, heads, folder, start, backbone, cascades)
             outcome = train_reporter(config, resume=True)
             if not outcome.finished:

@@ -224,7 +224,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
     title = f"simulated: {write(batch.facts[shown], wording)}"
 
     def write_report(folder: Path) -> None:
-        picture = rss(images)[shown].numpy()
+        picture = rss(images[shown : shown + 1])[0].numpy()
         report_panel(folder / "report.png", picture, readings[shown], marked, title)
 
     rows = zip(batch.facts, readings, strict=True)

@@ -1,7 +1,6 @@
 """The frozen language model under a specialist: of which kind, with which weights."""
 
 import hashlib
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from nirvana.errors import InputError
-from nirvana.model.assets import load_language_model, resolve
+from nirvana.model.assets import load_language_model, packaged, resolve
 from nirvana.model.config import preset
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.model.trigger import Trigger
@@ -93,7 +92,7 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) ->
 
 def _place(weights: str) -> str:
     """ "default" is the packaged folder, whatever lies in the working directory."""
-    return str(resources.files("nirvana") / "assets" / PACKAGED) if weights == DEFAULT else weights
+    return str(packaged(PACKAGED)) if weights == DEFAULT else weights
 
 
 def _random(kind: str) -> PreTrainedModel:

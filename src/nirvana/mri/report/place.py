@@ -15,14 +15,15 @@ CUT = 2000.0  # mm² of brain in the last slice, from which on the volume ends b
 
 
 class Brain(NamedTuple):
-    """Where the brain is in a volume's pictures."""
+    """What `find_brain` finds."""
 
     mask: np.ndarray  # bool [slices, H, W]
     frame: Frame
 
 
 def find_brain(images: np.ndarray, spacing: float, stripped: bool) -> Brain | None:
-    """
+    """Where the brain is in a volume's pictures.
+
     Args:
         images: real `[slices, H, W]` on the reports' grid, as `encode_scan` yields them.
         spacing: of slices, mm.
