@@ -76,7 +76,7 @@ def load(folder: Path) -> dict[tuple[str, str, float, int], list[Row]]:
 
 def page(cells: dict[tuple[str, str, float, int], list[Row]], study: dict[str, Any]) -> str:
     model = study["model"]
-    needed = [(model, kind, 4.0, 0) for kind in ("wording", "free", "no image")]
+    needed = [(model, kind, 4.0, 0) for kind in ("wording", "one view", "free", "no image")]
     needed += [(model, "full image", 1.0, 0), ("zero-filled", "wording", 4.0, 0)]
     missing = [cell for cell in needed if cell not in cells]
     if missing:
@@ -166,6 +166,7 @@ def controls(cells: dict[tuple[str, str, float, int], list[Row]], model: str) ->
     spoken = sum(row["valid"] for row in free) / len(free)
     rows: list[tuple[str, Sequence[Row]]] = [
         (f"{model}", main),
+        ("the same, without the mirror image", cells[model, "one view", 4.0, 0]),
         ("the same, written freely", free),
         ("the same, fully sampled scan (ground truth)", cells[model, "full image", 1.0, 0]),
         ("trained on the zero-filled image", cells["zero-filled", "wording", 4.0, 0]),

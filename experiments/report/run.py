@@ -193,7 +193,8 @@ def evaluate(
         reporter = load_reporter(folder, device)
         valid = heads.of_subjects(of_role(heads, "valid")).to(device)
         found = calibrated(study, reporter, valid)
-        reporter.threshold = found[str(SEEN[0])]["threshold"]
+        reporter.threshold = found[f"wording {SEEN[0]}"]["threshold"]
+        reporter.mirrored = True
         save_reporter(reporter, folder, torch.float16)
         write_json(threshold, found)
     reporter, thresholds = load_reporter(folder, device), json.loads(threshold.read_text())
@@ -203,7 +204,7 @@ def evaluate(
         if path.is_file():
             continue
         count = study.curve if cell.contrast else study.samples
-        reporter.threshold = thresholds[str(cell.wording)]["threshold"]
+        reporter.threshold = thresholds[cell.way]["threshold"]
         rows = []
         for batch in batches(study, test, cell.acceleration, count, 2, cell.contrast):
             for row in read(reporter, batch, cell):
@@ -220,7 +221,7 @@ def evaluate(
 class Cell:
     """One way of reading the test's samples."""
 
-    kind: str  # "wording", "free", "no image", "full image" or "curve"
+    kind: str  # "wording", "one view", "free", "no image", "full image" or "curve"
     acceleration: float
     wording: int
     contrast: float = 0.0
@@ -231,13 +232,24 @@ class Cell:
         kind = self.kind.replace(" ", "-")
         return f"{kind}.{self.acceleration:g}x.w{self.wording}{contrast}"
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether the mirror image is read, too."""
+        return self.kind != "one view"
+
+    @property
+    def way(self) -> str:
+        """Which threshold it has: every way of reading has its own."""
+        return f"wording {self.wording}" if self.mirrored else self.kind
+
 
 def cells(few: bool) -> list[Cell]:
     """The cells of a model; those beside the first have the main ones alone."""
     main = [Cell("wording", a, w) for a in (4.0, 8.0) for w in (SEEN[0], *UNSEEN)]
     if few:
         return main
-    controls = [Cell("full image", 1.0, 0), Cell("no image", 4.0, 0), Cell("free", 4.0, 0)]
+    controls = [Cell(kind, 4.0, 0) for kind in ("one view", "no image", "free")]
+    controls.append(Cell("full image", 1.0, 0))
     curve = [Cell("curve", a, 0, c) for a in CENTER for c in CONTRASTS]
     return main + controls + curve
 
@@ -263,7 +275,7 @@ def read(reporter: Reporter, batch: ReportBatch, cell: Cell) -> Iterator[dict[st
     if cell.kind == "no image":
         batch = replace(batch, kspace=torch.zeros_like(batch.kspace))
     with torch.inference_mode():
-        tokens, _ = encode(reporter.model, *batch.inputs)
+        tokens, _ = encode(reporter.model, *batch.inputs, mirrored=cell.mirrored)
     valid = [True] * len(tokens)
     if cell.kind == "curve":
         finding = reporter.findings(tokens, cell.wording)
@@ -299,20 +311,22 @@ def parsed(text: str) -> Facts | None:
 
 
 def calibrated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, dict[str, float]]:
-    """Of each wording that is read, the threshold chosen on the validation's samples at 4x.
+    """Of each way of reading, the threshold chosen on the validation's samples at 4x.
 
     A model that has never written a wording finds its words improbable whatever it sees; what a
     finding adds to their probability is still there.
     """
+    ways = {cell.way: cell for cell in cells(few=False)}
     present: list[bool] = []
-    finding: dict[int, list[float]] = {wording: [] for wording in (SEEN[0], *UNSEEN)}
+    finding: dict[str, list[float]] = {way: [] for way in ways}
     for batch in batches(study, heads, 4.0, study.samples, 1):
         with torch.inference_mode():
-            tokens, _ = encode(reporter.model, *batch.inputs)
-        for wording, values in finding.items():
-            values += reporter.findings(tokens, wording)
+            tokens, _ = encode(reporter.model, *batch.inputs, mirrored=True)
+        for way, cell in ways.items():
+            read = tokens if cell.mirrored else tokens[:, 0]
+            finding[way] += reporter.findings(read, cell.wording)
         present += [facts.finding for facts in batch.facts]
-    return {str(wording): best_threshold(present, values) for wording, values in finding.items()}
+    return {way: best_threshold(present, values) for way, values in finding.items()}
 
 
 def best_threshold(present: list[bool], finding: list[float]) -> dict[str, float]:

@@ -17,17 +17,23 @@ from nirvana.mri.lesions import LesionSettings
 from nirvana.mri.model import CodecModel
 from nirvana.mri.physics import Sampling
 from nirvana.mri.report.encode import encode
+from nirvana.mri.report.grammar import NORMAL, Facts
 from nirvana.mri.report.heads import save_heads
+from nirvana.mri.report.learner import (
+    ASKED,
+    Learner,
+    Losses,
+    dice_loss,
+    fact_values,
+    facts_entropy,
+    patches,
+)
 from nirvana.mri.report.reporter import load_reporter
 from nirvana.mri.report.samples import Scanner, report_batch
 from nirvana.mri.report.train import (
-    Learner,
-    Losses,
     ReportConfig,
     ReportSection,
     ReportTask,
-    dice_loss,
-    patches,
     train_reporter,
 )
 from nirvana.mri.simulate import Simulation
@@ -73,7 +79,7 @@ def test_training_lowers_the_loss_and_exports(tmp_path):
     losses = [json.loads(line)["words"] for line in lines if "words" in json.loads(line)]
     assert losses[-1] < 0.97 * losses[0]
     valid = json.loads(lines[-1])["valid"]
-    assert set(valid) == {"finding_auc", "place_auc"}
+    assert set(valid) == {"words_auc", "place_auc", "facts_auc", "facts_side"}
     assert all(0 <= value <= 1 for value in valid.values())
     trained = load_reporter(tmp_path / "run" / "model")
     assert len(trained.read(encode(trained.model, *scan_of(2))[0])) == 2
@@ -94,16 +100,38 @@ def test_dice_rewards_the_few_places_that_count():
     assert dice_loss(nowhere, torch.zeros_like(wanted)) < 1e-3
 
 
+def test_facts_are_asked_of_those_that_have_them():
+    """Against the likelihood of every fact of every slice, one by one."""
+    told = [NORMAL, Facts(True, 2, "mass", "left", "frontal", 12, "hyperintense"), NORMAL]
+    values = fact_values(told)
+    assert (values[0] == IGNORE).tolist() == [False, *[True] * 6]
+    logits = torch.randn(3, sum(map(len, ASKED.values())))
+    likely, first = [], 0
+    for fact, choices in ASKED.items():
+        part = logits[:, first : first + len(choices)].log_softmax(1)
+        first += len(choices)
+        asked = [i for i in range(3) if getattr(told[i], fact) is not None]
+        likely.append(
+            sum(part[i, choices.index(getattr(told[i], fact))] for i in asked) / len(asked)
+        )
+    assert facts_entropy(logits, values) == pytest.approx(-sum(likely) / len(likely))
+    logits.requires_grad_()
+    facts_entropy(logits, fact_values([NORMAL] * 3)).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[:, 2:].any()
+
+
 @pytest.mark.parametrize("apart", [True, False])
 def test_reports_teach_the_cascades_only_where_the_image_does_not(apart):
     config = replace(small_config("tiny"), vit_stem="convolutions", encoder_cascades=1)
     learner = Learner(CodecModel(config, load_backbone("nirvana")), apart)
-    image, tokens, _, fine = learner(*scan_of(2))
-    assert fine is not None
-    (tokens.square().sum() + fine.square().sum()).backward(retain_graph=True)
+    seen = learner(*scan_of(2))
+    assert seen.fine is not None
+    (seen.tokens.square().sum() + seen.fine.square().sum()).backward(retain_graph=True)
     cascades = list(learner.codec.encoder_cascades.parameters())
     assert all(p.grad is None for p in cascades) == apart
-    image.square().sum().backward()
+    seen.image.square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in cascades)
 
 
@@ -128,7 +156,7 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     assert train_reporter(first).finished
     lines = (tmp_path / "see" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line).get("words", 0) == 0 for line in lines)
-    assert set(json.loads(lines[-1])["valid"]) == {"place_auc"}
+    assert set(json.loads(lines[-1])["valid"]) == {"place_auc", "facts_auc", "facts_side"}
 
     second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"))
     with torch.random.fork_rng():
@@ -153,7 +181,7 @@ def test_a_start_that_is_not_there_is_refused(tmp_path):
 
 def test_a_training_that_learns_nothing_is_refused():
     with pytest.raises(InputError, match=r"data.words_weight = 0.* nothing is learned of lesions"):
-        ReportSection("heads.npz", ["a"], words_weight=0.0, place_weight=0.0)
+        ReportSection("heads.npz", ["a"], words_weight=0.0, place_weight=0.0, facts_weight=0.0)
 
 
 @pytest.mark.gpu
@@ -163,14 +191,15 @@ def test_a_training_that_learns_nothing_is_refused():
 def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, words):
     """Also after the weights moved, and when reports of another length came in between."""
     config = config_of(tmp_path, "run", 4, words_weight=words)
-    task = ReportTask(config, torch.device("cuda"))
+    device = torch.device("cuda")
+    task = ReportTask(config, device)
     parameters = [p for _, p in task.trainable()]
     plain, graphs = Losses(task.learner), {}
     for step in range(4):
         batch = task.batch(step, 0)
-        tensors = (*batch.inputs, batch.coverage, batch.target)
+        tensors = (*batch.inputs, batch.coverage, batch.target, fact_values(batch.facts, device))
         if words:
-            ids, labels = task.targets(batch.reports, tensors[0].device)
+            ids, labels = task.targets(batch.reports, device)
             longer = (0, 32 * (step % 2))
             padded = F.pad(ids, longer, value=0), F.pad(labels, longer, value=IGNORE)
             tensors = (*tensors, *padded)
@@ -180,9 +209,9 @@ def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, words):
             if shape not in graphs:
                 graphs[shape] = capture_training(Losses(task.learner), tensors)
             for run in (plain, graphs[shape]):
-                told, place, error = run(*tensors)
+                told, place, facts, error = run(*tensors)
                 task.learner.zero_grad()
-                (words * told + place + 10 * error).backward()
+                (words * told + place + facts + 10 * error).backward()
                 found.append([p.grad.clone() for p in parameters if p.grad is not None])
         assert len(found[0]) == len(found[1]) > 0
         wanted, got = (torch.cat([g.flatten() for g in each]) for each in found)

@@ -16,6 +16,7 @@ from nirvana.model.assets import resolve
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.io import Scan
 from nirvana.mri.lesions import SEQUENCES, TYPES, LesionSettings
+from nirvana.mri.lobes import SIDES
 from nirvana.mri.model import CodecModel, save_codec
 from nirvana.mri.physics import Sampling, fft2c, sampling_mask
 from nirvana.mri.report.encode import View, encode, encode_scan, to_grid, view_of
@@ -90,7 +91,7 @@ def test_probabilities_from_the_cache_are_those_of_the_whole_text(reporter, toke
     """Every alternative in full through the backbone, without a cache."""
     for slot, wording in (("side", 0), ("size", 3), ("type", 2)):
         options = [replace(MASS, **{slot: value}) for value in CHOICES[slot]]
-        fast = reporter._compare(reporter._start(tokens), [options] * 3, slot, wording)
+        fast = reporter._compare(*reporter._start(tokens), [options] * 3, slot, wording)
         slow = []
         for facts in options:
             length = len(reporter._beginning(facts, slot, wording))
@@ -118,6 +119,30 @@ def test_readings_are_reports_with_probabilities(reporter, tokens):
                 if reading.facts.finding:
                     assert getattr(reading.facts, slot) == max(table, key=table.__getitem__)
             json.dumps(reading.to_dict(), allow_nan=False)
+
+
+@torch.inference_mode()
+def test_a_mirror_image_has_the_other_side(reporter, tokens):
+    """Read together with it are the means of both, the sides of the second one exchanged."""
+    other = tokens.flip(0)
+    options = [[replace(MASS, side=side) for side in SIDES]] * 3
+
+    def sides(read: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(reporter._compare(*reporter._start(read), options, "side", 0))
+
+    mean = (sides(tokens) + sides(other).flip(1)) / 2
+    assert (sides(tokens) - 0.5).abs().max() > 0.01
+    torch.testing.assert_close(sides(torch.stack([tokens, other], 1)), mean, atol=1e-5, rtol=1e-4)
+
+    both = reporter.read(torch.stack([tokens, other], 1))
+    turned = reporter.read(torch.stack([other, tokens], 1))
+    likely = zip(reporter.findings(tokens), reporter.findings(other), strict=True)
+    for one, two, (first, second) in zip(both, turned, likely, strict=True):
+        assert one.finding == pytest.approx((first + second) / 2, abs=1e-5)
+        left, right = one.probabilities["side"]["left"], two.probabilities["side"]["right"]
+        assert left == pytest.approx(right, abs=1e-5)
+        for slot in ("count", "type"):  # said before the side
+            assert one.probabilities[slot] == pytest.approx(two.probabilities[slot], abs=1e-5)
 
 
 def test_the_threshold_decides(reporter, tokens):
@@ -211,9 +236,10 @@ def test_a_codec_without_reports_is_refused(reporter, tmp_path):
         load_reporter(tmp_path / "codec")
     with pytest.raises(InputError, match="was not trained on reports"):
         load_reporter(resolve("codec", "MRI codec"))
-    save_reporter(Reporter(reporter.model, reporter.tokenizer, 0.3, 2), tmp_path / "reporter")
+    chosen = Reporter(reporter.model, reporter.tokenizer, 0.3, 2, mirrored=True)
+    save_reporter(chosen, tmp_path / "reporter")
     loaded = load_reporter(tmp_path / "reporter")
-    assert (loaded.threshold, loaded.wording) == (0.3, 2)
+    assert (loaded.threshold, loaded.wording, loaded.mirrored) == (0.3, 2, True)
     for content in ("{}", "[]", '{"threshold": 2, "wording": 0}', '{"threshold": 0, "wording": 9}'):
         (tmp_path / "reporter" / "report.json").write_text(content)
         with pytest.raises(InputError, match=r"report\.json|wording 9"):
@@ -283,11 +309,21 @@ def test_a_scan_is_encoded_slice_by_slice(reporter):
     mask = sampling_mask("equispaced", 48, 4, 0.1, seed=0)
     view = View((3.0, 2.0, 2.0))
     counted = []
-    parts = list(encode_scan(reporter.model, kspace * mask, mask, view, 2, counted.append))
+    parts = list(encode_scan(reporter, kspace * mask, mask, view, 2, counted.append))
     assert counted == [2, 2, 1]
     tokens = torch.cat([part for part, _ in parts])
     images = torch.cat([image for _, image in parts])
     assert tokens.shape == (5, GRID[0] * GRID[1] // 256, 32)
     assert images.shape == (5, *GRID)
-    once = torch.cat([x for x, _ in encode_scan(reporter.model, kspace * mask, mask, view, 5)])
-    torch.testing.assert_close(tokens, once, atol=1e-4, rtol=1e-3)
+    twice = Reporter(reporter.model, reporter.tokenizer, mirrored=True)
+    pairs = torch.cat([x for x, _ in encode_scan(twice, kspace * mask, mask, view, 5)])
+    torch.testing.assert_close(pairs[:, 0], tokens, atol=1e-4, rtol=1e-3)
+
+
+def test_tokens_of_the_mirror_image(reporter):
+    inputs = batch_of(3).inputs
+    with torch.inference_mode():
+        tokens, image = encode(reporter.model, *inputs, mirrored=True)
+        torch.testing.assert_close(tokens[:, 0], encode(reporter.model, *inputs)[0])
+        torch.testing.assert_close(tokens[:, 1], reporter.model.encoder(image.flip(-1)))
+    assert not torch.allclose(tokens[:, 0], tokens[:, 1], atol=0.1)

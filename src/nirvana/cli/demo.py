@@ -205,7 +205,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
     wording = reporter.wording
     batch = report_batch(heads, REPORTS, generator, scanner, lesions, [wording], vary=False)
     with torch.inference_mode():
-        tokens, images = encode(reporter.model, *batch.inputs)
+        tokens, images = encode(reporter.model, *batch.inputs, mirrored=reporter.mirrored)
     readings = reporter.read(tokens)
     console.print(
         "\n[bold]Reports[/] of slices at 4x, in some of which lesions are simulated; the reporter "

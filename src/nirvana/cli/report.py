@@ -141,7 +141,7 @@ def _encoded(
     with progress_bars() as progress:
         task = progress.add_task(f"{given.scan.name}: images", total=len(given.kspace))
         parts = encode_scan(
-            *(reporter.model, given.kspace, given.mask, view, batch_size),
+            *(reporter, given.kspace, given.mask, view, batch_size),
             progress=lambda count: progress.advance(task, count),
         )
         tokens, pictures = zip(*parts, strict=True)

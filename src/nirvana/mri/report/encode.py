@@ -18,6 +18,7 @@ from nirvana.mri.io.geometry import spacing_of
 from nirvana.mri.model import CodecModel, volume_scale
 from nirvana.mri.physics import calibration_columns, rss
 from nirvana.mri.report.heads import GRID, PIXEL
+from nirvana.mri.report.reporter import Reporter
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,24 @@ def encode(
     calibration: Tensor,
     scale: Tensor,
     view: View | None = None,
+    mirrored: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The codec's k-space encoder: arguments as of `CodecModel.forward`.
 
     Args:
         view: brings the combined image to `GRID` and the reports' pixel before tokens are made of
             it; None leaves it, padded to patches.
+        mirrored: makes tokens of the mirror image, too, left for right.
 
-    Returns: tokens `[B, N, D]`, and the combined image that they are of, `[B, 2, H', W']`.
+    Returns: tokens `[B, N, D]`, or with the mirror image's `[B, 2, N, D]`, as `Reporter.read` takes
+        them; and the combined image that they are of, `[B, 2, H', W']`.
     """
     seen = model.see(kspace, mask, calibration, scale)
     image = seen.image if view is None else to_grid(crop(seen.image, seen.padding), view)
-    return model.encoder(image), image
+    if not mirrored:
+        return model.encoder(image), image
+    both = torch.stack([image, image.flip(-1)], dim=1)
+    return model.encoder(both.flatten(0, 1)).unflatten(0, (-1, 2)), image
 
 
 def to_grid(image: Tensor, view: View) -> Tensor:
@@ -98,7 +105,7 @@ def to_grid(image: Tensor, view: View) -> Tensor:
 
 @torch.inference_mode()
 def encode_scan(
-    model: CodecModel,
+    reporter: Reporter,
     kspace: Tensor,
     mask: Tensor,
     view: View,
@@ -108,20 +115,23 @@ def encode_scan(
     """Tokens and magnitude pictures of a scan, a batch of slices after the other.
 
     Args:
+        reporter: whose codec makes the tokens, of mirror images, too, if it reads them.
         kspace: complex `[slices, coils, H, W]`, zero outside the mask, bool `[W]`.
         view: see `View`.
         progress: called with the number of slices just encoded.
 
-    Yields: tokens `[B, N, D]` on the model's device, and float32 `[B, *GRID]` on the CPU, the
+    Yields: tokens as of `encode` on the model's device, and float32 `[B, *GRID]` on the CPU, the
         brightest pixel of the zero-filled scan 1.
     """
+    model = reporter.model
     device = next(model.parameters()).device
     calibration = calibration_columns(mask).to(device)
     mask = mask.to(device)
     scale = volume_scale(kspace, mask)
     for part in kspace.split(batch_size):
         part = part.to(device, torch.complex64)
-        tokens, image = encode(model, part, mask, calibration, scale.expand(len(part)), view)
+        inputs = (part, mask, calibration, scale.expand(len(part)))
+        tokens, image = encode(model, *inputs, view, reporter.mirrored)
         yield tokens, rss(image).float().cpu()
         if progress is not None:
             progress(len(part))

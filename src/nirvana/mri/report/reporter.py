@@ -88,12 +88,21 @@ class Reporter:
         tokenizer: its backbone's.
         threshold: probability of a finding from which on one is reported.
         wording: of the reports, an index in `grammar.WORDINGS`.
+        mirrored: every slice is read twice, as it is and as its mirror image, in which the sides
+            are the other ones, and the probabilities are averaged; `encode` makes the tokens.
 
     Raises:
         InputError: for a codec without a backbone, which has no words.
     """
 
-    def __init__(self, model: CodecModel, tokenizer: Any, threshold: float = 0.5, wording: int = 0):
+    def __init__(
+        self,
+        model: CodecModel,
+        tokenizer: Any,
+        threshold: float = 0.5,
+        wording: int = 0,
+        mirrored: bool = False,
+    ):
         if model.backbone is None:
             raise InputError("a codec without a backbone writes no reports")
         self.model = model
@@ -102,28 +111,30 @@ class Reporter:
         self.targets = ReportTargets(tokenizer)
         self.threshold = threshold
         self.wording = wording
+        self.mirrored = mirrored
 
     @torch.inference_mode()
     def findings(self, tokens: Tensor, wording: int | None = None) -> list[float]:
-        """Probability of a finding in each of the image tokens `[B, N, D]`; the first step of
-        `read`."""
+        """Probability of a finding in each slice, of tokens as in `read`, whose first step it
+        is."""
         wording = self.wording if wording is None else wording
         options = [[NORMAL, *_alternatives(ANY, "count")]] * len(tokens)
-        rows = self._compare(self._start(tokens), options, "count", wording)
+        rows = self._compare(*self._start(tokens), options, "count", wording)
         return [1 - row[0] for row in rows]
 
     @torch.inference_mode()
     def read(self, tokens: Tensor, wording: int | None = None) -> list[Reading]:
-        """Readings of image tokens `[B, N, D]` in a wording.
+        """Readings of image tokens `[B, N, D]` in a wording, or of `[B, 2, N, D]`, each slice's and
+        its mirror image's.
 
         Fact by fact in the order of the wording: the alternatives are written out, each from the
         beginning to the word after the fact, and their likelihoods made probabilities. Without a
         finding the alternative is the whole sentence that says so.
         """
         wording = self.wording if wording is None else wording
-        cache = self._start(tokens)
+        cache, views = self._start(tokens)
         options = [[NORMAL, *_alternatives(ANY, "count")]] * len(tokens)
-        rows = self._compare(cache, options, "count", wording)
+        rows = self._compare(cache, views, options, "count", wording)
         finding = [1 - row[0] for row in rows]
         rows = [[p / max(sum(row[1:]), 1e-300) for p in row[1:]] for row in rows]
         decided = [ANY] * len(tokens)
@@ -131,7 +142,7 @@ class Reporter:
         for slot in (slot for slot, _ in pieces(ANY, wording) if slot is not None):
             if slot != "count":
                 options = [_alternatives(facts, slot) for facts in decided]
-                rows = self._compare(cache, options, slot, wording)
+                rows = self._compare(cache, views, options, slot, wording)
             for i, row in enumerate(rows):
                 tables[i][slot] = dict(zip(CHOICES[slot], row, strict=True))
                 best = max(CHOICES[slot], key=tables[i][slot].__getitem__)
@@ -147,9 +158,10 @@ class Reporter:
 
     @torch.inference_mode()
     def write(self, tokens: Tensor, max_tokens: int = 64) -> list[str]:
-        """What the model writes by itself after image tokens `[B, N, D]`: the most probable token,
-        again and again, until the text ends."""
-        cache = self._start(tokens)
+        """What the model writes by itself after image tokens, as in `read`, of the slices as they
+        are: the most probable token, again and again, until the text ends."""
+        tokens = tokens if tokens.dim() == 3 else tokens[:, 0]
+        cache, _ = self._start(tokens)
         ids = torch.full((len(tokens), 1), self.targets.before[-1], device=tokens.device)
         written = []
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -166,9 +178,12 @@ class Reporter:
             text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         ]
 
-    def _start(self, tokens: Tensor) -> DynamicCache:
-        """The cache after start, image, end and what stands before a report but its last token."""
+    def _start(self, tokens: Tensor) -> tuple[DynamicCache, int]:
+        """The cache after start, image, end and what stands before a report but its last token;
+        and of how many views of every slice, one after the other."""
         specialist = self.model.specialist
+        views = 1 if tokens.dim() == 3 else tokens.shape[1]
+        tokens = tokens.flatten(0, -3)
         B = len(tokens)
         words = torch.tensor([self.targets.before[:-1]], device=tokens.device)
         embeds = torch.cat(
@@ -182,13 +197,20 @@ class Reporter:
         )
         cache = DynamicCache(config=self.backbone.config)
         self.backbone.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-        return cache
+        return cache, views
 
     def _compare(
-        self, cache: DynamicCache, options: list[list[Facts]], slot: str, wording: int
+        self,
+        cache: DynamicCache,
+        views: int,
+        options: list[list[Facts]],
+        slot: str,
+        wording: int,
     ) -> list[list[float]]:
-        """Probabilities of alternatives that differ in one fact, for each slice."""
-        texts = [self._beginning(facts, slot, wording) for row in options for facts in row]
+        """Probabilities of alternatives that differ in one fact, for each slice, the mean over its
+        views; in the second of them the sides are the other ones."""
+        asked = [row if view == 0 else _mirrored(row) for row in options for view in range(views)]
+        texts = [self._beginning(facts, slot, wording) for row in asked for facts in row]
         longest = max(map(len, texts))
         padded = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
         length = torch.tensor([len(text) for text in texts])
@@ -197,14 +219,14 @@ class Reporter:
         ids = F.pad(padded[:, :-1], (1, 0), value=self.targets.before[-1])
         each = len(options[0])
         branches = copy.deepcopy(cache)
-        rows: Any = torch.arange(len(options), device=device).repeat_interleave(each)
+        rows: Any = torch.arange(len(asked), device=device).repeat_interleave(each)
         branches.reorder_cache(rows)
         logits = self.backbone(input_ids=ids, past_key_values=branches, use_cache=True).logits
         likelihood = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
         # What follows the end of a shorter alternative changes nothing before it.
         counted = torch.arange(longest, device=device) < length[:, None]
-        total = (likelihood * counted).sum(1).view(len(options), each)
-        return total.double().softmax(1).tolist()
+        total = (likelihood * counted).sum(1).view(len(options), views, each)
+        return total.double().softmax(-1).mean(1).tolist()
 
     def _beginning(self, facts: Facts, slot: str, wording: int) -> list[int]:
         """Tokens of a report up to the one after a fact, which tells that the fact is complete; of
@@ -227,12 +249,20 @@ def _alternatives(facts: Facts, slot: str) -> list[Facts]:
     return [replace(facts, **{slot: value}) for value in CHOICES[slot]]
 
 
+def _mirrored(row: list[Facts]) -> list[Facts]:
+    """The same of the mirror image."""
+    other: dict[str, str] = dict(zip(SIDES, reversed(SIDES), strict=True))
+    return [
+        facts if facts.side is None else replace(facts, side=other[facts.side]) for facts in row
+    ]
+
+
 def save_reporter(
     reporter: Reporter, folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> None:
     """Writes the codec (`save_codec`) and, last, what makes it one that writes reports."""
     save_codec(reporter.model, folder, dtype)
-    about = {"threshold": reporter.threshold, "wording": reporter.wording}
+    about = {name: getattr(reporter, name) for name in ("threshold", "wording", "mirrored")}
     write_json(Path(folder) / ABOUT, about)
 
 
@@ -255,6 +285,7 @@ def load_reporter(name: str | Path, device: str | torch.device = "cpu") -> Repor
     try:
         saved = json.loads(about.read_text(encoding="utf-8"))
         threshold, wording = float(saved["threshold"]), int(saved["wording"])
+        mirrored = bool(saved["mirrored"])
         pieces(NORMAL, wording)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -265,4 +296,4 @@ def load_reporter(name: str | Path, device: str | torch.device = "cpu") -> Repor
     model = load_codec(folder, device)
     if model.backbone is None:
         raise InputError(f"the codec in {folder} has no backbone, which would write reports")
-    return Reporter(model, load_tokenizer(model.config.weights), threshold, wording)
+    return Reporter(model, load_tokenizer(model.config.weights), threshold, wording, mirrored)
