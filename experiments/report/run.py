@@ -47,8 +47,8 @@ HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the tes
 class Study:
     """Sizes of the study."""
 
-    see_steps: int = 12000
-    tell_steps: int = 8000
+    see_steps: int = 9000
+    tell_steps: int = 5000
     batch_size: int = 64
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
@@ -144,6 +144,7 @@ def config_of(
             words_weight=0.0 if seeing else 1.0,
             place_weight=study.place_weight,
             image_weight=10.0 if cascades else 0.0,
+            keep_image=not seeing,
             start=start,
             valid=of_role(heads, "valid"),
             valid_slices=min(256, study.samples),

@@ -1,6 +1,7 @@
 """Training on reports: what is learned from what, draws of slices, and one run after another."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,28 @@ def test_facts_are_asked_of_those_that_have_them():
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
     assert not logits.grad[:, 2:].any()
+
+
+def test_an_image_that_is_kept_learns_nothing(tmp_path):
+    """Neither its cascades nor its sensitivities; the encoder after it does, and a run that is
+    resumed has them from where it began."""
+    cascades = replace(config_of(tmp_path, "", 4).codec, encoder_cascades=1)
+    first = replace(config_of(tmp_path, "see", 4, words_weight=0.0), codec=cascades)
+    assert train_reporter(first).finished
+    second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"), keep_image=True)
+    run = replace(second.run, checkpoint_interval=2)
+    second = replace(second, codec=cascades, run=run)
+    assert train_reporter(second).finished
+    before, after = (
+        load_reporter(tmp_path / name / "model").model.state_dict() for name in ("see", "tell")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in moved} == {"encoder", "specialist"}
+    shutil.rmtree(tmp_path / "tell" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "tell" / "model")
+    assert train_reporter(second, resume=True).finished
+    again = load_reporter(tmp_path / "tell" / "model").model.state_dict()
+    assert all(torch.equal(again[name], after[name]) for name in after)
 
 
 @pytest.mark.parametrize("apart", [True, False])

@@ -42,12 +42,14 @@ class Learner(nn.Module):
         codec: what learns.
         apart: the reports' gradient ends at the combined image: it is noise to the cascades before
             it, next to what the image's own error tells them.
+        kept: nothing learns before that image.
     """
 
-    def __init__(self, codec: CodecModel, apart: bool):
+    def __init__(self, codec: CodecModel, apart: bool, kept: bool = False):
         super().__init__()
         self.codec = codec
         self.apart = apart
+        self.kept = kept
         width = codec.encoder.projection.out_features
         self.place = nn.Linear(width, 1)
         nn.init.constant_(self.place.bias, RARE)
@@ -61,7 +63,8 @@ class Learner(nn.Module):
         self, kspace: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor
     ) -> LearnerOutput:
         """Arguments as in `ReportBatch`."""
-        image = self.codec.see(kspace, mask, calibration, scale).image
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.kept):
+            image = self.codec.see(kspace, mask, calibration, scale).image
         encoder, fine = self.codec.encoder, None
         read = image.detach() if self.apart else image
         if isinstance(encoder.patches, ConvolutionalStem):

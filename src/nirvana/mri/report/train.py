@@ -51,6 +51,7 @@ class ReportSection:
     facts_weight: float = 1.0  # of the cross-entropy of the facts, asked of the tokens' mean
     image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens, from
     # which alone its cascades then learn; 0: they learn from the reports
+    keep_image: bool = False  # what is before that image stays as it is, and a step takes less time
     start: str = ""  # folder of a run whose encoder this one begins with; their backbones may be
     # of other kinds, of the same width
     valid: list[str] = field(default_factory=list)  # subjects to validate on
@@ -112,16 +113,24 @@ class ReportTask(Task):
             raise InputError("codec.backbone = 'none' has no words; reports need a language model")
         self.tokenizer: Any = load_tokenizer(config.codec.weights)
         self.targets = ReportTargets(self.tokenizer)
-        apart = config.data.image_weight > 0
-        self.learner = Learner(CodecModel(config.codec, backbone), apart).to(device)
+        apart, kept = config.data.image_weight > 0, config.data.keep_image
+        self.learner = Learner(CodecModel(config.codec, backbone), apart, kept).to(device)
         self.model: nn.Module = self.learner
         self.units_per_step = config.data.batch_size * config.optim.accumulation
         self.drawn: tuple[int, list[ReportBatch]] = (-1, [])  # the last draw, and its number
         self._losses_of: dict[int, Callable[..., tuple[Tensor, ...]]] = {}
 
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The encoder's parameters, the start and end vectors, and the unit of places; what comes
-        after the backbone stays as it is."""
+        """The encoder's parameters, the start and end vectors, and the units of the aids; what
+        comes before the combined image unless it is kept."""
+        kept = ("codec.sensitivities.", "codec.encoder_cascades.")
+        learning = self._encoding()
+        if not self.config.data.keep_image:
+            return learning
+        return ((name, p) for name, p in learning if not name.startswith(kept))
+
+    def _encoding(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """All but what comes after the backbone, and that itself."""
         later = ("codec.decoder.", "codec.image_cascades.")
         return (
             (name, p)
@@ -138,10 +147,10 @@ class ReportTask(Task):
             found = latest(start)
             if found is None:
                 raise InputError(f"data.start = {start!r}: there is no checkpoint")
-            around = [p for name, p in self.trainable() if name.startswith("codec.specialist.")]
+            around = [p for name, p in self._encoding() if name.startswith("codec.specialist.")]
             own = [p.detach().clone() for p in around]
             try:
-                restore(found, self.model, self.trainable())
+                restore(found, self.model, self._encoding())
             except InputError as error:
                 raise InputError(f"data.start = {start!r} has another encoder: {error}") from error
             with torch.no_grad():
