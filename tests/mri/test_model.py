@@ -211,6 +211,15 @@ def test_the_convolutional_stem_does_not_see_the_phase():
     assert not image.grad.isnan().any()
 
 
+def test_the_stem_is_as_loud_as_the_positions():
+    """However bright the image and large its weights."""
+    stem = ConvolutionalStem(16)
+    with torch.no_grad():
+        stem.gather.weight.mul_(100)
+    vectors = stem(torch.randn(2, 2, 48, 64))
+    torch.testing.assert_close(vectors.square().mean(1), torch.ones(2, 3, 4), atol=1e-3, rtol=0)
+
+
 def test_a_place_also_sees_the_one_opposite():
     opposite = Opposite(8)
     x = torch.randn(1, 8, 12, 20)

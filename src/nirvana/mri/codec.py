@@ -248,7 +248,9 @@ class ConvolutionalStem(nn.Module):
 
     They read the magnitude: a smooth phase, which means nothing here, would have to be unlearned.
     Each image is normalised alone; with batch normalisation a slice's tokens would depend on the
-    slices trained beside it.
+    slices trained beside it. The vectors are normalised at last: sums of many rectified maps are
+    twenty times as loud as the positions that a ViT adds to them, and what it does not hear of
+    those is on which side a thing lies.
 
     Attributes:
         fine_channels: of the map of a quarter of the resolution.
@@ -262,6 +264,7 @@ class ConvolutionalStem(nn.Module):
         self.back = nn.ModuleList(Merge(b, a) for a, b in pairwise(channels[1:]))
         self.opposite = nn.ModuleList(Opposite(a) for a in channels[1:])
         self.gather = nn.Conv2d(channels[1], dim, 4, stride=4)
+        self.norm = nn.LayerNorm(dim)
 
     def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """A map of a quarter of the resolution, `[B, fine_channels, H/4, W/4]`, and the stem's
@@ -276,7 +279,8 @@ class ConvolutionalStem(nn.Module):
         at_quarter, at_eighth, at_deepest = self.opposite
         deepest = at_deepest(deepest)
         fine = at_quarter(to_quarter(at_eighth(to_eighth(deepest, eighth)), quarter))
-        return fine, deepest + self.gather(fine)
+        vectors = self.norm((deepest + self.gather(fine)).movedim(1, -1))
+        return fine, vectors.movedim(-1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.maps(image)[1]
