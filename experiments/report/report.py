@@ -31,11 +31,17 @@ simulated (`nirvana.mri.lesions`) in slices of real heads, scanned by the simula
 coils, phase and noise, and read by the frozen backbone through the trained k-space encoder
 ({see_steps:,} and {tell_steps:,} steps of {batch_size} slices). Test persons, and wordings 4 and 5,
 were in no training; the threshold of a finding was chosen on the validation persons at 4x, for each
-wording. Three earlier trainings were judged on these test persons, and slices of two of them were
-left out after looking at what had been found there. "Normal" means that no lesion was simulated in
+way of reading. Four earlier trainings were judged on these test persons, and slices of two of them
+were left out after looking at what had been found there. "Normal" means that no lesion was simulated in
 a slice where none is known or seen: what is too small for that may be "hallucinated" here, so
 figures are given by person, too. This is research software, not for diagnosis; simulated lesions
 are no proof of what it does on patients.
+
+The backbones beside the first share its encoder as it was when it had learned to see, and each has
+it learn anew to make it write. `nirvana-without-trigger` is the same language model none of whose
+Triggers takes its step; `transformer` and `gated_deltanet` have random weights, since no trained
+ones of this size are packaged. A model that gives every slice the same probability finds something
+everywhere.
 
 Persons tested: {persons}. Intervals are 95 % bootstrap intervals over slices, each of which comes
 in several samples; slices of one person are not independent, so they are too narrow for a statement

@@ -47,8 +47,8 @@ HALLUCINATED = 0.02  # of the validation's normals, to stay below 5 % in the tes
 class Study:
     """Sizes of the study."""
 
-    see_steps: int = 9000
-    tell_steps: int = 5000
+    see_steps: int = 8000
+    tell_steps: int = 4000
     batch_size: int = 64
     samples: int = 1000  # of every cell
     curve: int = 400  # of every contrast and acceleration
