@@ -29,7 +29,7 @@ from recipe import configuration, overrides, write_shards
 from torch.cuda import nccl
 
 from nirvana import ops
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.files import write_json
 from nirvana.train.config import LanguageConfig, load_config
 
@@ -377,9 +377,6 @@ if __name__ == "__main__":
     # As from the keyboard: processes end, and gigabytes of temporary files go.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
-        run(*parse(sys.argv[1:]))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        script(lambda: run(*parse(sys.argv[1:])))
     except (GateError, ChildProcessError) as error:
         sys.exit(str(error))

@@ -11,14 +11,13 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from recipe import configuration, overrides, write_shards
 
-from nirvana.errors import InputError
+from nirvana.errors import script
 from nirvana.files import write_json
 from nirvana.train.language import train
 
@@ -74,8 +73,4 @@ def summarize(metrics: Path, steps: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    script(main)

@@ -4,9 +4,7 @@ import fcntl
 import json
 import lzma
 import os
-import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,6 @@ from nirvana.files import atomic_folder, sha256
 HERE = Path(__file__).parent
 FOLDER = HERE / "data"
 RESULTS = HERE / "results.jsonl"
-
-
-def script(main: Callable[[], int | None]) -> None:
-    """Runs a program; what its user did wrong is one line and exit code 2."""
-    try:
-        sys.exit(main() or 0)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def load_data(folder: Path) -> tuple[Path, dict[str, Any], str]:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from arms import DOMAINS
-from common import FOLDER, script
+from common import FOLDER
 
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import make_niah
 from nirvana.evaluate.tasks import TASKS, answer_tokens, answers, task_file

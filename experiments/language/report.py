@@ -14,11 +14,12 @@ import numpy as np
 import wording
 from arms import ABLATIONS, ARMS, DESCRIPTIONS, DOMAINS, REFERENCE, SETTINGS
 from bootstrap import RESAMPLES, Interval
-from common import RESULTS, read_results, script
+from common import RESULTS, read_results
 from figures import draw_gates
 from probe import DOCUMENTS
 from results import Results, domains_of, has_text, probe, recall, task, text
 
+from nirvana.errors import script
 from nirvana.files import atomic_file
 
 OUT = Path(__file__).parents[2] / "docs/evidence-language.md"

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from arms import ABLATIONS, ARMS, DOMAINS, PEERS, REFERENCE, SETTINGS, SIZES, Budget, parameters
-from common import FOLDER, RESULTS, append_result, load_data, read_results, script
+from common import FOLDER, RESULTS, append_result, load_data, read_results
 from study import run
 
 from nirvana.bench.measure import environment
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.train.world import choose_device
 
 SEEDS = (0, 1, 2)

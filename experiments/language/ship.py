@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from arms import DOMAINS
 from bootstrap import Interval, Stratum, interval
-from common import script
 
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import FileScore, byte_entropy, read_files
 from nirvana.files import atomic_folder, replaceable_folder
 from nirvana.model.assets import load_language_model

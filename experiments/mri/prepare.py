@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nirvana.errors import script
 from nirvana.files import atomic_file
 from nirvana.mri.io import read_spacing, read_volume
 
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

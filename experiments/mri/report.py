@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
+from nirvana.errors import InputError, script
 from nirvana.files import atomic_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -64,8 +65,16 @@ that the budget lists; p: two-sided paired Wilcoxon test against `{reference}`.
 
 
 def read(path: Path) -> list[Line]:
-    """The finished arms."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """The finished arms.
+
+    Raises:
+        InputError: for a file that cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return [json.loads(line) for line in lines if line]
 
 
 def by_volume(lines: list[Line], group: str, mask: str, metric: str) -> dict[str, dict[str, float]]:
@@ -240,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -24,8 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from nirvana.errors import InputError, script
 from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
 from nirvana.mri.data import SlicePool
+from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.metrics import head_mask, score
 from nirvana.mri.model import CodecModel, load_codec, save_codec
 from nirvana.mri.physics import Sampling, calibration_width, fft2c, ifft2c, rss
@@ -295,7 +297,12 @@ def main() -> None:
     if any((line["arm"], line["seed"]) == (options.arm, options.seed) for line in done):
         print(f"{options.arm}, seed {options.seed}: done already, see {results}")
         return show(done)
-    archive = np.load(options.data, allow_pickle=False)
+    try:
+        archive = np.load(options.data, allow_pickle=False)
+    except UNREADABLE as error:
+        raise InputError(
+            f"{options.data} cannot be read, make it with prepare.py: {error}"
+        ) from error
     line: dict[str, Any] = {"arm": options.arm, "seed": options.seed}
     line["commit"] = options.commit or commit()
     line["torch"] = torch.__version__
@@ -343,4 +350,4 @@ if __name__ == "__main__":
         "--tiny", action="store_true", help="a minute on any machine, to try it out"
     )
     options = parser.parse_args()
-    main()
+    script(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from nirvana.errors import script
 from nirvana.mri.io import read_affine, read_spacing, read_volume
 from nirvana.mri.lobes import brain_mask, distance, frame_of
 from nirvana.mri.report.heads import SLAB, join_heads, save_heads, slices_of
@@ -114,4 +115,4 @@ def spotted(path: Path, changed: Path) -> list[tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

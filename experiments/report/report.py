@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.files import atomic_file
 from nirvana.mri.report.grammar import Facts, parse, write
 from nirvana.mri.report.score import FACTS, bootstrap, flat, majority, most_frequent, score
@@ -32,10 +32,10 @@ coils, phase and noise, and read by the frozen backbone through the trained k-sp
 ({see_steps:,} and {tell_steps:,} steps of {batch_size} slices). Test persons, and wordings 4 and 5,
 were in no training; the threshold of a finding was chosen on the validation persons at 4x, for each
 way of reading. Four earlier trainings were judged on these test persons, and slices of two of them
-were left out after looking at what had been found there. "Normal" means that no lesion was simulated in
-a slice where none is known or seen: what is too small for that may be "hallucinated" here, so
-figures are given by person, too. This is research software, not for diagnosis; simulated lesions
-are no proof of what it does on patients.
+were left out after looking at what had been found there. "Normal" means that no lesion was
+simulated in a slice where none is known or seen: what is too small for that may be "hallucinated"
+here, so figures are given by person, too. This is research software, not for diagnosis; simulated
+lesions are no proof of what it does on patients.
 
 The backbones beside the first share its encoder as it was when it had learned to see, and each has
 it learn anew to make it write. `nirvana-without-trigger` is the same language model none of whose
@@ -286,4 +286,4 @@ def shown(
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, write_json
 from nirvana.mri.codec import CodecConfig
 from nirvana.mri.lesions import LesionSettings
@@ -349,4 +349,4 @@ def best_threshold(present: list[bool], finding: list[float]) -> dict[str, float
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

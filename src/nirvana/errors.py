@@ -1,4 +1,7 @@
-"""The one exception that means: what the user handed in is wrong."""
+"""The one exception that means: what the user handed in is wrong; and programs that tell it."""
+
+import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -7,3 +10,13 @@ class InputError(ValueError):
     The command line prints it and exits with code 2; every other exception is our own fault
     and keeps its traceback.
     """
+
+
+def script(main: Callable[[], int | None]) -> None:
+    """Runs a program beside the command line, and exits: 2 after an `InputError`, told in one line,
+    else with the code that it returns, 0 for None."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

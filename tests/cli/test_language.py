@@ -167,6 +167,7 @@ def test_generate_repeats_itself_for_the_same_seed(run, model):
     [
         ("generate MODEL --prompt=", "--prompt is empty"),
         ("generate MODEL --prompt=a --top-p 0", "--top-p = 0.0 must be"),
+        ("generate MODEL --prompt=a --seed 99999999999999999999", "'--seed'"),
         ("generate MODEL --prompt=a --temperature -1", "--temperature = -1.0 must be"),
         ("generate MODEL --prompt=a --max-new-tokens 0", "--max-new-tokens = 0 must be"),
         ("generate MODEL --prompt=a --device gpu", "'gpu' cannot be used"),

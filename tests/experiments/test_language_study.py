@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import score_documents
 from nirvana.evaluate.tasks import TASKS
 
@@ -203,7 +203,7 @@ def test_what_the_user_did_wrong_is_one_line(study, run, tmp_path, monkeypatch, 
         run("--arm", "task-128")
     monkeypatch.setattr(sys, "argv", ["run.py", "--data", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        study("common").script(study("run").main)
+        script(study("run").main)
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,8 @@ from nirvana.files import writable_file
 
 WIDTH = 160
 """Columns of a table in a file or a pipe, which have no width of their own."""
+SEEDS: dict[str, Any] = {"min": 0, "max": 2**62}
+"""What generators take, and some more that are counted from there."""
 
 
 def output() -> Console:

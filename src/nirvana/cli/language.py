@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nirvana.cli.console import SEEDS
 from nirvana.errors import InputError
 
 data_app = typer.Typer(help="Text to token shards.", no_args_is_help=True)
@@ -100,7 +101,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from so much of the probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.", **SEEDS)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Continues a text, token by token as they come."""

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nirvana.cli.console import JsonOption, output
+from nirvana.cli.console import SEEDS, JsonOption, output
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, replaceable_folder, write_json
 
@@ -56,7 +56,7 @@ def simulate(
     out: Annotated[Path, typer.Option(help="HDF5 file to write, as fastMRI's.")],
     coils: CoilsOption = 8,
     noise: NoiseOption = None,
-    seed: Annotated[int, typer.Option(help="Of contrast, phase, coils and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of contrast, phase, coils and noise.", **SEEDS)] = 0,
 ) -> None:
     """Makes a fully sampled multi-coil scan of an image volume."""
     from nirvana.mri.io import write_scan
@@ -77,7 +77,9 @@ def reconstruct(
     kind: KindOption = "equispaced",
     acceleration: AccelerationOption = 4.0,
     center_fraction: CenterOption = 0.08,
-    seed: Annotated[int, typer.Option(help="Of the mask; a folder's next scan has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the mask; a folder's next scan has the next.", **SEEDS)
+    ] = 0,
     coils: CoilsOption = 8,
     noise: NoiseOption = None,
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 4,
@@ -244,7 +246,9 @@ def evaluate(
     kind: KindOption = "equispaced",
     acceleration: AccelerationOption = 4.0,
     center_fraction: CenterOption = 0.08,
-    seed: Annotated[int, typer.Option(help="Of the first volume; the next has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the first volume; the next has the next.", **SEEDS)
+    ] = 0,
     coils: CoilsOption = 8,
     noise: NoiseOption = None,
     slices: Annotated[int, typer.Option(help="Middle slices to use; 0 takes all.")] = 0,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nirvana.cli.console import SEEDS
 from nirvana.cli.mri import (
     FORMATS,
     AccelerationOption,
@@ -56,7 +57,9 @@ def report(
     kind: KindOption = "equispaced",
     acceleration: AccelerationOption = 4.0,
     center_fraction: CenterOption = 0.08,
-    seed: Annotated[int, typer.Option(help="Of the mask and of a volume's simulation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the mask and of a volume's simulation.", **SEEDS)
+    ] = 0,
     coils: CoilsOption = 8,
     noise: NoiseOption = None,
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 4,
