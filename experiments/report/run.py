@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbones", nargs="+", default=[CodecConfig().backbone])
     parser.add_argument("--weights", default=CodecConfig().weights)
+    parser.add_argument("--start", default="", help="a reporter whose encoder learns on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--toy", action="store_true", help="the same at a size for a test")
@@ -96,13 +97,14 @@ def main(arguments: list[str] | None = None) -> None:
     study = replace(TOY if given.toy else Study(), **asked)
     heads = load_heads(given.heads)
     first = Path(given.backbones[0]).name
-    write_json(given.out / "study.json", {"model": first, **vars(study)})
+    write_json(given.out / "study.json", {"model": first, "start": given.start, **vars(study)})
     for name, backbone, cascades in models(given.backbones, study):
         seen = given.out / f"see-{cascades}"
-        for folder, start in ((seen, ""), (given.out / name / "tell", str(seen))):
+        for folder, seeing in ((seen, True), (given.out / name / "tell", False)):
             if (folder / "model" / "report.json").is_file():
                 continue
-            config = config_of(study, given, heads, folder, start, backbone, cascades)
+            start = given.start if seeing else str(seen)
+            config = config_of(study, given, heads, folder, seeing, start, backbone, cascades)
             outcome = train_reporter(config, resume=True)
             if not outcome.finished:
                 return  # interrupted; what there is goes on next time
@@ -122,13 +124,13 @@ def config_of(
     given: argparse.Namespace,
     heads: Heads,
     folder: Path,
+    seeing: bool,
     start: str,
     backbone: str,
     cascades: int,
 ) -> ReportConfig:
-    """What is trained into a folder: seeing, or telling, which starts from what has been seen."""
+    """What is trained into a folder: seeing, or telling."""
     codec: Any = {"backbone": backbone, "weights": given.weights}
-    seeing = not start
     steps = study.see_steps if seeing else study.tell_steps
     lr = study.see_lr if seeing else study.tell_lr
     return ReportConfig(

@@ -197,8 +197,26 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     assert train_reporter(second).finished
 
 
+def test_a_training_begins_with_a_codec(tmp_path):
+    """With what encodes alone, and any that has it; the packaged reporter has another one here."""
+    first = config_of(tmp_path, "see", 4, words_weight=0.0)
+    assert train_reporter(first).finished
+    folder = tmp_path / "see" / "model"
+    trained = load_reporter(folder).model
+    task = ReportTask(config_of(tmp_path, "run", 4, start=str(folder)), torch.device("cpu"))
+    own = task.learner.codec.specialist.start.detach().clone()
+    task.prepare(World(torch.device("cpu")), compiled=False)
+    for part in ("encoder", "sensitivities", "encoder_cascades"):
+        wanted = getattr(trained, part).state_dict()
+        found = getattr(task.learner.codec, part).state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert torch.equal(task.learner.codec.specialist.start, own)
+    with pytest.raises(InputError, match=r"data.start = 'reporter'.* has another encoder"):
+        train_reporter(config_of(tmp_path, "run", 4, start="reporter"))
+
+
 def test_a_start_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"data.start = .*nowhere.*: there is no checkpoint"):
+    with pytest.raises(InputError, match=r"data.start = .*nowhere.*: no MRI reporter"):
         train_reporter(config_of(tmp_path, "run", 4, start=str(tmp_path / "nowhere")))
 
 

@@ -231,6 +231,18 @@ def save_codec(model: CodecModel, folder: str | Path, dtype: torch.dtype = torch
         save_file(state, temporary / "model.safetensors")
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a codec's folder, its backbone's not among them.
+
+    Raises:
+        InputError: for what cannot be read.
+    """
+    try:
+        return load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder}/model.safetensors cannot be read: {error}") from error
+
+
 def load_codec(name: str | Path = "codec", device: str | torch.device = "cpu") -> CodecModel:
     """A codec, in eval mode, with its backbone.
 
@@ -247,10 +259,7 @@ def load_codec(name: str | Path = "codec", device: str | torch.device = "cpu") -
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{folder}/config.json does not describe an MRI codec: {error}") from error
     config = from_dict(CodecConfig, described, f"{folder}/config.json")
-    try:
-        state = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder}/model.safetensors cannot be read: {error}") from error
+    state = read_weights(folder)
     backbone = load_backbone(config.backbone, config.weights)
     if backbone is not None and fingerprint(backbone) != expected_backbone:
         raise InputError(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
+from nirvana.model.assets import resolve
 from nirvana.model.backbone import load_backbone, load_tokenizer
 from nirvana.mri.codec import CodecConfig
 from nirvana.mri.data import choice, micro_batch_generator
 from nirvana.mri.graphs import capture_training
 from nirvana.mri.lesions import LesionSettings
 from nirvana.mri.lobes import SIDES
-from nirvana.mri.model import CodecModel
+from nirvana.mri.model import CodecModel, read_weights
 from nirvana.mri.physics import MaskKind, Sampling
 from nirvana.mri.report.grammar import WORDINGS
 from nirvana.mri.report.heads import Heads, load_heads
@@ -31,6 +32,8 @@ from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
 from nirvana.train.loop import Outcome, fit
 from nirvana.train.task import Task
 from nirvana.train.world import World, join
+
+AROUND = "codec.specialist."  # parameters around the tokens
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class ReportSection:
     image_weight: float = 1.0  # of the mean absolute error of the image behind the tokens, from
     # which alone its cascades then learn; 0: they learn from the reports
     keep_image: bool = False  # what is before that image stays as it is, and a step takes less time
-    start: str = ""  # folder of a run whose encoder this one begins with; their backbones may be
-    # of other kinds, of the same width
+    start: str = ""  # what this run begins with: the folder of another one, whose backbone may be
+    # of another kind, of the same width; or a codec that learned reports, "reporter" the packaged
     valid: list[str] = field(default_factory=list)  # subjects to validate on
     valid_slices: int = 256  # of them
 
@@ -139,23 +142,37 @@ class ReportTask(Task):
         )
 
     def prepare(self, world: World, compiled: bool) -> None:
-        """Begins with the encoder of another run, if one is given; not with what surrounds its
-        tokens, which must be as loud as this backbone's words."""
+        """Begins with another encoder, if one is given; not with what surrounds its tokens, which
+        must be as loud as this backbone's words."""
         super().prepare(world, compiled)
         start = self.config.data.start
-        if start:
-            found = latest(start)
+        if not start:
+            return
+        around = [p for name, p in self._encoding() if name.startswith(AROUND)]
+        own = [p.detach().clone() for p in around]
+        found = latest(start)
+        try:
             if found is None:
-                raise InputError(f"data.start = {start!r}: there is no checkpoint")
-            around = [p for name, p in self._encoding() if name.startswith("codec.specialist.")]
-            own = [p.detach().clone() for p in around]
-            try:
+                self._begin_with(resolve(start, "MRI reporter"))
+            else:
                 restore(found, self.model, self._encoding())
-            except InputError as error:
-                raise InputError(f"data.start = {start!r} has another encoder: {error}") from error
-            with torch.no_grad():
-                for parameter, value in zip(around, own, strict=True):
-                    parameter.copy_(value)
+        except InputError as error:
+            raise InputError(f"data.start = {start!r} cannot be begun with: {error}") from error
+        with torch.no_grad():
+            for parameter, value in zip(around, own, strict=True):
+                parameter.copy_(value)
+
+    def _begin_with(self, folder: Path) -> None:
+        """Takes the encoder of a codec's folder; the units of the aids begin anew."""
+        saved = read_weights(folder)
+        with torch.no_grad():
+            for name, parameter in self._encoding():
+                if not name.startswith("codec.") or name.startswith(AROUND):
+                    continue
+                value = saved.get(name.removeprefix("codec."))
+                if value is None or value.shape != parameter.shape:
+                    raise InputError(f"{folder} has another encoder: {name.removeprefix('codec.')}")
+                parameter.copy_(value)
 
     def batch(self, step: int, micro: int) -> ReportBatch:
         """Slices scanned and described as seed, step and micro batch say."""
