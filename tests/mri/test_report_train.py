@@ -216,7 +216,7 @@ def test_a_training_begins_with_a_codec(tmp_path):
 
 
 def test_a_start_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"data.start = .*nowhere.*: no MRI reporter"):
+    with pytest.raises(InputError, match=r"data.start = .*nowhere.*: there is no checkpoint"):
         train_reporter(config_of(tmp_path, "run", 4, start=str(tmp_path / "nowhere")))
 
 

@@ -315,6 +315,8 @@ def test_a_scan_is_encoded_slice_by_slice(reporter):
     images = torch.cat([image for _, image in parts])
     assert tokens.shape == (5, GRID[0] * GRID[1] // 256, 32)
     assert images.shape == (5, *GRID)
+    once = torch.cat([x for x, _ in encode_scan(reporter, kspace * mask, mask, view, 5)])
+    torch.testing.assert_close(tokens, once, atol=1e-4, rtol=1e-3)
     twice = Reporter(reporter.model, reporter.tokenizer, mirrored=True)
     pairs = torch.cat([x for x, _ in encode_scan(twice, kspace * mask, mask, view, 5)])
     torch.testing.assert_close(pairs[:, 0], tokens, atol=1e-4, rtol=1e-3)

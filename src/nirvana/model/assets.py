@@ -34,7 +34,7 @@ def resolve(name: str | Path, kind: str = "language model") -> Path:
     if PACKAGED.get(str(name)) == kind and not folder.is_dir():
         folder = packaged(str(name))
     elif not folder.exists():
-        names = [packaged for packaged, of_kind in PACKAGED.items() if of_kind == kind]
+        names = [each for each, of_kind in PACKAGED.items() if of_kind == kind]
         raise InputError(f"no {kind} {str(name)!r}: give a folder, or {' or '.join(names)}")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no {kind}: it has no config.json")

@@ -148,30 +148,33 @@ class ReportTask(Task):
         start = self.config.data.start
         if not start:
             return
+        found = latest(start)
+        if found is None:
+            return self._begin_with(start)
         around = [p for name, p in self._encoding() if name.startswith(AROUND)]
         own = [p.detach().clone() for p in around]
-        found = latest(start)
         try:
-            if found is None:
-                self._begin_with(resolve(start, "MRI reporter"))
-            else:
-                restore(found, self.model, self._encoding())
+            restore(found, self.model, self._encoding())
         except InputError as error:
-            raise InputError(f"data.start = {start!r} cannot be begun with: {error}") from error
+            raise InputError(f"data.start = {start!r} has another encoder: {error}") from error
         with torch.no_grad():
             for parameter, value in zip(around, own, strict=True):
                 parameter.copy_(value)
 
-    def _begin_with(self, folder: Path) -> None:
-        """Takes the encoder of a codec's folder; the units of the aids begin anew."""
-        saved = read_weights(folder)
+    def _begin_with(self, start: str) -> None:
+        """Takes the encoder of a codec; the units of the aids begin anew."""
+        where = f"data.start = {start!r}"
+        try:
+            saved = read_weights(resolve(start, "MRI reporter"))
+        except InputError as error:
+            raise InputError(f"{where}: there is no checkpoint, and {error}") from error
         with torch.no_grad():
             for name, parameter in self._encoding():
                 if not name.startswith("codec.") or name.startswith(AROUND):
                     continue
                 value = saved.get(name.removeprefix("codec."))
                 if value is None or value.shape != parameter.shape:
-                    raise InputError(f"{folder} has another encoder: {name.removeprefix('codec.')}")
+                    raise InputError(f"{where} has another encoder: {name} does not fit")
                 parameter.copy_(value)
 
     def batch(self, step: int, micro: int) -> ReportBatch:
