@@ -14,6 +14,7 @@ from nirvana.files import atomic_folder, sha256
 HERE = Path(__file__).parent
 FOLDER = HERE / "data"
 RESULTS = HERE / "results.jsonl"
+CANDIDATES = HERE / "candidates.jsonl"
 
 
 def load_data(folder: Path) -> tuple[Path, dict[str, Any], str]:

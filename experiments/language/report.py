@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import wording
 from arms import ABLATIONS, ARMS, DESCRIPTIONS, DOMAINS, REFERENCE, SETTINGS
-from bootstrap import RESAMPLES, Interval
-from common import RESULTS, read_results
+from bootstrap import RESAMPLES, Interval, Stratum, interval, minus
+from common import CANDIDATES, RESULTS, read_results
 from figures import draw_gates
 from probe import DOCUMENTS
 from results import Results, domains_of, has_text, probe, recall, task, text
@@ -29,16 +29,18 @@ WITHOUT = "hybrid-input"  # the nearest model without Trigger
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the study's tables.")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--candidates", type=Path, default=CANDIDATES)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     results = Results(read_results(options.results))
-    written = document(results, options.out.parent / "images")
+    candidates = read_results(options.candidates)
+    written = document(results, candidates, options.out.parent / "images")
     with atomic_file(options.out) as file:
         file.write_text(written, encoding="utf-8")
     print(f"{options.out}: {len(results.lines)} runs, {len(results.missing())} missing")
 
 
-def document(results: Results, images: Path) -> str:
+def document(results: Results, candidates: Sequence[dict[str, Any]], images: Path) -> str:
     """The whole page; figures are drawn into the folder `images`."""
     parts = [wording.HEAD.format(resamples=RESAMPLES)]
     if results.lines:
@@ -49,7 +51,7 @@ def document(results: Results, images: Path) -> str:
             if results.benchmarked(setting):
                 parts += [_recall(results, setting), _tasks(results, setting)]
         parts += [_ablations(results), _cost(results), _inside(results, images)]
-    parts.append(_missing(results))
+    parts += [_packaged(candidates), _missing(results)]
     return "\n".join(parts)
 
 
@@ -240,6 +242,31 @@ def _cost(results: Results) -> str:
             )
     head = ["arm", "runs", "tokens/s", "peak memory, GiB", "processes on the device", "device"]
     return wording.COST + _table(head, rows)
+
+
+def _packaged(candidates: Sequence[dict[str, Any]]) -> str:
+    """Each candidate beside the packaged model, document by document."""
+    parts = [wording.CANDIDATES] if candidates else []
+    for line in candidates:
+        sets: dict[str, list[tuple[Stratum, Stratum]]] = {}
+        for domain in DOMAINS:
+            found = line["domains"][domain]
+            weights = np.array(found["bytes"], float)
+            candidate, packaged = (
+                Stratum(np.array([found[name]]), weights) for name in ("candidate", "packaged")
+            )
+            sets[domain] = [(candidate, packaged)]
+        sets["mean"] = [pair for pairs in sets.values() for pair in pairs]
+        rows = []
+        for domain, pairs in sets.items():
+            candidate, packaged = (interval(part).show() for part in zip(*pairs, strict=True))
+            difference = interval([minus(*pair) for pair in pairs]).show(4, sign=True)
+            rows.append([domain, packaged, candidate, difference])
+        recipe = ", ".join(f"`{name} = {value}`" for name, value in line["model"].items())
+        tokens = f"{line['tokens'] / 1e6:.0f} M tokens"
+        parts.append(f"\n{recipe}; {tokens}, seed {line['seed']}, commit {line['commit']}:\n")
+        parts.append(_table(["domain", "packaged", "candidate", "difference"], rows))
+    return "".join(parts)
 
 
 def _inside(results: Results, images: Path) -> str:

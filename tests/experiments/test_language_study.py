@@ -165,7 +165,7 @@ def test_speed_is_told_by_runs_that_had_the_device_alone(study):
 
 
 def test_a_report_of_nothing_says_so(study, tmp_path):
-    page = study("report").document(study("results").Results([]), tmp_path)
+    page = study("report").document(study("results").Results([]), [], tmp_path)
     assert "nirvana/A/0, nirvana/A/1" in page
 
 
@@ -284,6 +284,24 @@ def test_the_packaged_models_folder(study, data, prepared, tmp_path):
     card = (tmp_path / "tiny/README.md").read_text()
     assert f"{total.bits_per_byte:.3f} (" in card
     assert "--model.hidden_size 16" in card
+    held = study("candidate").held
+    with pytest.raises(
+        InputError, match="trained on 256 tokens, the packaged model on 288,358,400"
+    ):
+        held(tmp_path / "run", data, 2, torch.device("cpu"))
+    settled = tmp_path / "run/config.json"
+    described = json.loads(settled.read_text())
+    described["run"]["steps"] = 288_358_400 // 128
+    settled.write_text(json.dumps(described))
+    line = held(tmp_path / "run", data, 2, torch.device("cpu")) | {"commit": "abc"}
+    law = line["domains"]["law"]
+    total = read_files(model, tokenizer, {"law": data / "text/law/valid.jsonl.xz"}, 2)["law"].total
+    assert sum(law["candidate"]) == pytest.approx(total.nats / np.log(2), rel=1e-4)
+    assert sum(law["packaged"]) < sum(law["candidate"])
+    page = study("report").document(study("results").Results([]), [line], tmp_path / "images")
+    difference = (sum(law["candidate"]) - sum(law["packaged"])) / sum(law["bytes"])
+    assert f"{difference:+.4f} (" in page
+    assert "`hidden_size = 16`" in page
     (tmp_path / "run/model/model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights"):
         ship(tmp_path / "run", data, tmp_path / "other", 2, torch.device("cpu"))

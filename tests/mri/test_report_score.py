@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nirvana.mri.report.grammar import NORMAL, SLOTS, VALUES, Facts, parse, write
-from nirvana.mri.report.score import FACTS, agree, auc, bootstrap, majority, score
+from nirvana.mri.report.score import (
+    FACTS,
+    agree,
+    auc,
+    best_threshold,
+    bootstrap,
+    majority,
+    score,
+)
 
 MASS = Facts(True, 1, "mass", "left", "frontal", 12, "hyperintense")
 reports = st.one_of(
@@ -108,3 +116,34 @@ def test_the_majority_report():
     other = replace(MASS, side="right", size=30)
     assert majority([MASS, MASS, other, NORMAL]) == MASS
     assert majority([MASS, NORMAL, NORMAL]) == NORMAL
+
+
+def test_the_threshold_weighs_f1_against_false_findings():
+    present = [True, True, True, True, False, False, False, False]
+    likely = [0.9, 0.8, 0.6, 0.3, 0.7, 0.2, 0.1, 0.1]
+    free = best_threshold(present, likely, 1.0)
+    assert free == {"threshold": 0.3, "f1": pytest.approx(8 / 9), "hallucination": 0.25}
+    strict = best_threshold(present, likely, 0.0)
+    assert strict == {"threshold": 0.8, "f1": pytest.approx(2 / 3), "hallucination": 0.0}
+    # One that is as sure of every slice cannot keep to the limit: its highest probability is told.
+    assert best_threshold(present, [0.5] * 8, 0.1)["threshold"] == 0.5
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=1, max_size=30), st.floats(0, 1)
+)
+def test_no_other_threshold_within_the_limit_is_better(slices, most):
+    present, likely = zip(*slices, strict=True)
+    chosen = best_threshold(present, likely, most)
+
+    def judged(threshold):
+        said = [p >= threshold for p in likely]
+        right = sum(s and t for s, t in zip(said, present, strict=True))
+        wrong = sum(said) - right
+        normals = len(present) - sum(present)
+        return 2 * right / (right + wrong + sum(present)), wrong / max(normals, 1)
+
+    f1, hallucination = judged(chosen["threshold"])
+    assert (chosen["f1"], chosen["hallucination"]) == pytest.approx((f1, hallucination))
+    within = [judged(t)[0] for t in likely if judged(t)[1] <= most]
+    assert f1 == pytest.approx(max(within)) if within else chosen["threshold"] == max(likely)

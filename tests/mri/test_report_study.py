@@ -11,6 +11,7 @@ from report_heads import drawn_heads
 
 from nirvana import InputError
 from nirvana.mri.report.heads import save_heads
+from nirvana.mri.report.score import best_threshold
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "report"
 
@@ -67,8 +68,14 @@ def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith("| oracle"))
     assert line.count("1.000 [1.000, 1.000]") == 3
     assert "| presence F1 | >= 0.90 |" in text
-    for words in ("no image", "shuffled", "majority", "zero-filled", "contrast 0.15"):
+    for words in ("no image", "shuffled", "majority", "zero-filled", "contrast 0.15", "| 1.0% |"):
         assert words in text
+    # The threshold that was read with is the one that the page's rule gives.
+    told = json.loads((out / "nirvana" / "reporter" / "report.json").read_text())["threshold"]
+    validation = json.loads((out / "nirvana" / "validation.json").read_text())
+    likely = validation["finding"]["wording 0"]
+    assert len(likely) == len(validation["present"]) == 6
+    assert told == best_threshold(validation["present"], likely, run.HALLUCINATED)["threshold"]
 
 
 def test_roles_must_be_there(tmp_path: Path) -> None:

@@ -215,6 +215,27 @@ def test_a_training_begins_with_a_codec(tmp_path):
         train_reporter(config_of(tmp_path, "run", 4, start="reporter"))
 
 
+def test_new_cascades_follow_those_of_the_start(tmp_path):
+    """They begin as new ones do: they put back what was measured, and change nothing else."""
+    first = config_of(tmp_path, "see", 4, words_weight=0.0)
+    first = replace(first, codec=replace(first.codec, encoder_cascades=1))
+    assert train_reporter(first).finished
+    folder = tmp_path / "see" / "model"
+    trained = load_reporter(folder).model
+    longer = config_of(tmp_path, "run", 4, start=str(folder))
+    longer = replace(longer, codec=replace(first.codec, encoder_cascades=3))
+    task = ReportTask(longer, torch.device("cpu"))
+    task.prepare(World(torch.device("cpu")), compiled=False)
+    grown = task.learner.codec
+    for name, value in trained.encoder_cascades.state_dict().items():
+        assert torch.equal(grown.encoder_cascades.state_dict()[name], value)
+    assert all((each.refine.net.write.weight == 0).all() for each in grown.encoder_cascades[1:])
+    with torch.inference_mode():
+        before, after = (model.see(*scan_of(2)) for model in (trained, grown))
+    assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
+    assert train_reporter(longer).finished
+
+
 def test_a_start_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"data.start = .*nowhere.*: there is no checkpoint"):
         train_reporter(config_of(tmp_path, "run", 4, start=str(tmp_path / "nowhere")))

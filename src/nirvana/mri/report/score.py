@@ -46,6 +46,35 @@ def auc(scores: Sequence[float], present: Sequence[bool]) -> float:
     return float(found.statistic) / float(true.sum() * (~true).sum())
 
 
+def best_threshold(
+    present: Sequence[bool], finding: Sequence[float], most: float
+) -> dict[str, float]:
+    """The probability of a finding from which on one is reported: of those that the slices have,
+    the one with the best F1 of presence among those by which at most a share of `most` of the
+    normal slices gets a finding; the highest where none is so.
+
+    Args:
+        present: whether there is a finding, of each slice.
+        finding: its probability, by the model.
+        most: in 0..1.
+
+    Returns: `threshold`, and of these slices `f1` and `hallucination`.
+    """
+    true, likely = np.asarray(present, dtype=bool), np.asarray(finding, dtype=float)
+    candidates = np.unique(likely)
+    said = likely >= candidates[:, None]
+    right, wrong = (said & true).sum(1), (said & ~true).sum(1)
+    f1 = 2 * right / np.maximum(right + wrong + true.sum(), 1)
+    hallucination = wrong / max((~true).sum(), 1)
+    allowed = np.where(hallucination <= most, f1, -1.0)
+    best = int(allowed.argmax()) if (allowed >= 0).any() else len(candidates) - 1
+    return {
+        "threshold": float(candidates[best]),
+        "f1": float(f1[best]),
+        "hallucination": float(hallucination[best]),
+    }
+
+
 def bootstrap(
     truth: Sequence[Facts],
     said: Sequence[Facts],

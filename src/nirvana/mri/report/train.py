@@ -34,6 +34,7 @@ from nirvana.train.task import Task
 from nirvana.train.world import World, join
 
 AROUND = "codec.specialist."  # parameters around the tokens
+CASCADES = "codec.encoder_cascades."
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class ReportTask(Task):
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The encoder's parameters, the start and end vectors, and the units of the aids; what
         comes before the combined image unless it is kept."""
-        kept = ("codec.sensitivities.", "codec.encoder_cascades.")
+        kept = ("codec.sensitivities.", CASCADES)
         learning = self._encoding()
         if not self.config.data.keep_image:
             return learning
@@ -162,15 +163,19 @@ class ReportTask(Task):
                 parameter.copy_(value)
 
     def _begin_with(self, start: str) -> None:
-        """Takes the encoder of a codec; the units of the aids begin anew."""
+        """Takes the encoder of a codec; the units of the aids begin anew, and so do the cascades
+        after its own, which at first only put back what was measured."""
         where = f"data.start = {start!r}"
         try:
             saved = read_weights(resolve(start, "MRI reporter"))
         except InputError as error:
             raise InputError(f"{where}: there is no checkpoint, and {error}") from error
+        known = {name.split(".")[1] for name in saved if name.startswith("encoder_cascades.")}
         with torch.no_grad():
             for name, parameter in self._encoding():
                 if not name.startswith("codec.") or name.startswith(AROUND):
+                    continue
+                if name.startswith(CASCADES) and name.split(".")[2] not in known:
                     continue
                 value = saved.get(name.removeprefix("codec."))
                 if value is None or value.shape != parameter.shape:

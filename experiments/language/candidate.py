@@ -1,0 +1,75 @@
+"""Holds the model of another recipe against the packaged `tiny`, by the validation text.
+
+    nirvana train configs/tiny.toml --run.out runs/bank-8 --model.bank_size 8 ...
+    python experiments/language/candidate.py runs/bank-8 --data DATA
+
+RUN is the folder of a training as long as the packaged model's; DATA holds
+`text/<domain>/valid.jsonl.xz`. Adds a line to candidates.jsonl, with the bits of every document,
+which report.py shows. A candidate that is better is shipped with ship.py.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arms import DOMAINS
+from common import CANDIDATES, append_result
+
+from nirvana.errors import InputError, script
+from nirvana.evaluate.perplexity import read_files
+from nirvana.model.assets import load_language_model
+from nirvana.train.config import LanguageConfig, load_config
+from nirvana.train.world import choose_device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Holds another recipe against the packaged model.")
+    parser.add_argument("run", type=Path, help="folder of the training")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=CANDIDATES)
+    parser.add_argument("--limit", type=int, help="documents of each file at most")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", help="of the code, for the record")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    line = {"commit": options.commit, **held(options.run, options.data, options.limit, device)}
+    append_result(options.results, line)
+    for domain, found in line["domains"].items():
+        total = sum(found["bytes"])
+        packaged, candidate = (sum(found[name]) / total for name in ("packaged", "candidate"))
+        print(f"{domain}: packaged {packaged:.4f}, candidate {candidate:.4f} bits per byte")
+
+
+def held(run: Path, data: Path, limit: int | None, device: Any) -> dict[str, Any]:
+    """The recipe, and by domain the bytes of every document and its bits by both models.
+
+    Raises:
+        InputError: for an unfinished run, or one of another number of tokens.
+    """
+    config, packaged = (
+        load_config(LanguageConfig, path)
+        for path in (run / "config.json", Path(__file__).parents[2] / "configs" / "tiny.toml")
+    )
+    tokens, asked = (
+        each.run.steps * each.data.batch_size * each.optim.accumulation * each.data.context_length
+        for each in (config, packaged)
+    )
+    if tokens != asked:
+        raise InputError(f"{run} was trained on {tokens:,} tokens, the packaged model on {asked:,}")
+    files = {domain: data / "text" / domain / "valid.jsonl.xz" for domain in DOMAINS}
+    domains: dict[str, dict[str, list[float]]] = {domain: {} for domain in DOMAINS}
+    for name, source in (("packaged", "tiny"), ("candidate", run / "model")):
+        model, tokenizer = load_language_model(source, device)
+        for domain, score in read_files(model, tokenizer, files, limit, progress=True).items():
+            documents = score.documents
+            domains[domain]["bytes"] = [each.bytes for each in documents]
+            bits = [each.nats / np.log(2) for each in documents]
+            domains[domain][name] = [round(float(each), 3) for each in bits]
+    return {"model": config.model.fields, "seed": config.run.seed, "tokens": tokens} | {
+        "domains": domains
+    }
+
+
+if __name__ == "__main__":
+    script(main)
