@@ -3,7 +3,7 @@
     nirvana train configs/tiny.toml --run.out runs/bank-8 --model.bank_size 8 ...
     python experiments/language/candidate.py runs/bank-8 --data DATA
 
-RUN is the folder of a training as long as the packaged model's; DATA holds
+RUN is the folder of a training on as many tokens as the packaged model's; DATA holds
 `text/<domain>/valid.jsonl.xz`. Adds a line to candidates.jsonl, with the bits of every document,
 which report.py shows. A candidate that is better is shipped with ship.py.
 """

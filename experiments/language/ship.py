@@ -4,8 +4,8 @@
 
 RUN is the folder of a training by `nirvana train configs/tiny.toml`, which may have been told more
 steps and another recipe; DATA holds `text/<domain>/test.jsonl.xz`. The card's figures are measured
-here. `src/nirvana/assets/tiny` is replaced by hand: the packaged MRI codec is trained on exactly
-the model that lies there, and must be trained anew with it.
+here. `src/nirvana/assets/tiny` is replaced by hand: the packaged MRI codec and reporter are trained
+on exactly the model that lies there, and must be trained anew with it.
 """
 
 import argparse
@@ -42,8 +42,8 @@ pipeline_tag: text-generation
 # tiny: a Nirvana language model of {millions:.1f} M parameters
 
 Ships with the package as the model named `tiny`: it makes the commands work at once, and it is the
-frozen backbone of the packaged MRI codec. It is far too small to know facts; do not rely on what it
-writes.
+frozen backbone of the packaged MRI codec and reporter. It is far too small to know facts; do not
+rely on what it writes.
 
 | | |
 |---|---|

@@ -75,7 +75,7 @@ CANDIDATES = """
 ## The packaged model
 
 `tiny` (5.8 M parameters, `configs/tiny.toml`: step size and decay of the Trigger learned) beside
-other recipes that were trained as long on the same rows: bits per byte of the whole validation
+other recipes that were trained on as many tokens: bits per byte of the whole validation
 files, every document from a fresh state; documents alone are drawn. The one with the lower mean
 ships.
 """

@@ -48,7 +48,9 @@ turns the test volumes' brightness over, a stand-in for an unknown sequence. *Me
 one slice each, so no spread and no test.
 
 **Budget.** Every trained arm sees the same slices in the same order, as often as the table says,
-with the same optimiser; the backbone is frozen. `none` is the codec whose tokens pass no backbone;
+with the same optimiser. Seeds differ in the initial weights alone: at the commits below, the
+generators of the data heard the step and not the seed, which was found and mended later. The
+backbone is frozen. `none` is the codec whose tokens pass no backbone;
 `transformer` and `gated_deltanet` are frozen with random weights, since no trained ones of this
 size are packaged, so they tell what an untrained network there does; the two Nirvanas share the
 packaged `tiny`'s weights. Times taken beside other programs on the same GPU are upper bounds, or

@@ -233,6 +233,9 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     with torch.inference_mode():
         before, after = (model.see(*scan_of(2)) for model in (trained, grown))
     assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
+    kept = replace(longer, data=replace(longer.data, keep_image=True))
+    with pytest.raises(InputError, match=r"another encoder: codec.encoder_cascades.1"):
+        ReportTask(kept, torch.device("cpu")).prepare(World(torch.device("cpu")), compiled=False)
     assert train_reporter(longer).finished
 
 

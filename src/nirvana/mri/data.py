@@ -19,11 +19,11 @@ from nirvana.errors import InputError
 from nirvana.mri.io import read_volume
 from nirvana.mri.physics import Sampling, calibration_columns, ifft2c, rss
 from nirvana.mri.simulate import Simulation, simulate
+from nirvana.seeds import mixed_seed
 
 T = TypeVar("T")
 
 MASK_SEEDS = 256  # different masks of each kind and width
-LARGEST_PRIME = 2**63 - 25  # below 2^63, where a generator's seeds end
 Reports = Mapping[tuple[str, int | None], str]
 
 
@@ -174,7 +174,7 @@ def simulate_batch(
 
 def micro_batch_generator(seed: int, micro_batch: int) -> Generator:
     """Of everything random in a training's micro batch, numbered through all steps."""
-    return Generator().manual_seed(((seed << 40) + micro_batch) % LARGEST_PRIME)
+    return Generator().manual_seed(mixed_seed(seed, micro_batch))
 
 
 def choice(options: Sequence[T], generator: Generator) -> T:

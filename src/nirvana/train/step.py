@@ -4,10 +4,10 @@ import resource
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nirvana.seeds import mixed_seed
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.estimate import peak_flops
 from nirvana.train.optim import learning_rate
@@ -148,7 +148,7 @@ class Trainer:
 
 def seed_generators(*key: int) -> None:
     """Seeds torch's generators, on every device, with a function of some whole numbers."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(mixed_seed(*key))
 
 
 def peak_memory(device: torch.device) -> int:

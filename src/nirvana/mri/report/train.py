@@ -175,7 +175,8 @@ class ReportTask(Task):
             for name, parameter in self._encoding():
                 if not name.startswith("codec.") or name.startswith(AROUND):
                     continue
-                if name.startswith(CASCADES) and name.split(".")[2] not in known:
+                new = name.startswith(CASCADES) and name.split(".")[2] not in known
+                if new and not self.config.data.keep_image:
                     continue
                 value = saved.get(name.removeprefix("codec."))
                 if value is None or value.shape != parameter.shape:
