@@ -76,14 +76,12 @@ def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
     likely = validation["finding"]["wording 0"]
     assert len(likely) == len(validation["present"]) == 6
     assert told == best_threshold(validation["present"], likely, run.TOY.hallucinated)["threshold"]
-    study = json.loads((out / "study.json").read_text())
-    (out / "study.json").write_text(json.dumps(study | {"hallucinated": 1.0}))
-    every = best_threshold(validation["present"], likely, 1.0)["threshold"]
-    assert every != told
-    with pytest.raises(InputError, match=f"another threshold than {every}"):
+    record = out / "nirvana" / "validation.json"
+    validation["finding"]["wording 0"] = [p / 2 for p in likely]  # of another model
+    record.write_text(json.dumps(validation))
+    with pytest.raises(InputError, match=f"another threshold than {told / 2}"):
         report.main([str(out), str(page)])
-    (out / "study.json").write_text(json.dumps(study))
-    (out / "nirvana" / "validation.json").unlink()
+    record.unlink()
     with pytest.raises(InputError, match=r"validation.json cannot be read"):
         report.main([str(out), str(page)])
 
