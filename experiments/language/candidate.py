@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from arms import DOMAINS
-from common import CANDIDATES, append_result
+from common import CANDIDATES, append_result, trained_tokens
 
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import read_files
@@ -28,13 +28,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of the training")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=CANDIDATES)
-    parser.add_argument("--limit", type=int, help="documents of each file at most")
+    parser.add_argument("--limit", type=int, help="documents of each file: a try, not recorded")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the code, for the record")
     options = parser.parse_args()
     device = choose_device(options.device)
     line = {"commit": options.commit, **held(options.run, options.data, options.limit, device)}
-    append_result(options.results, line)
+    if options.limit is None:
+        append_result(options.results, line)
     for domain, found in line["domains"].items():
         total = sum(found["bytes"])
         packaged, candidate = (sum(found[name]) / total for name in ("packaged", "candidate"))
@@ -51,10 +52,7 @@ def held(run: Path, data: Path, limit: int | None, device: Any) -> dict[str, Any
         load_config(LanguageConfig, path)
         for path in (run / "config.json", Path(__file__).parents[2] / "configs" / "tiny.toml")
     )
-    tokens, asked = (
-        each.run.steps * each.data.batch_size * each.optim.accumulation * each.data.context_length
-        for each in (config, packaged)
-    )
+    tokens, asked = trained_tokens(config), trained_tokens(packaged)
     if tokens != asked:
         raise InputError(f"{run} was trained on {tokens:,} tokens, the packaged model on {asked:,}")
     files = {domain: data / "text" / domain / "valid.jsonl.xz" for domain in DOMAINS}

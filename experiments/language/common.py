@@ -10,6 +10,7 @@ from typing import Any
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, sha256
+from nirvana.train.config import LanguageConfig
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "data"
@@ -39,6 +40,12 @@ def load_data(folder: Path) -> tuple[Path, dict[str, Any], str]:
     except (lzma.LZMAError, tarfile.TarError, EOFError, ValueError) as error:
         raise InputError(f"{folder}: damaged: {error}; write it anew with prepare.py") from None
     return shards, evaluation, identity
+
+
+def trained_tokens(config: LanguageConfig) -> int:
+    """How many tokens a training on one process reads."""
+    rows = config.data.batch_size * config.optim.accumulation
+    return config.run.steps * rows * config.data.context_length
 
 
 def append_result(path: Path, line: dict[str, Any]) -> None:

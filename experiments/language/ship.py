@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from arms import DOMAINS
 from bootstrap import Interval, Stratum, interval
+from common import trained_tokens
 
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import FileScore, byte_entropy, read_files
@@ -134,7 +135,7 @@ def ship(run: Path, data: Path, out: Path, limit: int | None, device: Any) -> No
         steps=config.run.steps,
         rows=per_step,
         context=config.data.context_length,
-        tokens=config.run.steps * per_step * config.data.context_length / 1e6,
+        tokens=trained_tokens(config) / 1e6,
         optim=config.optim,
         seed=config.run.seed,
         precision=config.run.precision,

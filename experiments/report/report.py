@@ -130,8 +130,8 @@ def page(
             "remove them and run experiments/report/run.py again"
         )
     persons = sorted({row["subject"].removeprefix("test/") for row in main})
-    begun = f"; seeing began with an earlier encoder, `--start {study['start']}`"
-    begun = begun if study["start"] else ""
+    start = study["start"]
+    begun = f"; seeing began with an earlier encoder, `--start {start}`" if start else ""
     parts = [INTRODUCTION.format(persons=", ".join(persons), begun=begun, **study)]
     parts += ["## Targets\n", targets(main), RULE.format(**study), rules(main, validation)]
     parts += ["## Models, accelerations, wordings\n", readings(cells)]

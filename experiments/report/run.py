@@ -64,6 +64,10 @@ class Study:
     place_weight: float = 1.0  # see `ReportSection`
     hallucinated: float = 0.01  # share of the validation's normals that may get a finding
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.hallucinated <= 1:
+            raise InputError(f"--hallucinated {self.hallucinated} must be from 0 to 1")
+
 
 TOY = Study(
     see_steps=2,

@@ -91,5 +91,7 @@ def test_roles_must_be_there(tmp_path: Path) -> None:
     save_heads(tmp_path / "heads.npz", drawn_heads((64, 64)))
     with pytest.raises(InputError, match="role train"):
         run.main([str(tmp_path / "heads.npz"), str(tmp_path / "out"), "--toy"])
+    with pytest.raises(InputError, match=r"--hallucinated 2.0 must be from 0 to 1"):
+        run.main([str(tmp_path / "heads.npz"), str(tmp_path / "out"), "--hallucinated", "2"])
     with pytest.raises(InputError, match="no rows"):
         report.main([str(tmp_path / "out"), str(tmp_path / "page.md")])
