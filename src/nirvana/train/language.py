@@ -169,8 +169,8 @@ class LanguageTask(Task):
         length = ids.shape[1]
         past, new = None, ids
         for _ in range(self.data.sample_tokens):
-            output = self.model(input_ids=new, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            output = self.model(input_ids=new, cache=past, use_cache=True)
+            past = output.cache
             new = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
             ids = torch.cat([ids, new], dim=1)
         return self.tokenizer.decode(ids[0, length:])
