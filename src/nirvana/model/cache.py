@@ -1,6 +1,7 @@
 """The library's cache: which one serves a model, its name, and what its tokens are."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
@@ -14,6 +15,11 @@ CACHE_FIELD = next(
     if field.name in ("cache", "past_key_values")
 )
 """The name of the cache in the library's outputs: "cache" since transformers 5.24."""
+
+
+def in_output(cache: Cache | None) -> dict[str, Any]:
+    """The cache as a keyword argument of the library's outputs."""
+    return {CACHE_FIELD: cache}
 
 
 def usable_cache(

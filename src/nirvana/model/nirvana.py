@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from nirvana.model.arguments import check_arguments
-from nirvana.model.cache import CACHE_FIELD, usable_cache
+from nirvana.model.cache import CACHE_FIELD, in_output, usable_cache
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.decode import Decoder
 from nirvana.model.masks import Borders, Masks, create_masks
@@ -262,7 +262,7 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
         return NirvanaOutputWithPast(
             last_hidden_state=self.norm(h),
             trigger=None if reports is None else tuple(reports),
-            **{CACHE_FIELD: cache if use_cache else None},
+            **in_output(cache if use_cache else None),
         )
 
 
@@ -371,7 +371,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             trigger=outputs.trigger,
-            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
+            **in_output(outputs.get(CACHE_FIELD)),
         )
 
     def _fused_loss(
@@ -402,7 +402,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if mask is not None and new_text and not mask.all():
             raise ValueError("a Decoder takes rows of one length, without padding")
         logits = decoder.read(input_ids)[:, None]
-        return NirvanaCausalLMOutputWithPast(logits=logits, **{CACHE_FIELD: decoder})
+        return NirvanaCausalLMOutputWithPast(logits=logits, **in_output(decoder))
 
     @staticmethod
     def create_masks_for_generate(
