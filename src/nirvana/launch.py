@@ -16,7 +16,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nirvana._auto import after_import
 
@@ -40,7 +40,7 @@ def main() -> None:
         sys.path[0] = str(Path(arguments[0]).resolve().parent)  # as Python does for a script
         runpy.run_path(arguments[0], run_name="__main__")
     else:
-        _refuse(f"no program or file {arguments[0]!r}" if arguments else "which program?")
+        _refuse(f"no program or file {arguments[0]!r}" if arguments else "no program given")
 
 
 def _console_script(arguments: list[str]) -> EntryPoint | None:
@@ -50,7 +50,7 @@ def _console_script(arguments: list[str]) -> EntryPoint | None:
 
 def _run_module(arguments: list[str]) -> None:
     if not arguments:
-        _refuse("-m: which module?")
+        _refuse("-m without a module")
     try:
         found = find_spec(arguments[0])
     except ModuleNotFoundError:  # of the package that should hold it
@@ -63,13 +63,13 @@ def _run_module(arguments: list[str]) -> None:
 
 def _refuse(what: str) -> NoReturn:
     usage = "python -m nirvana.launch (PROGRAM | -m MODULE | FILE) ..."
-    print(f"nirvana.launch: {what}: {usage}", file=sys.stderr)
+    print(f"nirvana.launch: {what}; usage: {usage}", file=sys.stderr)
     sys.exit(2)
 
 
 def _launch_through_this_module() -> None:
     """Makes accelerate's launcher start its script as `python -m nirvana.launch SCRIPT`."""
-    launcher = sys.modules[ACCELERATE]
+    launcher: Any = sys.modules[ACCELERATE]
     launch = launcher.launch_command
 
     def launch_command(args: argparse.Namespace) -> None:
