@@ -52,8 +52,8 @@ def test_the_tables_of_the_library_hold_the_model(auto_class, name):
     model = getattr(nirvana, name)
     mapping = getattr(modeling_auto, auto_class)._model_mapping
     assert mapping[NirvanaConfig] is model
-    assert model in mapping.values()
-    assert (NirvanaConfig, model) in mapping.items()
+    assert model in mapping._extra_content.values()
+    assert (NirvanaConfig, model) in mapping._extra_content.items()
     assert pickle.loads(pickle.dumps(mapping))[NirvanaConfig] is model
     table = {
         "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
