@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
@@ -460,7 +460,3 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
     with config.patch(ban_recompute_materialized_backward=False):
         return compile_fx(graph, inputs)
-
-
-AutoModel.register(NirvanaConfig, NirvanaModel, exist_ok=True)
-AutoModelForCausalLM.register(NirvanaConfig, NirvanaForCausalLM, exist_ok=True)
