@@ -97,12 +97,12 @@ def tokenize(
             and for a folder without a usable tokenizer.
     """
     sources, out = list(sources), replaceable_folder(out, SHARD_FILES)
-    partial = out.with_name(f".{out.name}.partial")
-    read = [*map(local_path, sources), tokenizer]
-    check_outputs({"out": out, "out, while unfinished,": partial}, read)
     if workers < 1:
         raise InputError(f"workers = {workers} must be at least 1")
     given = None if tokenizer is None else tokenizer_folder(tokenizer)
+    partial = out.with_name(f".{out.name}.partial")
+    read = [*map(local_path, sources), given]
+    check_outputs({"out": out, "out, while unfinished,": partial}, read)
     if given is not None:
         load_tokenizer(given)  # so that an unusable one is called by its own name
     parts = _expand(sources)
