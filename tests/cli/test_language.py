@@ -228,7 +228,7 @@ def test_a_damaged_tokenizer_is_one_line(run, model, tmp_path):
         code, _, said = run("generate", copy, "--prompt", "the")
         assert code == 2
         assert said.count("\n") == 1
-        assert "copy: its tokenizer cannot be read" in said
+        assert "copy: not a readable tokenizer" in said
 
 
 def test_results_are_asked_for_before_the_work(run, model, tmp_path):
