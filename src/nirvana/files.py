@@ -220,7 +220,7 @@ def writable_json(path: str | Path) -> Path:
                 begin = handle.read(4)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        if begin.split(b"\n")[0].strip() not in (b"", b"{", b"[", b"{}", b"[]"):
+        if begin and begin.split(b"\n")[0].strip() not in (b"{", b"[", b"{}", b"[]"):
             raise InputError(f"{path} holds something else than results; give another file")
     return path
 
