@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from nirvana import cli
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "nirvana"
 FOLDERS = ("src", "tests", "experiments", "benchmarks", "examples")
@@ -97,7 +99,9 @@ def undeclared(path: Path, declared: set[str], *, at_once: bool = False) -> list
 
 def test_every_import_of_the_package_is_declared():
     """Some extra that a user can ask for, so not `dev`, brings what a module imports."""
-    declared = names([*CORE, *(each for extra in EXTRAS if extra != "dev" for each in EXTRAS[extra])])
+    declared = names(
+        [*CORE, *(each for extra in EXTRAS if extra != "dev" for each in EXTRAS[extra])]
+    )
     assert not [line for path in sources("src") for line in undeclared(path, declared)]
 
 
@@ -109,6 +113,15 @@ def test_importing_a_module_needs_no_extra_of_another_room():
         declared = names([*CORE, *(each for extra in rooms for each in EXTRAS[extra])])
         lines += undeclared(path, declared, at_once=True)
     assert not lines
+
+
+def test_the_program_names_the_extra_of_a_missing_module():
+    """Where an extra is not installed, a command ends with the line that installs it."""
+    offered = {extra: names(EXTRAS[extra]) for extra in ("train", "mri", "eval")}
+    for module in {m for path in sources("src") for m in imports(path)}:
+        extras = {extra for extra, given in offered.items() if distributions(module) & given}
+        if extras:
+            assert cli.EXTRAS[module.partition(".")[0]] in extras, module
 
 
 def test_every_import_of_tests_and_scripts_is_declared():
@@ -150,7 +163,9 @@ def test_the_lowest_versions_are_the_lower_ends():
 def test_a_dependency_has_the_same_range_everywhere():
     ranges: dict[str, set[str]] = {}
     for requirement in DECLARED:
-        ranges.setdefault(canonicalize_name(requirement.name), set()).add(str(requirement.specifier))
+        ranges.setdefault(canonicalize_name(requirement.name), set()).add(
+            str(requirement.specifier)
+        )
     assert not {name: found for name, found in ranges.items() if len(found) > 1}
 
 
