@@ -1,34 +1,81 @@
 # make demo: set up and run the main job.   make test: set up and run the tests.
+# PYTHON=python3.13 takes another interpreter; remove the environment of the one before first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = -m pip install --quiet --disable-pip-version-check
+INSTALL = $(BIN)/python $(PIP) -c constraints.txt
 
-.PHONY: demo test lint clean
+# The two ends of the declared ranges have environments of their own.
+NEWEST := .venv-newest
+LOWEST := .venv-lowest
+WHEELS := build/wheels
+EXTRAS := mri,train,eval,dev
+
+# One thread a worker: two workers with two threads each would only get in each other's way.
+PYTEST := -m pytest -n 2
+
+# What a new release of a dependency breaks first: loading, the cache, packing, Trainer and PEFT,
+# the commands, a reconstruction.
+QUICK := tests/test_package.py tests/test_dependencies.py tests/model/test_contract.py \
+	tests/model/test_generation.py tests/model/test_laws.py tests/model/test_training_contract.py \
+	tests/cli/test_language.py tests/cli/test_mri.py tests/mri/test_io.py tests/mri/test_model.py
+
+.PHONY: demo test lint clean newest lowest test-newest test-newest-quick test-lowest
 
 demo: $(VENV)/.demo
 	$(BIN)/nirvana demo --out out/demo
 
-# One thread a worker: two workers with two threads each would only get in each other's way.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
+	$(BIN)/python $(PYTEST) --durations=10
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check src tests examples experiments
 	$(BIN)/ruff check src tests examples experiments
 	$(BIN)/pyright
 
-clean:
-	rm -rf $(VENV) out
+# The newest versions that pip finds within the ranges. New ones appear without a change here, so
+# the environment is always made anew.
+test-newest test-newest-quick: export OMP_NUM_THREADS = 1
+test-newest: newest
+	$(NEWEST)/bin/python $(PYTEST) --durations=10
 
-$(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: none found on the PATH"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+test-newest-quick: newest
+	$(NEWEST)/bin/python $(PYTEST) $(QUICK)
+
+# The clean install: the wheel alone first, as a user gets it, then with the extras.
+newest:
+	rm -rf $(NEWEST) $(WHEELS)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(WHEELS) .
+	$(NEWEST)/bin/python $(PIP) pytest $(WHEELS)/nirvana-*.whl
+	$(NEWEST)/bin/python -m pytest tests/install/test_wheel.py
+	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager \
+		"$$(echo $(WHEELS)/nirvana-*.whl)[$(EXTRAS)]"
+	$(NEWEST)/bin/python -m pip check
+	$(NEWEST)/bin/python -m pytest tests/install/test_extras.py
+
+test-lowest: export OMP_NUM_THREADS = 1
+test-lowest: $(LOWEST)/.test
+	$(LOWEST)/bin/python $(PYTEST) --durations=10
+
+clean:
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) build out
+
+$(VENV)/bin/python $(LOWEST)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.13 is needed: none found on the PATH"; exit 1; }
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[mri]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[mri,train,eval,dev]'
+	$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(LOWEST)/.test: $(LOWEST)/bin/python pyproject.toml constraints-lowest.txt
+	$(LOWEST)/bin/python $(PIP) -c constraints-lowest.txt -e '.[$(EXTRAS)]'
+	$(LOWEST)/bin/python -m pip check
 	@touch $@

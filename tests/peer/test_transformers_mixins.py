@@ -8,7 +8,8 @@ from unittest import mock
 import library_tests
 import pytest
 import torch
-from library_tests import MODEL_TESTS, PACKAGE, TRAINING_TESTS
+from library_tests import MODEL_TESTS, PACKAGE, TRAINING_TESTS, VERSION
+from packaging.version import Version
 from transformers.models.auto import modeling_auto
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
@@ -21,6 +22,9 @@ except library_tests.Unavailable as reason:
 
 common = importlib.import_module(f"{PACKAGE}.{MODEL_TESTS}")
 training = importlib.import_module(f"{PACKAGE}.{TRAINING_TESTS}")
+
+# Names of the mixins' tests differ between the versions that pyproject.toml admits.
+SINCE_5_24 = Version(VERSION) >= Version("5.24")
 
 # Every test of the mixins that has nothing to test in this model, by reason. Besides these, only
 # the mixins' own decorators skip: for hardware or a package that is not here.
@@ -52,13 +56,16 @@ SKIPPED = {
     "float32 inside is a matter of the operations, not of the parameters' dtype": (
         "test_keep_in_fp32_modules",
         "test_keep_in_fp32_modules_exist",
+        *(("test_keep_in_fp32_modules_strict_also_hardcode_fp32",) if SINCE_5_24 else ()),
     ),
     "no parameter is renamed on loading": (
         "test_can_load_from_already_mapped_keys",
         "test_reverse_loading_mapping",
     ),
     "there is no plan for tensor parallelism": (
-        "test_tied_head_has_a_tp_plan_entry",
+        "test_tied_weights_are_sharded_together"
+        if SINCE_5_24
+        else "test_tied_head_has_a_tp_plan_entry",
         "test_tp_plan_matches_params",
     ),
     # These would pass without having built a model.
@@ -67,7 +74,10 @@ SKIPPED = {
         "test_load_with_mismatched_shapes",
         "test_problem_types",
     ),
-    "the model makes no features of images, audio, video or text": ("test_get_*_features_*",),
+    "the model makes no features of images, audio, video or text": (
+        "test_get_*_features_*",
+        *(("test_multimodal_outputs_are_returned",) if SINCE_5_24 else ()),
+    ),
 }
 if NO_GENERATION_TESTS:
     SKIPPED[NO_GENERATION_TESTS] = ("test_generation_tester_mixin_inheritance",)

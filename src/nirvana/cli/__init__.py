@@ -22,7 +22,7 @@ app = typer.Typer(
 # Which extra brings a module that a command may miss.
 EXTRAS = {
     **dict.fromkeys(
-        ("h5py", "matplotlib", "monai", "nibabel", "pydicom", "sigpy", "skimage"), "mri"
+        ("h5py", "matplotlib", "monai", "nibabel", "pydicom", "scipy", "sigpy", "skimage"), "mri"
     ),
     **dict.fromkeys(("datasets", "pyarrow", "tensorboard", "zstandard"), "train"),
     "lm_eval": "eval",
