@@ -13,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from recipe import configuration, overrides, write_shards
@@ -45,7 +46,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "run/metrics.jsonl", options.out / "metrics.jsonl")
         config = json.loads((folder / "run/config.json").read_text())
-    summary = summarize(options.out / "metrics.jsonl", options.steps)
+    summary: dict[str, Any] = summarize(options.out / "metrics.jsonl", options.steps)
     cuda = torch.cuda.is_available() and config["run"]["device"] != "cpu"
     summary["device"] = torch.cuda.get_device_name() if cuda else "cpu"
     summary["torch"] = torch.__version__
@@ -56,7 +57,7 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def summarize(metrics: Path, steps: int) -> dict[str, float]:
+def summarize(metrics: Path, steps: int) -> dict[str, Any]:
     """Medians over the lines after the first tenth."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     kept = [line for line in lines if line["step"] > steps / 10]

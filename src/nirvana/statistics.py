@@ -105,8 +105,8 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
         p_values: in 0..1, `[N]`, all comparisons of one family.
 
     Returns:
-        float64 `[N]` in the given order; each is at least the raw one and at most 1. To reject where
-        it is below a level keeps the chance of any false rejection below that level.
+        float64 `[N]` in the given order, each at least the raw one and at most 1. Rejecting those
+        below a level keeps the chance of any false rejection below that level.
 
     Raises:
         ValueError: for a value outside 0..1.
