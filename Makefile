@@ -14,8 +14,8 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
 
 lint: $(VENV)/.test
-	$(BIN)/ruff format --check src tests examples experiments
-	$(BIN)/ruff check src tests examples experiments
+	$(BIN)/ruff format --check src tests examples experiments benchmarks
+	$(BIN)/ruff check src tests examples experiments benchmarks
 	$(BIN)/pyright
 
 clean:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measured import name_of
 from recipe import configuration, overrides, write_shards
 
 from nirvana.errors import script
@@ -48,7 +49,7 @@ def main() -> None:
         config = json.loads((folder / "run/config.json").read_text())
     summary: dict[str, Any] = summarize(options.out / "metrics.jsonl", options.steps)
     cuda = torch.cuda.is_available() and config["run"]["device"] != "cpu"
-    summary["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    summary["device"] = name_of(torch.device("cuda" if cuda else "cpu"))
     summary["torch"] = torch.__version__
     summary["tokens_per_step"] = (
         config["data"]["context_length"] * options.batch_size * options.accumulation

@@ -6,7 +6,6 @@ python -m experiments.language.page [--results FILE] [--out FILE]
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -38,7 +37,6 @@ from experiments.language.variants import (
     VARIANTS,
 )
 from experiments.language.verdicts import show_tasks, show_verdicts
-from nirvana.statistics import ratio_interval
 
 DRAWN = (REFERENCE, "nirvana-memory")
 
@@ -222,23 +220,21 @@ def _cost(results: Results) -> str:
 
 
 def _packaged(candidates: Sequence[Row]) -> str:
-    """Each candidate and the packaged model, document by document."""
+    """Each candidate and the packaged model, single runs, domain by domain."""
     parts = [prose.CANDIDATES] if candidates else []
     for row in candidates:
-        domains = {domain: [row["domains"][domain]] for domain in DOMAINS}
-        domains["mean"] = [row["domains"][domain] for domain in DOMAINS]
-        rows = []
-        for domain, sets in domains.items():
-            names = ("packaged", "candidate")
-            both: dict[str, Any] = {n: [np.array(x[n], float) for x in sets] for n in names}
-            sizes = [np.array(each["bytes"], float) for each in sets]
-            both["difference"] = [c - p for p, c in zip(*both.values(), strict=True)]
-            found = {
-                name: ratio_interval(list(zip(values, sizes, strict=True)))
-                for name, values in both.items()
-            }
-            cells = [found[name].show() for name in names]
-            rows.append([domain, *cells, found["difference"].show(4, sign=True)])
+        totals = {
+            name: [sum(row["domains"][d][name]) / sum(row["domains"][d]["bytes"]) for d in DOMAINS]
+            for name in ("packaged", "candidate")
+        }
+        rows = [
+            [domain, f"{packaged:.3f}", f"{candidate:.3f}", f"{candidate - packaged:+.4f}"]
+            for domain, packaged, candidate in zip(
+                (*DOMAINS, "mean"),
+                *([*figures, np.mean(figures)] for figures in totals.values()),
+                strict=True,
+            )
+        ]
         recipe = ", ".join(f"`{name} = {value}`" for name, value in row["model"].items())
         tokens = f"{row['tokens'] / 1e6:.0f} M tokens"
         parts.append(f"\n{recipe}; {tokens}, seed {row['seed']}, commit {row['commit']}:\n")

@@ -77,10 +77,9 @@ CANDIDATES = """
 ## The packaged model against another recipe
 
 `tiny` (5.8 M parameters, `configs/tiny.toml`) and the recipe that this study had suggested, trained
-on as many tokens with one seed each. Bits per byte of the whole validation files with 95 %
-bootstrap intervals over documents, drawn alike for both. The intervals describe the text; they do
-not cover another seed. The packaged model's card also has a column "Trigger off". That model was
-trained with the Trigger, so the column is no evidence that training with the Trigger helps.
+on as many tokens with one seed each, so no intervals. Bits per byte of the whole validation files;
+the model with the lower mean ships. The packaged model's card also has a column "Trigger off". That
+model was trained with the Trigger, so the column is no evidence that training with it helps.
 """
 
 COST = """

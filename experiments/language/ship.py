@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.common.program import make_parser, script
 from experiments.language.data import trained_tokens
 from experiments.language.variants import DOMAINS
 from nirvana.errors import InputError
-from nirvana.evaluate.perplexity import FileScore, byte_entropy, read_files
+from nirvana.evaluate.perplexity import byte_entropy, read_files
 from nirvana.files import atomic_folder, replaceable_folder
 from nirvana.model.assets import load_language_model
 from nirvana.model.trigger import without_trigger
-from nirvana.statistics import Interval, ratio_interval
 from nirvana.text import read_documents
 from nirvana.train.config import LanguageConfig, load_config
 from nirvana.train.export import RESULTS
@@ -80,12 +77,11 @@ loss: {loss:.3f} nats a token.
 
 ## Figures
 
-Bits per byte of the whole test files, every document from a fresh state; in parentheses the 95 %
-interval over documents. All figures are of one training run, so the intervals do not cover another
-seed. The ten novels are pieces of one book. "Trigger off" is the same model without the Trigger's
-steps. It was trained with them: the column shows how much it relies on them and is no evidence that
-training with them helps. "unigram" is the entropy of the file's
-own single bytes.
+Bits per byte of the whole test files, every document from a fresh state. All figures are of one
+training run and have no interval. The ten novels are pieces of one book. "Trigger off" is the same
+model without the Trigger's steps. It was trained with them: the column shows how much it relies on
+them and is no evidence that training with them helps. "unigram" is the entropy of the file's own
+single bytes.
 
 | test file | documents | unigram | bits per byte | Trigger off |
 |---|---|---|---|---|
@@ -122,7 +118,8 @@ def ship(run: Path, data: Path, out: Path, limit: int | None, device: Any) -> No
         off = read_files(model, tokenizer, files, limit, progress=True)
     rows = [
         f"| {domain} | {len(found[domain].documents)} | {byte_entropy(read_documents(file)):.2f} | "
-        f"{_bits(found[domain]).show()} | {_bits(off[domain]).show()} |"
+        f"{found[domain].total.bits_per_byte:.3f} | "
+        f"{off[domain].total.bits_per_byte:.3f} |"
         for domain, file in files.items()
     ]
     own, per_step = model.config, config.data.batch_size * config.optim.accumulation
@@ -157,11 +154,6 @@ def ship(run: Path, data: Path, out: Path, limit: int | None, device: Any) -> No
                 shutil.copyfile(source / name, folder / name)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(card)
-
-
-def _bits(score: FileScore) -> Interval:
-    bits = np.array([each.nats for each in score.documents]) / np.log(2)
-    return ratio_interval([(bits, np.array([each.bytes for each in score.documents], float))])
 
 
 def _architecture(own: Any) -> str:

@@ -176,18 +176,16 @@ def resampled_totals(table: np.ndarray, resamples: int, random: np.random.Genera
 
 def ratio_interval(
     strata: Sequence[tuple[np.ndarray, np.ndarray]],
-    pooled: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """sum(values) / sum(weights) over units, such as bits per byte, with a bootstrap interval.
+    """sum(values) / sum(weights) over all units, such as bits per byte, with a bootstrap interval.
 
     Every stratum is resampled by itself. For the difference of two models pass the differences of
     their values: both are then drawn alike, and what makes a document hard for both cancels.
 
     Args:
         strata: (values `[N]`, weights `[N]`) of each set.
-        pooled: one ratio over all sets; otherwise the mean of the sets' ratios.
         resamples: number of draws.
         seed: of the draws.
 
@@ -201,14 +199,14 @@ def ratio_interval(
         raise ValueError("a bootstrap needs as many values as weights in every set, at least one")
     random = np.random.default_rng(seed)
     tables = [np.stack([values, weights], axis=1) for values, weights in strata]
-    sums = np.stack([table.sum(0) for table in tables])
-    draws = np.stack([resampled_totals(table, resamples, random) for table in tables])
-    if pooled:
-        sums, draws = sums.sum(0, keepdims=True), draws.sum(0, keepdims=True)
-    # A set of few units may be drawn without any weight; that draw has no ratio.
-    weight = np.where(draws[..., 1] > 0, draws[..., 1], np.nan)
-    low, high = percentiles((draws[..., 0] / weight).mean(0))
-    return Interval(float((sums[:, 0] / sums[:, 1]).mean()), low, high)
+    value, weight = np.sum([table.sum(0) for table in tables], axis=0)
+    draws = np.zeros((resamples, 2))
+    for table in tables:
+        draws += resampled_totals(table, resamples, random)
+    # Of a few units those without any weight may be drawn alone; such a draw has no ratio.
+    drawn = np.where(draws[:, 1] > 0, draws[:, 1], np.nan)
+    low, high = percentiles(draws[:, 0] / drawn)
+    return Interval(float(value / weight), low, high)
 
 
 def percentiles(draws: Sequence[float] | np.ndarray, level: float = LEVEL) -> tuple[float, float]:

@@ -324,7 +324,7 @@ def test_the_packaged_models_folder(data, prepared, tmp_path):
     files = {"law": data / "text/law/test.jsonl.xz"}
     total = read_files(model, tokenizer, files, 2)["law"].total
     card = (tmp_path / "tiny/README.md").read_text()
-    assert f"{total.bits_per_byte:.3f} (" in card
+    assert f"| {total.bits_per_byte:.3f} |" in card
     assert "--model.hidden_size 16" in card
     compare = candidate.compare_with_packaged
     with pytest.raises(
@@ -342,7 +342,7 @@ def test_the_packaged_models_folder(data, prepared, tmp_path):
     assert sum(law["packaged"]) < sum(law["candidate"])
     written = page.page(scores.Results([]), [line], tmp_path / "images")
     difference = (sum(law["candidate"]) - sum(law["packaged"])) / sum(law["bytes"])
-    assert f"{difference:+.4f} (" in written
+    assert f"| {difference:+.4f} |" in written
     assert "`hidden_size = 16`" in written
     (tmp_path / "run/model/model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights"):

@@ -62,7 +62,7 @@ def paired_bootstrap(
     ):
         raise ValueError("a paired comparison needs the same documents on both sides, at least one")
     strata = [(b.values - a.values, a.weights) for a, b in pairs]
-    interval = ratio_interval(strata, pooled=True, resamples=resamples, seed=seed)
+    interval = ratio_interval(strata, resamples=resamples, seed=seed)
     total = sum(a.weights.sum() for a, _ in pairs)
     figure_a = sum(a.values.sum() for a, _ in pairs) / total
     figure_b = sum(b.values.sum() for _, b in pairs) / total
