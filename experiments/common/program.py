@@ -1,7 +1,7 @@
 """The form of every program of the studies.
 
 A module that can be run has `main(arguments=None)`, builds its options with `make_parser`, and ends
-in
+in (`script` is that of `nirvana.errors`)
 
     if __name__ == "__main__":
         script(main)
@@ -10,10 +10,7 @@ in
 import argparse
 from pathlib import Path
 
-from nirvana.errors import script
 from nirvana.files import atomic_file
-
-__all__ = ["make_parser", "script", "write_page"]
 
 
 def make_parser(module: str, doc: str | None) -> argparse.ArgumentParser:

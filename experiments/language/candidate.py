@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
 from experiments.common.results import append_row
 from experiments.language.data import CANDIDATES, trained_tokens
 from experiments.language.variants import DOMAINS
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import read_files
 from nirvana.model.assets import load_language_model
 from nirvana.train.config import LanguageConfig, load_config

@@ -9,7 +9,7 @@ from statistics import median
 
 import numpy as np
 
-from experiments.common.program import make_parser, script, write_page
+from experiments.common.program import make_parser, write_page
 from experiments.common.results import Row, read_rows
 from experiments.common.tables import table
 from experiments.language import prose
@@ -37,6 +37,7 @@ from experiments.language.variants import (
     VARIANTS,
 )
 from experiments.language.verdicts import show_tasks, show_verdicts
+from nirvana.errors import script
 
 DRAWN = (REFERENCE, "nirvana-memory")
 

@@ -18,10 +18,10 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
 from experiments.language.data import FOLDER
 from experiments.language.variants import DOMAINS
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import make_niah
 from nirvana.evaluate.tasks import TASKS, answer_tokens, answers, task_file

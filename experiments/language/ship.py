@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
 from experiments.language.data import trained_tokens
 from experiments.language.variants import DOMAINS
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import byte_entropy, read_files
 from nirvana.files import atomic_folder, replaceable_folder
 from nirvana.model.assets import load_language_model

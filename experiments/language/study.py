@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
 from experiments.common.results import append_row, read_rows
 from experiments.language.data import FOLDER, RESULTS, load_data
 from experiments.language.scores import context_scores
@@ -40,7 +40,7 @@ from experiments.language.variants import (
     parameters,
 )
 from nirvana.bench.measure import environment
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.train.world import choose_device
 
 MODULE = "experiments.language.study"

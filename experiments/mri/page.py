@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.common.program import make_parser, script, write_page
+from experiments.common.program import make_parser, write_page
 from experiments.common.results import Row, read_rows
 from experiments.common.tables import show_p, table
 from experiments.mri import prose
 from experiments.mri.methods import CLASSICAL, CODECS
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.statistics import (
     Interval,
     differences,

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
+from nirvana.errors import script
 from nirvana.files import atomic_file
 from nirvana.mri.io import read_spacing, read_volume
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
 from experiments.common.results import append_row, read_rows
 from experiments.mri.methods import CLASSICAL, CODECS, tiny
 from nirvana.bench.measure import commit
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
 from nirvana.mri.data import SlicePool
 from nirvana.mri.io.scan import UNREADABLE

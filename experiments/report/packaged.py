@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
 from experiments.common.results import append_rows, read_rows
 from experiments.report.study import CENTER, Cell, Study, batches, of_role, read
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.mri.lesions import SEQUENCES
 from nirvana.mri.report.heads import load_heads
 from nirvana.mri.report.reporter import load_reporter

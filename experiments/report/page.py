@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common.program import make_parser, script, write_page
+from experiments.common.program import make_parser, write_page
 from experiments.common.results import Row, read_rows
 from experiments.common.tables import table
 from experiments.report import prose, study_tables
@@ -32,7 +32,7 @@ from experiments.report.detection import (
 )
 from experiments.report.packaged import NAME, RESULTS
 from experiments.report.study_tables import Cells
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.mri.report.grammar import Facts
 from nirvana.mri.report.score import FACTS, best_threshold
 from nirvana.statistics import t_interval

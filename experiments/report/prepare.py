@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from experiments.common.program import make_parser, script
+from experiments.common.program import make_parser
+from nirvana.errors import script
 from nirvana.mri.io import read_affine, read_spacing, read_volume
 from nirvana.mri.lobes import brain_mask, distance, frame_of
 from nirvana.mri.report.heads import SLAB, join_heads, save_heads, slices_of

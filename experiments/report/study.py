@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from experiments.common.program import make_parser, script
-from nirvana.errors import InputError
+from experiments.common.program import make_parser
+from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, write_json
 from nirvana.mri.codec import CodecConfig
 from nirvana.mri.lesions import LesionSettings

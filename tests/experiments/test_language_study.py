@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.common.program import script
 from experiments.common.results import read_rows
 from experiments.language import (
     candidate,
@@ -21,7 +20,7 @@ from experiments.language import (
     verdicts,
 )
 from experiments.language.data import CANDIDATES, HERE, RESULTS, load_data
-from nirvana.errors import InputError
+from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import score_documents
 from nirvana.evaluate.tasks import TASKS
 from nirvana.statistics import t_interval
