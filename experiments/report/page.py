@@ -128,11 +128,12 @@ def page(cells: Cells, model: str) -> str:
     rows = cells[model, "wording", 4.0, 0]
     people = by_person(rows)
     prevalence = float(np.mean([row["truth"].finding for row in rows]))
-    parts = [prose.HEAD.format(prevalence=prevalence), "\n## Verdicts\n", prose.OUTSIDE]
-    parts.append(prose.TARGETS.format(verdict=verdict(people)))
-    if model == NAME:
+    packaged = model == NAME  # what was checked elsewhere is about this reporter
+    parts = [prose.HEAD.format(prevalence=prevalence), "\n## Verdicts\n"]
+    parts += [prose.OUTSIDE] * packaged + [prose.TARGETS.format(verdict=verdict(people))]
+    if packaged:
         parts.append(prose.DRAWS.format(samples=len(rows), threshold=rows[0]["threshold"]))
-    parts += [targets(people), prose.TRIGGER]
+    parts += [targets(people)] + [prose.TRIGGER] * packaged
     parts += [prose.PEOPLE.format(false=FALSE), detections(people, rows)]
     if "sequence" in rows[0]:
         parts += [prose.SEQUENCES, by_sequence(rows)]

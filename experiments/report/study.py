@@ -24,7 +24,7 @@ from experiments.common.program import make_parser
 from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, write_json
 from nirvana.mri.codec import CodecConfig
-from nirvana.mri.lesions import LesionSettings
+from nirvana.mri.lesions import SEQUENCES, LesionSettings
 from nirvana.mri.physics import Sampling
 from nirvana.mri.report.encode import encode
 from nirvana.mri.report.grammar import NORMAL, WORDINGS, Facts, parse
@@ -174,7 +174,7 @@ def config_of(
             **codec,
             encoder_cascades=cascades,
             image_cascades=0,
-            decoder_features=(1, 1, 1, 1),  # unused: no image is asked for
+            decoder_features=(1, 1, 1, 1),  # unused: no image is decoded
             vit_dim=study.vit_dim,
             vit_depth=study.vit_depth,
             vit_heads=study.vit_heads,
@@ -220,7 +220,9 @@ def evaluate(
             for row in read(reporter, batch, cell):
                 index = batch.index[row.pop("i")]
                 subject = test.names[int(test.subject[index])]
-                facts = {"model": name, **vars(cell), "subject": subject, "slice": int(index)}
+                sequence = SEQUENCES[int(test.sequence[index])]
+                about = {"subject": subject, "slice": int(index), "sequence": sequence}
+                facts = {"model": name, **vars(cell), **about}
                 rows.append({**facts, "threshold": reporter.threshold, **row})
         with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
