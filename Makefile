@@ -31,8 +31,8 @@ test: $(VENV)/.test
 	$(BIN)/python $(PYTEST) --durations=10
 
 lint: $(VENV)/.test
-	$(BIN)/ruff format --check src tests examples experiments
-	$(BIN)/ruff check src tests examples experiments
+	$(BIN)/ruff format --check src tests examples experiments benchmarks
+	$(BIN)/ruff check src tests examples experiments benchmarks
 	$(BIN)/pyright
 
 # The newest versions that pip finds within the ranges. New ones appear without a change here, so

@@ -7,13 +7,12 @@ length, and decoding with the packaged `tiny` model. No figure unless values and
 import inspect
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from nirvana import ops
+from nirvana.bench.measure import commit
 from nirvana.cli.console import JsonOption
 from nirvana.errors import script
 from nirvana.files import write_json
@@ -96,7 +96,8 @@ def peak_bytes(rule: Callable, T: int) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward_backward(rule, inputs)
     # Every allocation (+) and release (-); the summary by operation has only their net sums.
-    recorded = profiler.profiler.kineto_results.events()
+    kineto: Any = profiler.profiler
+    recorded = kineto.kineto_results.events()
     changes = [e for e in recorded if e.name() == "[memory]"]
     changes.sort(key=lambda e: e.start_ns())
     return max(accumulate(e.nbytes() for e in changes))
@@ -105,7 +106,9 @@ def peak_bytes(rule: Callable, T: int) -> int:
 def tokens_per_second(threads: int, runs: int = 7) -> float:
     """Plain `generate` of the packaged model, greedy, batch 1."""
     torch.set_num_threads(threads)
-    model, tokenizer = load_language_model("tiny", torch.device("cpu"))
+    loaded = load_language_model("tiny", torch.device("cpu"))
+    model: Any = loaded[0]  # pyright does not accept it as transformers' generative model
+    tokenizer = loaded[1]
     text = (
         "The patients were randomly assigned to two groups of equal size, and the outcome was " * 2
     )
@@ -118,13 +121,6 @@ def tokens_per_second(threads: int, runs: int = 7) -> float:
     return median(rates[1:])
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main(
     json: JsonOption = None,
 ) -> None:
@@ -134,7 +130,7 @@ def main(
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {THREADS} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit(),
+        "commit": commit() or "unknown",
     }
     console.print(", ".join(f"{name} {value}" for name, value in results.items()), soft_wrap=True)
 

@@ -13,8 +13,10 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from measured import name_of
 from recipe import configuration, overrides, write_shards
 
 from nirvana.errors import script
@@ -46,9 +48,9 @@ def main() -> None:
         with atomic_file(options.out / "metrics.jsonl") as file:
             shutil.copyfile(folder / "run/metrics.jsonl", file)
         config = json.loads((folder / "run/config.json").read_text())
-    summary = summarize(options.out / "metrics.jsonl", options.steps)
+    summary: dict[str, Any] = summarize(options.out / "metrics.jsonl", options.steps)
     cuda = torch.cuda.is_available() and config["run"]["device"] != "cpu"
-    summary["device"] = torch.cuda.get_device_name() if cuda else "cpu"
+    summary["device"] = name_of(torch.device("cuda" if cuda else "cpu"))
     summary["torch"] = torch.__version__
     summary["tokens_per_step"] = (
         config["data"]["context_length"] * options.batch_size * options.accumulation
@@ -57,7 +59,7 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def summarize(metrics: Path, steps: int) -> dict[str, float]:
+def summarize(metrics: Path, steps: int) -> dict[str, Any]:
     """Medians over the lines after the first tenth."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     kept = [line for line in lines if line["step"] > steps / 10]

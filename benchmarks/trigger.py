@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ Step = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
 def triton_step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    qkv, fast, *bank = inputs.values()
+    qkv, fast, weight, gain, bias, shift = inputs.values()
+    bank = weight, gain, bias, shift
     q, k, v = qkv.chunk(3, dim=-1)
     fast = fast - 0.01 * triton_trigger.trigger_gradient(k, v, fast, *bank)
     return triton_trigger.trigger_apply(q, fast, *bank), fast
@@ -33,7 +35,7 @@ def triton_step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Bank:
-    """What the PyTorch form asks of a WeightBank, around any tensors."""
+    """The part of a WeightBank that the PyTorch form uses, around any tensors."""
 
     weight: Tensor
     gain: Tensor
@@ -44,7 +46,7 @@ class Bank:
 
 def pytorch_step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     qkv, fast, *vectors = inputs.values()
-    bank = Bank(*vectors)
+    bank: Any = Bank(*vectors)  # has what the functions use of a WeightBank
     q, k, v = (qkv if qkv.dtype == torch.float64 else qkv.float()).chunk(3, dim=-1)
     fast = fast - 0.01 * pytorch.trigger_gradient(k, v, fast, bank)
     return pytorch._apply(q, bank.project(q), fast, bank)[0].to(qkv.dtype), fast
@@ -63,7 +65,8 @@ def make_inputs(tokens: int, C: int, R: int, dtype: torch.dtype) -> dict[str, Te
 
 def gradients(step: Step, inputs: dict[str, Tensor], weights: list[Tensor]) -> dict[str, Tensor]:
     outputs = step(inputs)
-    total = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
+    products = [(y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True)]
+    total = torch.stack([x.double() for x in products]).sum()
     grads = torch.autograd.grad(total, list(inputs.values()))
     return dict(zip(("h", "fast_after", *inputs), (*outputs, *grads), strict=True))
 

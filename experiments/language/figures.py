@@ -6,12 +6,12 @@ from typing import Any
 from nirvana.files import atomic_file
 
 
-def draw_gates(seen: dict[str, Any], path: Path, title: str) -> None:
-    """Gate and length of the step over the position in the document, a column for every layer and a
-    line for every domain.
+def draw_gates(trigger: dict[str, Any], path: Path, title: str) -> None:
+    """Gate and step length over the position in the document: one column for each layer, one line
+    for each domain.
 
     Args:
-        seen: "trigger" of a result, see `probe.look`.
+        trigger: "trigger" of a row, see `probe.probe_trigger`.
         path: of the .png to write.
     """
     import matplotlib
@@ -19,15 +19,18 @@ def draw_gates(seen: dict[str, Any], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    places = seen["places"]
-    names = {"gates": "gate t of the window branch", "steps": "length of the Trigger's step"}
-    layers = len(next(iter(seen["gates"].values())))
+    places = trigger["places"]
+    names = {
+        "gates": "gate t, the share of the window branch",
+        "steps": "norm of the Trigger's step",
+    }
+    layers = len(next(iter(trigger["gates"].values())))
     figure, axes = pyplot.subplots(
         2, layers, figsize=(3 * layers, 5), sharex=True, sharey="row", squeeze=False
     )
     for row, (name, label) in zip(axes, names.items(), strict=True):
         for layer, axis in enumerate(row):
-            for domain, curves in seen[name].items():
+            for domain, curves in trigger[name].items():
                 points = [
                     (stop, *point)
                     for stop, point in zip(places[1:], curves[layer], strict=True)

@@ -1,6 +1,6 @@
-"""Makes the study's data: token shards to train on, and everything that is scored, as tokens.
+"""Prepares the data of the language study: token shards, and all texts and questions as tokens.
 
-    python experiments/language/prepare.py --data DATA [--out FOLDER] [--megabytes 17]
+    python -m experiments.language.prepare --data DATA [--out FOLDER] [--megabytes 17]
 
 DATA holds `text/<domain>/{train,valid,test}.jsonl.xz` and `benchmarks/`. Two files come out, small
 enough to carry to a machine without network: `train.tar.xz` (shards of each domain by the packaged
@@ -8,20 +8,19 @@ tokenizer; of a domain with more text than `--megabytes` an evenly spaced part o
 `evaluation.json.xz`.
 """
 
-import argparse
 import json
 import lzma
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from arms import DOMAINS
-from common import FOLDER
-
+from experiments.common.program import make_parser
+from experiments.language.data import FOLDER
+from experiments.language.variants import DOMAINS
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError, script
 from nirvana.evaluate.mqar import make_mqar
@@ -36,18 +35,18 @@ EDGES = (1, 256, 1024, 2048, 8192)  # tokens where a range of positions ends and
 VALID_DOCUMENTS = 32  # of a domain
 LENGTHS = (512, 1024, 2048, 4096)  # tokens of the recall problems
 PAIRS = 8  # of an mqar problem
-# Sixteen-bit numbers: the compressor is told where their bytes begin.
+# Tokens are 16-bit numbers: literal and position bits of 1 let LZMA model both bytes apart.
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 3, "lp": 1, "pb": 1}]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the study's data.")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser("experiments.language.prepare", __doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("NIRVANA_DATA"))
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--megabytes", type=float, default=17, help="of a domain's training text")
     parser.add_argument("--questions", type=int, default=500, help="of a benchmark at most")
     parser.add_argument("--problems", type=int, default=100, help="of a recall task and length")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.data is None or not Path(options.data).is_dir():
         raise InputError("--data: give the folder that holds text/ and benchmarks/")
     prepare(options.data, options.out, options.megabytes, options.questions, options.problems)
@@ -114,7 +113,7 @@ def _subset(source: Path, out: Path, megabytes: float) -> tuple[Path, int, float
 
 
 def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    """The same archive from the same text, whoever packs it and when."""
+    """Without owner and time, so that the same text always gives the same archive."""
     info.uid = info.gid = info.mtime = 0
     info.uname = info.gname = ""
     return info

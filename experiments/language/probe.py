@@ -1,4 +1,4 @@
-"""What a model's gates and fast parameters do, over position and domain."""
+"""Curves of gates and fast parameters over position, and a linear probe for the domain."""
 
 from itertools import pairwise
 from typing import Any
@@ -13,18 +13,18 @@ PIECES = 8  # of a document at most
 RIDGE = 10.0  # penalty of the probe, on standardised features
 
 
-def look(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str, Any]:
+def probe_trigger(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str, Any]:
     """Curves of the gates and of the step's length, and how well domains separate.
 
     Args:
         model: with a Trigger, in eval mode.
-        evaluation: what `prepare.py` wrote.
+        evaluation: what `experiments.language.prepare` wrote.
         batch_tokens: tokens read at once.
 
     Returns:
         "places"; "gates" and "steps": domain -> layer -> range -> [mean, its standard error over
         documents], None where no document reaches; "probe": features -> one entry for every sample
-        that was not trained on: its document, and whether its domain was told.
+        that the probe was not fitted to: its document, and whether its domain was recognised.
     """
     texts = evaluation["text"]["test"]
     curves: dict[str, dict[str, Any]] = {"gates": {}, "steps": {}}
@@ -52,13 +52,13 @@ def _read(model: Any, rows: list[list[int]], batch_tokens: int) -> dict[str, Ten
             for place, row in enumerate(batch):
                 tokens[place, : len(row)] = torch.as_tensor(row)
             tokens = tokens.to(model.device)
-            reports = model(
+            traces = model(
                 input_ids=tokens, use_cache=False, output_trigger=True, logits_to_keep=1
             ).trigger
             lengths = torch.tensor([len(row) for row in batch], device=tokens.device)
             beyond = torch.arange(length, device=tokens.device) >= lengths[:, None]
-            gates = torch.stack([each.gates[..., 0] for each in reports], 1).float()
-            steps = torch.stack([each.change for each in reports], 1).float()
+            gates = torch.stack([each.gates[..., 0] for each in traces], 1).float()
+            steps = torch.stack([each.change for each in traces], 1).float()
             for name, values in (("gates", gates), ("steps", steps)):
                 parts[name].append(values.masked_fill(beyond[:, None], float("nan")).cpu())
             embedded = model.get_input_embeddings()(tokens)
@@ -88,9 +88,9 @@ def _curves(values: Tensor) -> list[list[list[float] | None]]:
 
 
 def _probe(model: Any, texts: dict[str, Any], batch_tokens: int) -> dict[str, list[list[int]]]:
-    """A linear probe for the domain of pieces of 512 tokens, each read from a fresh state; trained
-    on every second document, asked about the others. "embedded", the mean of the tokens'
-    embeddings, tells what any bag of words would know."""
+    """A linear probe for the domain of pieces of 512 tokens, each read from a fresh state; fitted
+    to every second document and scored on the others. "embedded", the mean of the tokens'
+    embeddings, is what any bag of words holds."""
     rows, owners, domains = [], [], []
     for label, documents in enumerate(texts.values()):
         for number, document in enumerate(documents[:DOCUMENTS]):
@@ -111,13 +111,13 @@ def _probe(model: Any, texts: dict[str, Any], batch_tokens: int) -> dict[str, li
     return found
 
 
-def ridge(known: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
-    """Classes of `asked` `[M, F]` by ridge regression of one-hot labels on `known` `[N, F]`; every
-    class weighs the same."""
+def ridge(known: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+    """Classes of `scored` `[M, F]` by ridge regression of one-hot labels on `known` `[N, F]`; every
+    class has the same weight."""
     mean, std = known.mean(0), known.std(0) + 1e-12
-    known, asked = ((x - mean) / std for x in (known, asked))
-    known, asked = (torch.cat([x, torch.ones(len(x), 1).to(x)], 1) for x in (known, asked))
+    known, scored = ((x - mean) / std for x in (known, scored))
+    known, scored = (torch.cat([x, torch.ones(len(x), 1).to(x)], 1) for x in (known, scored))
     targets = torch.nn.functional.one_hot(labels).to(known)
     weights = (len(labels) / targets.sum(0).clamp(min=1) / targets.shape[1])[labels][:, None]
     gram = known.T @ (weights * known) + RIDGE * torch.eye(known.shape[1]).to(known)
-    return (asked @ torch.linalg.solve(gram, known.T @ (weights * targets))).argmax(1)
+    return (scored @ torch.linalg.solve(gram, known.T @ (weights * targets))).argmax(1)

@@ -1,26 +1,24 @@
-"""Makes the folder that ships as the packaged model `tiny`: weights, tokenizer and a measured card.
+"""Writes the folder of the packaged model `tiny`: weights, tokenizer, and a card with its figures.
 
-    python experiments/language/ship.py RUN --data DATA --out FOLDER
+    python -m experiments.language.ship RUN --data DATA --out FOLDER
 
-RUN is the folder of a training by `nirvana train configs/tiny.toml`, which may have been told more
-steps and another recipe; DATA holds `text/<domain>/test.jsonl.xz`. The card's figures are measured
+RUN is the folder of a training by `nirvana train configs/tiny.toml`, whose settings may have been
+overridden; DATA holds `text/<domain>/test.jsonl.xz`. The card's figures are measured
 here. `src/nirvana/assets/tiny` is replaced by hand: the packaged MRI codec and reporter are trained
 on exactly the model that lies there, and must be trained anew with it.
 """
 
-import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from arms import DOMAINS
-from bootstrap import Interval, Stratum, interval
-from common import trained_tokens
-
+from experiments.common.program import make_parser
+from experiments.language.data import trained_tokens
+from experiments.language.variants import DOMAINS
 from nirvana.errors import InputError, script
-from nirvana.evaluate.perplexity import FileScore, byte_entropy, read_files
+from nirvana.evaluate.perplexity import byte_entropy, read_files
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder
 from nirvana.model.assets import load_language_model
 from nirvana.model.trigger import without_trigger
@@ -79,11 +77,11 @@ loss: {loss:.3f} nats a token.
 
 ## Figures
 
-Bits per byte of the whole test files, every document from a fresh state; in brackets the 95 %
-interval over documents (of one training, so it says nothing of another seed). "Trigger off" is the
-same model without the Trigger's steps: it was trained with them, so the column says how much it
-relies on them, not what a model trained without would reach. "unigram" is the entropy of the file's
-own single bytes.
+Bits per byte of the whole test files, every document from a fresh state. All figures are of one
+training run and have no interval. The ten novels are pieces of one book. "Trigger off" is the same
+model without the Trigger's steps. It was trained with them: the column shows how much it relies on
+them and is no evidence that training with them helps. "unigram" is the entropy of the file's own
+single bytes.
 
 | test file | documents | unigram | bits per byte | Trigger off |
 |---|---|---|---|---|
@@ -91,14 +89,14 @@ own single bytes.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the packaged model's folder.")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser("experiments.language.ship", __doc__)
     parser.add_argument("run", type=Path, help="folder of the training")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, help="documents of each file at most")
     parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     ship(options.run, options.data, options.out, options.limit, choose_device(options.device))
 
 
@@ -122,7 +120,8 @@ def ship(run: Path, data: Path, out: Path, limit: int | None, device: Any) -> No
         off = read_files(model, tokenizer, files, limit, progress=True)
     rows = [
         f"| {domain} | {len(found[domain].documents)} | {byte_entropy(read_documents(file)):.2f} | "
-        f"{_bits(found[domain]).show()} | {_bits(off[domain]).show()} |"
+        f"{found[domain].total.bits_per_byte:.3f} | "
+        f"{off[domain].total.bits_per_byte:.3f} |"
         for domain, file in files.items()
     ]
     own, per_step = model.config, config.data.batch_size * config.optim.accumulation
@@ -157,11 +156,6 @@ def ship(run: Path, data: Path, out: Path, limit: int | None, device: Any) -> No
                 shutil.copyfile(source / name, folder / name)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(card)
-
-
-def _bits(score: FileScore) -> Interval:
-    bits = np.array([[each.nats for each in score.documents]]) / np.log(2)
-    return interval([Stratum(bits, np.array([each.bytes for each in score.documents], float))])
 
 
 def _architecture(own: Any) -> str:

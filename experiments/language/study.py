@@ -1,189 +1,212 @@
-"""One run of the study: trains an arm and scores it."""
+"""Runs the language study: every missing variant, seed and setting adds one row of results.
 
-import gc
-import math
+    python -m experiments.language.prepare --data DATA
+    python -m experiments.language.study                                          # all missing runs
+    python -m experiments.language.study --variant nirvana --seed 0 --setting A   # one run
+    python -m experiments.language.study --minutes 8 --jobs 3 --tokens 16000000
+    python -m experiments.language.page
+
+Setting A trains on all five domains, B on general and novels; both are scored on all five. Without
+options that choose, peers run with three seeds in both settings and ablations with one seed in B.
+A run that is in the results already, trained alike, is not run again.
+"""
+
+import argparse
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import torch
-from arms import PEERS, SETTINGS, Budget, fields_of
-from probe import look
-from torch import Tensor
 
-from nirvana.evaluate.batched import read_rows
-from nirvana.train.config import LanguageConfig, from_dict
-from nirvana.train.language import LanguageTask
-from nirvana.train.optim import build_optimizer
-from nirvana.train.step import Trainer, peak_memory
-from nirvana.train.world import World
+from experiments.common.program import make_parser
+from experiments.common.results import append_row, read_rows
+from experiments.language.data import FOLDER, RESULTS, load_data
+from experiments.language.scores import context_scores
+from experiments.language.single_run import run
+from experiments.language.variants import (
+    ABLATIONS,
+    DOMAINS,
+    PEERS,
+    REFERENCE,
+    SETTINGS,
+    SIZES,
+    VARIANTS,
+    Budget,
+    parameters,
+)
+from nirvana.bench.measure import environment
+from nirvana.errors import InputError, script
+from nirvana.files import check_outputs
+from nirvana.train.world import choose_device
 
-REPORTS = 25  # of the loss and the speed, in a training
+MODULE = "experiments.language.study"
+SEEDS = (0, 1, 2)
 
 
-def run(
-    arm: str,
-    seed: int,
-    setting: str,
-    budget: Budget,
-    shards: Path,
-    evaluation: dict[str, Any],
-    device: torch.device,
-    compiled: bool,
-    say: Callable[[str], None],
-    save: Path | None = None,
-) -> dict[str, Any]:
-    """Trains and scores one arm; everything to report, as plain data.
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    data = [options.data / name for name in ("train.tar.xz", "evaluation.json.xz")]
+    check_outputs({"--out": options.out, "--save": options.save}, data)
+    budget = Budget(
+        options.size,
+        options.tokens,
+        options.context,
+        options.rows,
+        options.lr,
+        data=load_data(options.data)[2],
+    )
+    missing = _missing(_plan(options), options.out, budget)
+    print(f"{len(missing)} runs are missing, of {budget.steps} steps each", flush=True)
+    variants = list(dict.fromkeys(variant for variant, _, _ in missing))
+    for variant in variants:  # one that does not fit is refused before anything runs
+        number = parameters(variant, budget.size)
+        share = number / parameters(REFERENCE, budget.size)
+        print(f"{variant}: {number:,} parameters, {share - 1:+.2%}", flush=True)
+    if options.jobs > 1 and len(variants) > 1:
+        code = _run_processes(variants, options)
+    else:
+        code = _run_all(missing, options, budget)
+    if options.beside == 1:
+        _print_table(options.out, budget)
+    return code
 
-    Args:
-        shards: folder of each domain's token shards.
-        evaluation: what `prepare.py` wrote.
-        compiled: compile the blocks.
-        say: told the progress.
-        save: folder to write the model to, as transformers loads it.
-    """
-    config = configuration(arm, seed, setting, budget, shards, device)
-    started = time.perf_counter()
-    torch.manual_seed(seed)
-    task = LanguageTask(config, device)
-    if device.type == "cuda":
-        gc.collect()  # of the run before
-        torch.cuda.reset_peak_memory_stats(device)
-    trainer, figures = train(task, config, World(device), compiled, say)
-    trained = time.perf_counter()
-    model: Any = task.model.eval()
-    # Scored texts come in shapes of their own: what is compiled would be compiled again for each.
-    with torch.no_grad(), trainer.autocast(), torch.compiler.set_stance("force_eager"):
-        # Of an ablation the report asks for text alone.
-        asked = evaluation if arm in PEERS else {**evaluation, "tasks": {}, "recall": {}}
-        scores = score(model, asked, budget.context_length * budget.rows)
-        if model.config.has_trigger:
-            scores["trigger"] = look(model, evaluation, budget.context_length * budget.rows)
-    if save is not None:
-        model.save_pretrained(save)
-        task.tokenizer.save_pretrained(save)
-    ended = time.perf_counter()
-    seconds = {"training": round(trained - started, 1), "scoring": round(ended - trained, 1)}
-    return {
-        "model": fields_of(arm, budget.size),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **figures,
-        "seconds": seconds,
-        **scores,
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser(MODULE, __doc__)
+    parser.add_argument(
+        "--variant", action="append", choices=[*VARIANTS], metavar="VARIANT", default=[]
+    )
+    parser.add_argument("--seed", action="append", type=int, default=[])
+    parser.add_argument("--setting", action="append", choices=[*SETTINGS], default=[])
+    parser.add_argument("--size", choices=[*SIZES], default=Budget.size)
+    parser.add_argument("--tokens", type=int, default=Budget.tokens, help="to train on, of a run")
+    parser.add_argument("--context", type=int, default=Budget.context_length)
+    parser.add_argument("--rows", type=int, default=Budget.rows, help="of a step")
+    parser.add_argument("--lr", type=float, default=Budget.lr)
+    parser.add_argument("--data", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--save", type=Path, help="folder that keeps the models")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", help="of the code, for the record, where there is no git")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes, among which variants are divided"
+    )
+    parser.add_argument("--minutes", type=float, help="start no run that would end later")
+    parser.add_argument("--beside", type=int, default=1, help=argparse.SUPPRESS)  # of --jobs
+    options = parser.parse_args(arguments)
+    for name in ("tokens", "context", "rows", "jobs"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} = {getattr(options, name)} must be at least 1")
+    return options
+
+
+def _plan(options: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """(variant, seed, setting): peers before ablations, one seed of all before the next."""
+    runs = []
+    for variant in options.variant or VARIANTS:
+        seeds = options.seed or (SEEDS if variant in PEERS else SEEDS[:1])
+        for setting in options.setting or (("B", "A") if variant in PEERS else ("B",)):
+            runs += [(variant, seed, setting) for seed in seeds]
+    return sorted(runs, key=lambda each: (each[0] in ABLATIONS, each[1]))
+
+
+def _missing(
+    plan: Sequence[tuple[str, int, str]], results: Path, budget: Budget
+) -> list[tuple[str, int, str]]:
+    done = {
+        (row["variant"], row["seed"], row["setting"])
+        for row in read_rows(results)
+        if row["budget"] == budget.to_dict()
     }
+    return [each for each in plan if each not in done]
 
 
-def configuration(
-    arm: str, seed: int, setting: str, budget: Budget, shards: Path, device: torch.device
-) -> LanguageConfig:
-    """The trainer's configuration of a run."""
-    domains = SETTINGS[setting]
-    tree = {
-        "model": {"preset": "tiny", **fields_of(arm, budget.size)},
-        "data": {
-            "train": {domain: str(shards / domain) for domain in domains},
-            "weights": dict.fromkeys(domains, 1.0),
-            "context_length": budget.context_length,
-            "batch_size": budget.rows,
-        },
-        "optim": {
-            "lr": budget.lr,
-            "min_lr": budget.lr / 10,
-            "warmup_steps": round(budget.warmup * budget.steps),
-        },
-        "run": {"out": "unused", "steps": budget.steps, "seed": seed, "device": str(device)},
-    }
-    return from_dict(LanguageConfig, tree, "")
+def _run_processes(variants: list[str], options: argparse.Namespace) -> int:
+    """Divides the variants among processes: one compiles while another one trains."""
+    jobs = min(options.jobs, len(variants))
+    given = {**vars(options), "jobs": 1, "beside": jobs}
+    children = []
+    for first in range(jobs):
+        words = []
+        for name, value in {**given, "variant": variants[first::jobs]}.items():
+            flag = f"--{name.replace('_', '-')}"
+            if value is True:
+                words.append(flag)
+            elif value is not None and value is not False:
+                for each in value if isinstance(value, list) else [value]:
+                    words += [flag, str(each)]
+        children.append(subprocess.Popen([sys.executable, "-m", MODULE, *words]))
+    return max(child.wait() for child in children)
 
 
-def train(
-    task: LanguageTask,
-    config: LanguageConfig,
-    world: World,
-    compiled: bool,
-    say: Callable[[str], None],
-) -> tuple[Trainer, dict[str, Any]]:
-    """The package's own steps, one after another, without checkpoints: a run takes a minute."""
-    task.prepare(world, compiled)
-    parameters = list(task.trainable())
-    optimizer = build_optimizer(parameters, config.optim)
-    trainer = Trainer(task, config.optim, config.run, parameters, optimizer, world)
-    task.model.train()
-    steps, losses, rates = config.run.steps, [], []
-    every = max(1, steps // REPORTS)
-    for step in range(steps):
-        trainer.step(step, [task.batch(step, 0)])
-        if (step + 1) % every == 0 or step + 1 == steps:
-            line = trainer.report(step + 1)
-            losses.append([step + 1, line["loss"] and round(line["loss"], 4)])
-            rates.append(line["tokens_per_second"])
-            say(f"step {step + 1}/{steps} loss {line['loss']} {rates[-1]:,.0f} tokens/s")
-    return trainer, {
-        "steps": steps,
-        "losses": losses,
-        # Blocks are compiled in the first steps.
-        "tokens_per_second": round(median(rates[1:] or rates)),
-        "memory_gib": round(peak_memory(world.device) / 2**30, 2),
-        "skipped": line["skipped"],
-    }
-
-
-def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str, Any]:
-    """Bits of every document in every range of positions, points of every question, and for every
-    recall problem the share of right answers and the bits of an answer."""
-    found: dict[str, Any] = {"edges": evaluation["edges"], "text": {}, "tasks": {}, "recall": {}}
-    edges = evaluation["edges"]
-    for split, domains in evaluation["text"].items():
-        documents = [document for each in domains.values() for document in each]
-        read = iter(read_rows(model, [each["tokens"] for each in documents], batch_tokens))
-        found["text"][split] = {
-            domain: {
-                "bits": [_ranges(next(read)[0], edges) for _ in each],
-                "bytes": [document["bytes"] for document in each],
+def _run_all(
+    missing: Sequence[tuple[str, int, str]], options: argparse.Namespace, budget: Budget
+) -> int:
+    device = choose_device(options.device)
+    compiled = device.type == "cuda" and not options.no_compile
+    shards, evaluation, _ = load_data(options.data)
+    about = environment(device)
+    about["commit"] = about["commit"] or options.commit
+    failed = 0
+    # All variants share the code of a block; a block that fell back to eager must be an error.
+    limits: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
+    began = time.perf_counter()
+    last = 0.0
+    with torch._dynamo.config.patch(limits | {"fail_on_recompile_limit_hit": True}):
+        for variant, seed, setting in missing:
+            name = f"{variant}/{setting}/{seed}"
+            start = time.perf_counter()
+            if options.minutes and start - began + last > 60 * options.minutes:
+                print(f"{name} and the runs after it are left for another call")
+                break
+            try:
+                found = run(
+                    variant,
+                    seed,
+                    setting,
+                    budget,
+                    shards,
+                    evaluation,
+                    device,
+                    compiled,
+                    lambda text, name=name: print(f"{name}: {text}", flush=True),
+                    options.save / f"{variant}-{setting}-{seed}" if options.save else None,
+                )
+            except Exception:  # a failed run must not cost the results of the others
+                traceback.print_exc()
+                print(f"{name}: failed", flush=True)
+                failed += 1
+                continue
+            identity = {
+                "variant": variant,
+                "seed": seed,
+                "setting": setting,
+                "budget": budget.to_dict(),
             }
-            for domain, each in domains.items()
-        }
-    questions = [question for each in evaluation["tasks"].values() for question in each]
-    read = iter(read_rows(model, [r for q in questions for r in q["rows"]], batch_tokens))
-    for name, each in evaluation["tasks"].items():
-        points = [_point(question, [next(read) for _ in question["rows"]]) for question in each]
-        choices = [len(question["rows"]) for question in each]
-        found["tasks"][name] = {
-            "points": "".join(map(str, points)),
-            "chance": round(sum(1 / n for n in choices) / len(choices), 4)
-            if max(choices) > 1
-            else 0,
-        }
-    problems = [problem for each in evaluation["recall"].values() for problem in each]
-    read = iter(read_rows(model, [each["tokens"] for each in problems], batch_tokens))
-    for name, each in evaluation["recall"].items():
-        answered = [_recall(problem, *next(read)) for problem in each]
-        points, bits = zip(*answered, strict=True)
-        found["recall"][name] = {"points": list(points), "bits": list(bits)}
-    return found
+            how = {"compiled": compiled, "beside": options.beside}
+            append_row(options.out, identity | {"environment": about | how} | found)
+            last = time.perf_counter() - start
+            print(f"{name}: done in {last:.0f} s", flush=True)
+    return 1 if failed else 0
 
 
-def _ranges(costs: Tensor, edges: Sequence[int]) -> list[float]:
-    """Bits of a document's tokens between each two edges; token t's cost stands at t - 1."""
-    spans = pairwise(edges)
-    return [round(float(costs[a - 1 : b - 1].sum()) / math.log(2), 1) for a, b in spans]
+def _print_table(results: Path, budget: Budget) -> None:
+    """Bits per byte of the test texts so far, the mean over seeds."""
+    rows = [each for each in read_rows(results) if each["budget"] == budget.to_dict()]
+    print(f"{'variant':20}{'setting':>8}{'seeds':>6}", *(f"{domain:>9}" for domain in DOMAINS))
+    for setting in SETTINGS:
+        for variant in VARIANTS:
+            runs = [x for x in rows if (x["variant"], x["setting"]) == (variant, setting)]
+            if runs:
+                figures = (mean(context_scores(x, d).figure for x in runs) for d in DOMAINS)
+                print(f"{variant:20}{setting:>8}{len(runs):>6}", *(f"{f:9.4f}" for f in figures))
 
 
-def _point(question: dict[str, Any], read: list[tuple[Tensor, Tensor]]) -> int:
-    """Whether the right answer is the likeliest one; with one answer alone, whether greedy decoding
-    writes it."""
-    after = [start - 1 for start in question["starts"]]
-    if len(read) == 1:
-        return int(bool(read[0][1][after[0] :].all()))
-    costs = [float(costs[first:].sum()) for (costs, _), first in zip(read, after, strict=True)]
-    return int(costs.index(min(costs)) == question["gold"])
-
-
-def _recall(problem: dict[str, Any], costs: Tensor, hits: Tensor) -> tuple[float, float]:
-    spans = [slice(start - 1, stop - 1) for start, stop in problem["answers"]]
-    right = [bool(hits[span].all()) for span in spans]
-    bits = sum(float(costs[span].sum()) for span in spans) / math.log(2) / len(spans)
-    return round(sum(right) / len(right), 4), round(bits, 2)
+if __name__ == "__main__":
+    script(main)

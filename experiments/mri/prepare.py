@@ -1,6 +1,6 @@
-"""Packs the study's real data into one small file that needs no reader of medical images.
+"""Packs the real data of the MRI study into one small file that needs no image reader.
 
-    python experiments/mri/prepare.py DATA [--out data/mri-study.npz]
+    python -m experiments.mri.prepare DATA [--out data/mri-study.npz]
 
 DATA holds train, valid and test, each with `<person>_<contrast>.nii.gz`, and kspace. Kept are
 8-bit slices: of training volumes evenly spaced ones, and of those with cubic voxels sagittal and
@@ -8,11 +8,13 @@ coronal ones, too; of the others the middle ones. Names of arrays: `train/NAME`,
 `test/NAME` uint8 `[slices, H, W]`, and `kspace/NAME` complex64 `[slices, coils, H, W]`, measured.
 """
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from experiments.common.program import make_parser
 from nirvana.errors import script
 from nirvana.files import atomic_file, check_outputs
 from nirvana.mri.io import read_spacing, read_volume
@@ -31,7 +33,7 @@ def volumes(folder: Path) -> dict[str, Path]:
 
 
 def spread(volume: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` evenly spaced ones of the slices that show something, 8 bits, cut to them."""
+    """At most `count` evenly spaced slices with content, 8 bits, cropped to it."""
     shown = np.flatnonzero((volume > 0.05).mean((1, 2)) > CONTENT)
     chosen = volume[
         shown[np.linspace(0, len(shown) - 1, min(count, len(shown))).round().astype(int)]
@@ -40,7 +42,7 @@ def spread(volume: np.ndarray, count: int) -> np.ndarray:
 
 
 def cut(slices: np.ndarray, margin: int = 6) -> np.ndarray:
-    """Without the empty border that all slices share, but for a margin."""
+    """Crops the empty border that all slices share, up to a margin."""
     bright = slices > 12
     rows, columns = np.flatnonzero(bright.any((0, 2))), np.flatnonzero(bright.any((0, 1)))
     top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
@@ -80,11 +82,11 @@ def measured(folder: Path) -> dict[str, np.ndarray]:
     return {name: x.astype(np.complex64)[None, None] for name, x in kept.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser("experiments.mri.prepare", __doc__)
     parser.add_argument("data", type=Path, help="folder with train, valid, test and kspace")
     parser.add_argument("--out", type=Path, default=Path("data/mri-study.npz"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     parts = ("train", "valid", "test", "kspace")
     check_outputs({"--out": options.out}, [options.data / part for part in parts])
     arrays: dict[str, np.ndarray] = {}
@@ -96,8 +98,9 @@ def main() -> None:
             arrays[f"{part}/{name}"] = middle(file)
     for name, kspace in measured(options.data / "kspace").items():
         arrays[f"kspace/{name}"] = kspace
+    named: dict[str, Any] = {**arrays}  # numpy types its keywords as options
     with atomic_file(options.out) as temporary:
-        np.savez_compressed(temporary, **arrays)
+        np.savez_compressed(temporary, **named)
     slices = sum(len(x) for name, x in arrays.items() if name.startswith("train/"))
     print(f"{options.out}: {len(arrays)} arrays, {slices} training slices, ", end="")
     print(f"{options.out.stat().st_size / 1e6:.1f} MB")

@@ -1,39 +1,43 @@
-"""Packs the heads of the study into one file: python prepare.py MRI_FOLDER OUT.npz
+"""Packs the brain slices of the report study into one file.
 
-The folder is that of the MRI data, with train/, valid/ and test/ in it; see the table below for the
-volumes, which stay under their own licences and are not part of the project. The split is the
-study's own: tcga_DU7294, a training person elsewhere, is tested here, because of the test persons
-ms_x19 has no slice without lesions of its own and no other has a T2 with a mask.
+    python -m experiments.report.prepare MRI_FOLDER OUT.npz [--roles test valid]
 
-Persons who train, with voxels of 1 mm, nod, too (but for `STILL`): there are few of them, and
-slices that cut their gyri at other angles are new ones.
+The folder is that of the MRI data, with train/, valid/ and test/ in it. `VOLUMES` lists the
+volumes, which keep their own licences and are not part of the project. The split differs from the
+folders: tcga_DU7294, a training person elsewhere, is tested here, because ms_x19 has no slice free
+of lesions and no other test person has a T2 with a mask.
 
-Of the persons ms_l the lesions that changed are marked, not all that they have. Slices at whose
-height their FLAIR shows one, or bright spots, are left out of all their sequences (`spotted`). Of
-seg3d, whom no mask describes either, half of the head is left out (`VISIBLE`).
+Training volumes with voxels of 1 mm are also cut at other pitches (but for `STILL`), since there
+are few people and a tilted section shows other gyri.
+
+The masks of the people ms_l mark only the lesions that changed. Slices at a height where their
+FLAIR shows one of those, or bright spots, are left out of all their sequences (`spotted`). seg3d
+has no mask; half of that brain is left out (`VISIBLE`).
 """
 
-import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from experiments.common.program import make_parser
 from nirvana.errors import script
 from nirvana.files import check_outputs
 from nirvana.mri.io import read_affine, read_spacing, read_volume
 from nirvana.mri.lobes import brain_mask, distance, frame_of
 from nirvana.mri.report.heads import SLAB, join_heads, save_heads, slices_of
 
-# Heights, mm, with a lesion that anyone can see and no mask marks: a malformed cortex around the
-# right Sylvian fissure, a cavity near the ventricle.
+# Heights in mm at which lesions are visible that no mask marks: a malformed cortex around the right
+# Sylvian fissure, and a cavity near the ventricle.
 VISIBLE = {"seg3d": [(-math.inf, 486.0)]}
-BORDER = 6.0  # mm of the brain's rim, cortex, in which no spot is looked for
-AROUND = 8.0  # mm, standard deviation of the surroundings that a spot is compared with
-BRIGHT = 1.3  # times as bright as they are
+BORDER = 6.0  # mm of cortex at the rim of the brain, where spots are not searched
+AROUND = 8.0  # mm, standard deviation of the surroundings of a spot
+BRIGHT = 1.3  # times as bright as the surroundings
 PITCHES = (-12.0, -6.0, 6.0, 12.0)  # degrees
-STILL = {"stroke_clin"}  # nodding, each of its slices would show the lesion
+STILL = {"stroke_clin"}  # tilted, each of its slices would show the lesion
 SPOT = 12.0  # mm² of the smallest spot, 4 mm across
 
 # role in the study, subject, sequences, skull-stripped, mask of known lesions
@@ -55,19 +59,23 @@ VOLUMES = (
     ("test", "seg3d", "T1", False, None),
     ("test", "ecog", "T1", False, None),
 )
+ROLES = ("train", "valid", "test")
 FOLDERS = {"tcga_DU7294": "train", "niimath": "train"}
 FILES = {"mni152": "mni152_T1", "niimath": "niimath_T1brain"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser("experiments.report.prepare", __doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    given = parser.parse_args()
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES, help="to pack")
+    given = parser.parse_args(arguments)
     folders = {FOLDERS.get(subject, role) for role, subject, *_ in VOLUMES}
     check_outputs({"OUT": given.out}, [given.folder / name for name in folders])
     parts = []
     for role, subject, sequences, stripped, mask in VOLUMES:
+        if role not in given.roles:
+            continue
         split = FOLDERS.get(subject, role)
         for sequence in sequences.split():
             name = FILES.get(subject, f"{subject}_{sequence}")
@@ -79,9 +87,9 @@ def main() -> None:
             without += VISIBLE.get(subject, [])
             path = given.folder / split / f"{name}.nii.gz"
             who, spacing = f"{role}/{subject}", read_spacing(path)
-            nods = role == "train" and subject not in STILL and not without
-            nods &= spacing is not None and max(spacing) < 1.5
-            for pitch in (0.0, *(PITCHES if nods else ())):
+            tilted = role == "train" and subject not in STILL and not without
+            tilted &= spacing is not None and max(spacing) < 1.5
+            for pitch in (0.0, *(PITCHES if tilted else ())):
                 part = slices_of(path, sequence, who, stripped, lesions, without, pitch)
                 print(f"{path.name}, {pitch:+.0f} degrees: {len(part)} slices")
                 parts.append(part)
@@ -91,8 +99,8 @@ def main() -> None:
 
 
 def spotted(path: Path, changed: Path) -> list[tuple[float, float]]:
-    """Heights, see `slices_of`, at which a FLAIR of a head shows a lesion that changed, or bright
-    spots: lesions, but also the plexus and whatever else is as bright."""
+    """Heights (see `slices_of`) at which a FLAIR shows a lesion that changed or bright spots:
+    lesions, but also the plexus and anything else as bright."""
     volume, spacing, affine = read_volume(path), read_spacing(path), read_affine(path)
     assert spacing is not None
     assert affine is not None
@@ -109,7 +117,8 @@ def spotted(path: Path, changed: Path) -> list[tuple[float, float]]:
     ranges = []
     margin = 0.45 * (spacing[0] + SLAB)  # a slice shows a tenth of the next one or more
     for number, part in enumerate(bright):
-        labels, count = ndimage.label(part, np.ones((3, 3)))
+        found: Any = ndimage.label(part, np.ones((3, 3)))
+        labels, count = found
         areas = np.bincount(labels.ravel())[1:] * spacing[1] * spacing[2]
         if count and areas.max() >= SPOT:
             height = (affine @ (number, frame.row, frame.column, 1))[2]

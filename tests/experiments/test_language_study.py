@@ -1,20 +1,30 @@
 """The language study, end to end on a few made-up documents, and its statistics."""
 
-import importlib
 import json
 import lzma
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from experiments.common.results import read_rows
+from experiments.language import (
+    candidate,
+    page,
+    prepare,
+    probe,
+    scores,
+    ship,
+    study,
+    variants,
+    verdicts,
+)
+from experiments.language.data import CANDIDATES, HERE, RESULTS, load_data
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import score_documents
 from nirvana.evaluate.tasks import TASKS
+from nirvana.statistics import t_interval
 
-STUDY = Path(__file__).parents[2] / "experiments/language"
 WORDS = [
     "the",
     "cat",
@@ -36,13 +46,6 @@ WORDS = [
     "over",
     "fields",
 ]
-
-
-@pytest.fixture(autouse=True)
-def study(monkeypatch):
-    """A function that imports one of the study's modules."""
-    monkeypatch.syspath_prepend(str(STUDY))
-    return importlib.import_module
 
 
 def sentences(random, count):
@@ -76,42 +79,37 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(data, tmp_path_factory):
-    sys.path.insert(0, str(STUDY))
-    prepare = importlib.import_module("prepare")
     folder = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "LENGTHS", (160,))
         prepare.prepare(data, folder, megabytes=0.03, questions=3, problems=2)
-    sys.path.remove(str(STUDY))
     return folder
 
 
 @pytest.fixture
-def run(study, prepared, tmp_path, monkeypatch):
-    """Runs `run.py` with a toy's settings and these arguments."""
+def run(prepared, tmp_path):
+    """Runs the study with a toy's settings and these arguments."""
 
     def call(*arguments):
-        small = f"run.py --size toy --context 256 --rows 2 --tokens 1536 --data {prepared}"
-        given = [*small.split(), "--out", str(tmp_path / "results.jsonl"), *arguments]
-        monkeypatch.setattr(sys, "argv", given)
-        return study("run").main()
+        small = f"--size toy --context 256 --rows 2 --tokens 1536 --data {prepared}"
+        return study.main([*small.split(), "--out", str(tmp_path / "results.jsonl"), *arguments])
 
     return call
 
 
-def test_from_text_to_report(run, study, data, tmp_path, capsys, monkeypatch):
+def test_from_text_to_results_page(run, data, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    results, out = tmp_path / "results.jsonl", tmp_path / "docs" / "evidence.md"
-    arms = [f"--arm={arm}" for arm in ("nirvana", "hybrid-input", "transformer")]
-    arms += ["--seed=0", "--setting=B"]
-    assert run(*arms, "--save", str(tmp_path / "models")) == 0
+    results, out = tmp_path / "results.jsonl", tmp_path / "docs" / "RESULTS.md"
+    given = [f"--variant={name}" for name in ("nirvana", "hybrid-input", "transformer")]
+    given += ["--seed=0", "--setting=B"]
+    assert run(*given, "--save", str(tmp_path / "models")) == 0
     assert "nirvana: 357,068 parameters, +0.00%" in capsys.readouterr().out
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert sorted(line["arm"] for line in lines) == ["hybrid-input", "nirvana", "transformer"]
+    assert sorted(line["variant"] for line in lines) == ["hybrid-input", "nirvana", "transformer"]
     for line in lines:
         assert line["steps"] == 3
         assert line["environment"]["versions"]["torch"]
-        assert ("trigger" in line) == (line["arm"] == "nirvana")
+        assert ("trigger" in line) == (line["variant"] == "nirvana")
         assert line["losses"][-1][1] < line["losses"][0][1]
     # The same text through the package's own evaluation.
     from nirvana.model.assets import load_language_model
@@ -119,7 +117,7 @@ def test_from_text_to_report(run, study, data, tmp_path, capsys, monkeypatch):
 
     model, tokenizer = load_language_model(tmp_path / "models" / "nirvana-B-0")
     texts = list(read_documents(data / "text/law/test.jsonl.xz"))
-    (line,) = (line for line in lines if line["arm"] == "nirvana")
+    (line,) = (line for line in lines if line["variant"] == "nirvana")
     found = line["text"]["test"]["law"]
     for text, bits, spelled in zip(texts, found["bits"], found["bytes"], strict=True):
         (score,) = score_documents(model, tokenizer, [text])
@@ -127,27 +125,26 @@ def test_from_text_to_report(run, study, data, tmp_path, capsys, monkeypatch):
         assert sum(spelled) == len(text.encode())
     # Nothing is run twice, and a line that was cut off is not counted.
     before = results.read_text()
-    assert run(*arms) == 0
+    assert run(*given) == 0
     assert results.read_text() == before
-    results.write_text(before + '{"arm": "nirv')
-    assert run(*arms) == 0
+    results.write_text(before + '{"variant": "nirv')
+    assert run(*given) == 0
     results.write_text(before)
-    monkeypatch.setattr(sys, "argv", f"report.py --results {results} --out {out}".split())
-    study("report").main()
-    page = out.read_text()
-    assert "nirvana/A/0" in page.partition("missing runs")[2]
-    assert "nirvana/B/0" not in page.partition("missing runs")[2]
-    assert "`nirvana` minus `hybrid-input` is" in page
-    assert (out.parent / "images/evidence-nirvana-B.png").is_file()
-    take = study("results").text("law")(line)
-    assert f"{take.values.sum() / take.weights.sum():.3f} (" in page
+    page.main(["--results", str(results), "--out", str(out)])
+    written = out.read_text()
+    assert "nirvana/A/0" in written.partition("missing runs")[2]
+    assert "nirvana/B/0" not in written.partition("missing runs")[2]
+    assert "Nothing to compare: no pair has two runs" in written
+    assert (out.parent / "images/nirvana-B.png").is_file()
+    # A single run is shown as a figure without an interval.
+    assert f"| {scores.context_scores(line, 'law').figure:.3f} |" in written
 
 
-def test_speed_is_told_by_runs_that_had_the_device_alone(study):
+def test_speed_comes_from_runs_that_had_the_device_alone():
     def line(tokens, rows, beside, rate):
-        budget = study("arms").Budget(tokens=tokens, rows=rows).to_dict()
+        budget = variants.Budget(tokens=tokens, rows=rows).to_dict()
         return {
-            "arm": "nirvana",
+            "variant": "nirvana",
             "setting": "B",
             "seed": beside,
             "budget": budget,
@@ -158,100 +155,145 @@ def test_speed_is_told_by_runs_that_had_the_device_alone(study):
 
     shared = [line(10**7, 32, beside, 100) for beside in (3, 4)]
     alone, other = line(10**6, 32, 1, 700), line(10**6, 16, 1, 300)
-    results = study("results").Results([*shared, alone, other])
+    results = scores.Results([*shared, alone, other])
     assert results.timed("nirvana") == [alone]
-    assert study("results").Results([*shared, other]).timed("nirvana") == shared
-    assert "| 700 (700 to 700) |" in study("report")._cost(results)
+    assert scores.Results([*shared, other]).timed("nirvana") == shared
+    assert "| 700 (700 to 700) |" in page._cost(results)
 
 
-def test_a_report_of_nothing_says_so(study, tmp_path):
-    page = study("report").document(study("results").Results([]), [], tmp_path)
-    assert "nirvana/A/0, nirvana/A/1" in page
+def test_a_page_without_runs_lists_them_as_missing(tmp_path):
+    assert "nirvana/A/0, nirvana/A/1" in page.page(scores.Results([]), [], tmp_path)
 
 
-def test_processes_share_the_arms_out(run, tmp_path):
-    assert run("--arm", "gated-deltanet", "--arm", "normalised", "--jobs", "2", "--seed", "1") == 0
+def test_processes_divide_the_variants(run, tmp_path):
+    assert (
+        run("--variant", "gated-deltanet", "--variant", "normalised", "--jobs", "2", "--seed", "1")
+        == 0
+    )
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    done = {(line["arm"], line["setting"], line["environment"]["beside"]) for line in lines}
+    done = {(line["variant"], line["setting"], line["environment"]["beside"]) for line in lines}
     assert done == {("gated-deltanet", s, 2) for s in "AB"} | {("normalised", "B", 2)}
 
 
-def test_one_arms_fault_costs_no_other_ones_results(run, study, tmp_path, monkeypatch):
-    module = study("run")
-    healthy = module.run
+def test_a_failed_run_does_not_cost_the_results_of_others(run, tmp_path, monkeypatch):
+    healthy = study.run
 
-    def faulty(arm, *rest):
-        if arm == "nirvana":
+    def faulty(variant, *rest):
+        if variant == "nirvana":
             raise RuntimeError("no")
-        return healthy(arm, *rest)
+        return healthy(variant, *rest)
 
-    monkeypatch.setattr(module, "run", faulty)
-    assert run(*["--arm", "nirvana", "--arm", "transformer", "--seed", "0", "--setting", "B"]) == 1
+    monkeypatch.setattr(study, "run", faulty)
+    assert (
+        run(*["--variant", "nirvana", "--variant", "transformer", "--seed", "0", "--setting", "B"])
+        == 1
+    )
     (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["arm"] == "transformer"
+    assert json.loads(line)["variant"] == "transformer"
 
 
 def test_no_time_left_begins_no_run(run, tmp_path):
-    assert run("--arm", "nirvana", "--minutes", "-1") == 0
+    assert run("--variant", "nirvana", "--minutes", "-1") == 0
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_what_the_user_did_wrong_is_one_line(study, run, tmp_path, monkeypatch, capsys):
+def test_wrong_input_is_refused_in_one_line(run, tmp_path, capsys):
     with pytest.raises(InputError, match="tokens = 0 must be at least 1"):
         run("--tokens", "0")
-    with pytest.raises(InputError, match="'task-128' is larger than all of size 'toy'"):
-        run("--arm", "task-128")
-    monkeypatch.setattr(sys, "argv", ["run.py", "--data", str(tmp_path)])
+    with pytest.raises(InputError, match="'task-128' does not fit in the parameters of size 'toy'"):
+        run("--variant", "task-128")
     with pytest.raises(SystemExit) as ended:
-        script(study("run").main)
+        script(lambda: study.main(["--data", str(tmp_path)]))
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_every_arm_has_the_parameters_of_the_first(study):
-    arms = study("arms")
-    counts = {arm: arms.parameters(arm, "30m") for arm in arms.ARMS}
+def test_every_variant_has_the_parameters_of_the_first():
+    counts = {name: variants.parameters(name, "30m") for name in variants.VARIANTS}
     assert 25e6 < counts["nirvana"] < 35e6
-    for arm, number in counts.items():
-        assert abs(number / counts["nirvana"] - 1) <= 0.02, arm
+    for name, number in counts.items():
+        assert abs(number / counts["nirvana"] - 1) <= 0.02, name
 
 
-def test_an_interval_holds_what_varies_and_nothing_else(study):
-    bootstrap = study("bootstrap")
-    weights = np.array([1.0, 2.0, 5.0])
-    same = bootstrap.interval([bootstrap.Stratum(np.stack([2 * weights] * 3), weights)])
-    assert same.figure == pytest.approx(2)
-    assert (same.low, same.high) == (pytest.approx(2), pytest.approx(2))
-    # Seeds alone differ: the interval runs over their means.
-    seeds = bootstrap.Stratum(np.array([[1.0], [2.0], [3.0]]) * weights, weights)
-    found = bootstrap.interval([seeds])
-    assert found.figure == pytest.approx(2)
-    assert found.low == pytest.approx(4 / 3, abs=0.34)
-    assert found.high == pytest.approx(8 / 3, abs=0.34)
-    # Documents alone differ: as wide as the error of their mean.
-    values = np.random.default_rng(0).normal(size=(1, 400))
-    found = bootstrap.interval([bootstrap.Stratum(values, np.ones(400))])
-    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
-    assert found.low < values.mean() < found.high
+@pytest.fixture(scope="module")
+def recorded():
+    """The committed rows."""
+    return scores.Results(read_rows(RESULTS))
 
 
-def test_a_difference_is_paired(study):
-    """What two arms share, hard documents and lucky seeds, cancels."""
-    bootstrap = study("bootstrap")
-    random = np.random.default_rng(0)
-    weights = np.ones(50)
-    common = random.normal(size=(1, 50)) * 10 + random.normal(size=(3, 1)) * 10
-    a, b = (bootstrap.Stratum(common + shift, weights) for shift in (0.5, 0.0))
-    found = bootstrap.interval([bootstrap.minus(a, b)])
-    assert (found.low, found.high) == (pytest.approx(0.5), pytest.approx(0.5))
-    with pytest.raises(ValueError, match="same documents"):
-        bootstrap.minus(a, bootstrap.Stratum(common, 2 * weights))
-    with pytest.raises(ValueError, match="same runs"):
-        bootstrap.interval([a, bootstrap.Stratum(common[:1], weights)])
+def test_the_committed_rows_are_whole(recorded):
+    assert len(recorded.rows) == 72
+    assert recorded.missing() == []
 
 
-def test_the_probe_finds_what_is_there(study):
-    probe = study("probe")
+def test_the_committed_rows_give_the_committed_page(recorded, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = page.page(recorded, read_rows(CANDIDATES), tmp_path)
+    assert (HERE / "RESULTS.md").read_text(encoding="utf-8") == written
+    shown = {path.name for path in (HERE / "images").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == shown
+
+
+def test_the_page_of_verdicts_agrees(recorded):
+    """What docs/results.md counts by hand is what the rows give."""
+    verdicts_page = (HERE.parents[1] / "docs/results.md").read_text(encoding="utf-8")
+    found = {q.title: verdicts.compare(recorded, q) for q in verdicts.QUESTIONS}
+    trigger, transformer, *others = found.values()
+    assert "**Not shown.**" in verdicts.conclude(trigger)
+    assert f"none of {len(trigger)} intervals" in verdicts_page
+    for comparisons in others:
+        assert "**Not shown.**" in verdicts.conclude(comparisons)
+        assert f"none of {len(comparisons)} |" in verdicts_page
+    apart = sum(t_interval(each.differences).excludes_zero for each in transformer)
+    smallest = min(each.corrected for each in transformer)
+    assert f"all {len(transformer)} comparisons and {apart} intervals" in verdicts_page
+    assert f"smallest p {smallest:.2g}" in verdicts_page
+
+
+def test_differences_are_paired_by_seed(recorded):
+    takes = [scores.text(domain) for domain in variants.DOMAINS]
+    own, other = (recorded.figures(v, "A", takes) for v in ("nirvana", "transformer"))
+    found = recorded.differences("nirvana", "transformer", "A", takes)
+    assert found.tolist() == [own[seed] - other[seed] for seed in (0, 1, 2)]
+    back = recorded.differences("transformer", "nirvana", "A", takes)
+    assert found.tolist() == (-back).tolist()
+
+
+def test_a_verdict_needs_an_interval_that_excludes_zero_and_the_correction(recorded):
+    def verdict(*pairs):
+        comparisons = verdicts.compare(recorded, verdicts.Question("?", pairs))
+        assert all(each.corrected >= each.p for each in comparisons)
+        return verdicts.conclude(comparisons)
+
+    same = scores.Results([{**row, "seed": seed} for row in recorded.rows for seed in range(3)])
+    assert verdict(("nirvana", "hybrid-input")).startswith("**Not shown.** None of 3")
+    assert "Shown for" not in verdict(("nirvana", "hybrid-input"), ("bank-8", "nirvana"))
+    # Without any spread between runs even a tiny difference is shown.
+    comparisons = verdicts.compare(
+        same, verdicts.Question("?", (("nirvana", "transformer"), ("nirvana", "hybrid-input")))
+    )
+    assert "**Shown for 6 of 6**" in verdicts.conclude(comparisons)
+
+
+def test_the_greek_piece_is_left_out_of_the_novels_alone(recorded):
+    (row, *_) = recorded.runs("nirvana", "A")
+    for domain in variants.DOMAINS:
+        every, rest = (scores.context_scores(row, domain, greek=g) for g in (True, False))
+        assert len(every.values) - len(rest.values) == (domain == "novels")
+    novels = scores.context_scores(row, "novels")
+    bits = novels.values / novels.weights
+    assert bits.argmax() == scores.GREEK[1]
+    assert bits[scores.GREEK[1]] == pytest.approx(11.8, abs=0.05)
+    assert scores.context_scores(row, "novels", greek=False).figure < novels.figure
+
+
+def test_one_run_is_shown_without_an_interval():
+    assert scores.show_runs([0.5]) == "0.500"
+    assert scores.show_runs([]) == "-"
+    assert scores.show_runs([0.4, 0.5, 0.6]) == "0.500 (0.252 to 0.748)"
+
+
+def test_the_probe_finds_what_is_there():
     torch.manual_seed(0)
     labels = torch.randint(5, (300,))
     noise = torch.randn(300, 20).double()
@@ -263,46 +305,45 @@ def test_the_probe_finds_what_is_there(study):
     assert blind.double().mean() < 0.4
 
 
-def test_the_packaged_models_folder(study, data, prepared, tmp_path):
+def test_the_packaged_models_folder(data, prepared, tmp_path):
     """A short training, shipped: it loads, and its card holds what `read_files` measures."""
     from nirvana.evaluate.perplexity import read_files
     from nirvana.model.assets import load_language_model
     from nirvana.train.language import train
 
-    shards = study("common").load_data(prepared)[0]
+    shards = load_data(prepared)[0]
     sizes = "hidden_size=16 num_hidden_layers=3 num_attention_heads=1 task_dim=4 bank_size=2"
     settings = f"data.train.law={shards / 'law'} data.context_length=64 data.batch_size=2 "
     settings += f"run.steps=2 run.out={tmp_path / 'run'} run.device=cpu run.export_precision=bf16"
     (tmp_path / "config.toml").write_text("")
     arguments = [f"--model.{each}" for each in sizes.split()]
     train(tmp_path / "config.toml", [*arguments, *(f"--{each}" for each in settings.split())])
-    ship = study("ship").ship
-    ship(tmp_path / "run", data, tmp_path / "tiny", 2, torch.device("cpu"))
+    ship.ship(tmp_path / "run", data, tmp_path / "tiny", 2, torch.device("cpu"))
     model, tokenizer = load_language_model(tmp_path / "tiny")
     files = {"law": data / "text/law/test.jsonl.xz"}
     total = read_files(model, tokenizer, files, 2)["law"].total
     card = (tmp_path / "tiny/README.md").read_text()
-    assert f"{total.bits_per_byte:.3f} (" in card
+    assert f"| {total.bits_per_byte:.3f} |" in card
     assert "--model.hidden_size 16" in card
-    held = study("candidate").held
+    compare = candidate.compare_with_packaged
     with pytest.raises(
         InputError, match="trained on 256 tokens, the packaged model on 288,358,400"
     ):
-        held(tmp_path / "run", data, 2, torch.device("cpu"))
+        compare(tmp_path / "run", data, 2, torch.device("cpu"))
     settled = tmp_path / "run/config.json"
     described = json.loads(settled.read_text())
     described["run"]["steps"] = 288_358_400 // 128
     settled.write_text(json.dumps(described))
-    line = held(tmp_path / "run", data, 2, torch.device("cpu")) | {"commit": "abc"}
+    line = compare(tmp_path / "run", data, 2, torch.device("cpu")) | {"commit": "abc"}
     law = line["domains"]["law"]
     total = read_files(model, tokenizer, {"law": data / "text/law/valid.jsonl.xz"}, 2)["law"].total
     assert sum(law["candidate"]) == pytest.approx(total.nats / np.log(2), rel=1e-4)
     assert sum(law["packaged"]) < sum(law["candidate"])
-    page = study("report").document(study("results").Results([]), [line], tmp_path / "images")
+    written = page.page(scores.Results([]), [line], tmp_path / "images")
     difference = (sum(law["candidate"]) - sum(law["packaged"])) / sum(law["bytes"])
-    assert f"{difference:+.4f} (" in page
-    assert "`hidden_size = 16`" in page
+    assert f"| {difference:+.4f} |" in written
+    assert "`hidden_size = 16`" in written
     (tmp_path / "run/model/model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights"):
-        ship(tmp_path / "run", data, tmp_path / "other", 2, torch.device("cpu"))
+        ship.ship(tmp_path / "run", data, tmp_path / "other", 2, torch.device("cpu"))
     assert not (tmp_path / "other").exists()

@@ -100,12 +100,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "cuda": torch.version.cuda,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that this file belongs to, if it lies in a git checkout."""
     command = ["git", "describe", "--always", "--dirty"]
     try:

@@ -293,7 +293,8 @@ def _show_tasks(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _compare(a: Path, b: Path, json: Path | None) -> None:
-    from nirvana.evaluate.compare import RESAMPLES, compare
+    from nirvana.evaluate.compare import compare
+    from nirvana.statistics import RESAMPLES
 
     found = compare(a, b)
     table = Table(Column("on", overflow="fold"), "metric", "A", "B", "B - A", "95 %", "number")

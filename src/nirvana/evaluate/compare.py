@@ -1,8 +1,8 @@
 """Is one model better than another? A paired bootstrap over the documents that both have scored.
 
-Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3 (percentile interval).
 Documents are drawn with replacement and the same draw serves both models, so that what makes a
-document hard for both cancels. Several sets together are drawn set by set (stratified).
+document hard for both cancels. Several sets together are drawn set by set (stratified); see
+`nirvana.statistics`.
 """
 
 import json
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from nirvana.errors import InputError
+from nirvana.statistics import RESAMPLES, ratio_interval
 
 BITS_PER_BYTE = "bits per byte"
-RESAMPLES = 10_000
-CHUNK = 2**22  # numbers drawn at a time
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,8 @@ def paired_bootstrap(
         len(a.values) == 0 or not np.array_equal(a.weights, b.weights) for a, b in pairs
     ):
         raise ValueError("a paired comparison needs the same documents on both sides, at least one")
-    random = np.random.default_rng(seed)
-    gained, weight = np.zeros(resamples), np.zeros(resamples)
-    for a, b in pairs:
-        number = len(a.values)
-        gain = b.values - a.values
-        step = max(1, CHUNK // number)
-        for start in range(0, resamples, step):
-            part = slice(start, min(start + step, resamples))
-            drawn = random.integers(number, size=(len(gained[part]), number))
-            gained[part] += gain[drawn].sum(1)
-            weight[part] += a.weights[drawn].sum(1)
-    low, high = np.percentile(gained / weight, [2.5, 97.5])
+    strata = [(b.values - a.values, a.weights) for a, b in pairs]
+    interval = ratio_interval(strata, resamples=resamples, seed=seed)
     total = sum(a.weights.sum() for a, _ in pairs)
     figure_a = sum(a.values.sum() for a, _ in pairs) / total
     figure_b = sum(b.values.sum() for _, b in pairs) / total
@@ -81,8 +70,8 @@ def paired_bootstrap(
         float(figure_a),
         float(figure_b),
         float(figure_b - figure_a),
-        float(low),
-        float(high),
+        interval.low,
+        interval.high,
         sum(len(a.values) for a, _ in pairs),
     )
 

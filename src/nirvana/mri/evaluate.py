@@ -15,6 +15,7 @@ from nirvana.errors import InputError
 from nirvana.mri.io import Scan
 from nirvana.mri.metrics import head_mask, score
 from nirvana.mri.physics import Sampling, find_mask, ifft2c, is_undersampled, rss
+from nirvana.statistics import signed_rank_test
 
 Method = Callable[[Tensor, Tensor], Any]
 Row = dict[str, Any]
@@ -149,8 +150,6 @@ def summarise(rows: Sequence[Row], reference: str) -> list[Row]:
         paired differences from the reference (None for the reference itself, below two volumes,
         and where no difference is other than zero). With n volumes p cannot be below 2^(1 - n).
     """
-    from scipy.stats import wilcoxon
-
     by_method: dict[str, list[Row]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
@@ -162,12 +161,10 @@ def summarise(rows: Sequence[Row], reference: str) -> list[Row]:
                 continue
             values = np.array([row[metric] for row in own])
             differences = values - np.array([row[metric] for row in by_method[reference]])
-            testable = len(own) > 1 and np.isfinite(differences).all() and differences.any()
-            test: Any = wilcoxon(differences) if testable else None
             line[metric] = {
                 "mean": float(values.mean()),
                 "std": float(values.std(ddof=1)) if len(own) > 1 else None,
-                "p": None if test is None else float(test.pvalue),
+                "p": signed_rank_test(differences),
             }
         summary.append(line)
     return summary

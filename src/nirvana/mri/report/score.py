@@ -7,6 +7,7 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from nirvana.mri.report.grammar import NORMAL, SLOTS, Facts
+from nirvana.statistics import cluster_totals, percentiles, resampled_totals
 
 FACTS = ("finding", *SLOTS)
 
@@ -93,18 +94,15 @@ def bootstrap(
         out.
     """
     table = outcomes(truth, said)
-    labels = np.arange(len(table)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    totals = np.zeros((labels.max() + 1, table.shape[1] + 1))
-    np.add.at(totals, labels, np.concatenate([table, np.ones((len(table), 1))], axis=1))
-    random = np.random.default_rng(seed)
-    picks = random.multinomial(len(totals), np.full(len(totals), 1 / len(totals)), size=draws)
-    samples = [flat(_rates(row[:-1], row[-1])) for row in picks @ totals]
+    table = np.concatenate([table, np.ones((len(table), 1))], axis=1)
+    units = table if groups is None else cluster_totals(table, groups)
+    totals = resampled_totals(units, draws, np.random.default_rng(seed))
+    samples = [flat(_rates(row[:-1], row[-1])) for row in totals]
     intervals = {}
     for name in samples[0]:
         values = [x for x in (sample[name] for sample in samples) if x is not None]
         if len(values) > draws / 2:
-            low, high = np.quantile(values, [0.025, 0.975])
-            intervals[name] = (float(low), float(high))
+            intervals[name] = percentiles(values)
     return intervals
 
 

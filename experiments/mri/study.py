@@ -1,29 +1,30 @@
-"""One arm of the MRI study: trains it, scores it, adds a line to results.jsonl.
+"""Runs one method of the MRI study: trains it, scores it, adds a row to results.jsonl.
 
-    python experiments/mri/run.py --arm nirvana --seed 0 --minutes 2
+    python -m experiments.mri.study --method nirvana --seed 0 --minutes 2
 
-A finished arm is not run again; an interrupted training goes on from its newest checkpoint. The
-data are one file, made by prepare.py. Test scans are simulated on the CPU with fixed seeds, or
-measured, so every arm meets the same ones on whatever machine.
+A finished method is not run again; an interrupted training continues from its newest checkpoint.
+The data are one file, written by `experiments.mri.prepare`. Test scans are measured, or simulated
+on the CPU with fixed seeds, so that all methods get the same ones on any machine.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from experiments.common.program import make_parser
+from experiments.common.results import append_row, read_rows
+from experiments.mri.methods import CLASSICAL, CODECS, tiny
+from nirvana.bench.measure import commit
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
 from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
@@ -40,9 +41,6 @@ from nirvana.train.config import OptimConfig, RunConfig, to_dict
 from nirvana.train.loop import fit
 from nirvana.train.world import join
 
-sys.path.insert(0, str(Path(__file__).parent))
-from arms import ARMS, CLASSICAL, tiny
-
 SAMPLINGS = {
     f"{kind} {acceleration:g}x": Sampling(kind, acceleration, center)  # type: ignore[arg-type]
     for kind in ("equispaced", "random")
@@ -54,8 +52,8 @@ Method = Callable[[Tensor, Tensor], np.ndarray]
 
 
 def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
-    """Training of an arm: the same for all but for the codec."""
-    codec = ARMS[options.arm]
+    """How a codec is trained: all methods share the settings, except for the codec itself."""
+    codec = CODECS[options.method]
     small = options.tiny
     data = MriDataSection(
         train=[options.data.name],
@@ -67,7 +65,7 @@ def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
         center_fractions=[0.08, 0.08, 0.04],
     )
     run = RunConfig(
-        out=str(options.out / f"{options.arm}-{options.seed}"),
+        out=str(options.out / f"{options.method}-{options.seed}"),
         steps=steps,
         seed=options.seed,
         device=options.device,
@@ -94,7 +92,7 @@ def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
 
 
 def affordable_steps(task: ReconstructionTask, seconds: float) -> int:
-    """How many steps fit in, by the time that some take. Graphs captured on the way are kept."""
+    """The number of steps that fit into a time, by measuring some. Captured graphs are kept."""
     started = time.perf_counter()
     cuda = task.device.type == "cuda"
     task.model.train()
@@ -132,13 +130,13 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
         started = time.perf_counter()
         if not options.steps:
             settled = Path(config.run.out) / "config.json"
-            if settled.exists():  # a run that goes on keeps its length
+            if settled.exists():  # a continued run keeps its length
                 steps = json.loads(settled.read_text())["run"]["steps"]
             else:
                 steps = affordable_steps(task, 60 * options.minutes)
             config = configuration(options, steps)
             task.config = config
-        # A new arm starts from its seed, whatever was measured before.
+        # Measuring the speed has drawn random numbers: start again from the seed.
         torch.manual_seed(options.seed)
         fit(task, config.optim, config.run, to_dict(config), True, world)
     model = task.model.eval()
@@ -149,7 +147,7 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
     frozen = 0 if backbone is None else sum(p.numel() for p in backbone.parameters())
     trained = sum(p.numel() for p in model.parameters()) - frozen
     described = to_dict(config)
-    described["run"]["out"] = Path(config.run.out).name  # where it lay is nobody's business
+    described["run"]["out"] = Path(config.run.out).name  # no paths of this machine
     facts = {
         "config": described,
         "parameters": {"trained": trained, "frozen": frozen},
@@ -173,10 +171,12 @@ def scans(archive: Any, only: int) -> Iterator[tuple[str, str, Tensor, np.ndarra
         settings = Simulation(num_coils=COILS)
         group = "contrast medium" if name in CONTRAST_SHIFT else "unseen people"
         scan = simulate_scan(volume, name, number, settings)
+        assert scan.target is not None  # simulated from it
         yield group, name, torch.from_numpy(scan.kspace), scan.target, list(SAMPLINGS)
-        # Dark where it was bright, as no training image is: a stand-in for an unknown sequence.
+        # Inverted brightness, which no training image has, stands in for an unknown sequence.
         inverted = np.where(volume > 0.05, 1.05 - volume, volume).astype(np.float32)
         scan = simulate_scan(inverted, name, number, settings)
+        assert scan.target is not None
         first = next(iter(SAMPLINGS))
         yield "inverted contrast", name, torch.from_numpy(scan.kspace), scan.target, [first]
     for full_name in [name for name in archive.files if name.startswith("kspace/")]:
@@ -191,21 +191,21 @@ def evaluate(method: Method, archive: Any, only: int) -> list[dict[str, Any]]:
     jobs = []
     with ThreadPoolExecutor(8) as workers:
         for number, (group, name, kspace, target, masks) in enumerate(scans(archive, only)):
-            head = head_mask(target)
+            inside = head_mask(target)
             for mask_name in masks:
                 mask = SAMPLINGS[mask_name].mask(kspace.shape[-1], seed=number)
                 started = time.perf_counter()
                 image = method(kspace * mask, mask)
                 seconds = (time.perf_counter() - started) / len(kspace)
-                row = {"group": group, "volume": name, "mask": mask_name}
+                row: dict[str, Any] = {"group": group, "volume": name, "mask": mask_name}
                 row["seconds_per_slice"] = seconds
-                jobs.append((row, workers.submit(score, target, image, head)))
+                jobs.append((row, workers.submit(score, target, image, inside)))
     return [{**row, **scores.result()} for row, scores in jobs]
 
 
-def speed(model: CodecModel, device: torch.device, small: bool) -> dict[str, float]:
-    """Seconds and memory of slices of 320 x 320 and 16 coils, after a warm-up: of one alone, and of
-    each of the eight of a volume."""
+def speed(model: CodecModel, device: torch.device, small: bool) -> dict[str, float | None]:
+    """Seconds and memory of slices of 320 x 320 and 16 coils after a warm-up: a single slice, and
+    each of eight in a volume."""
     side, coils, count = (64, 2, 2) if small else (320, 16, 8)
     kspace = fft2c(torch.rand(count, coils, side, side).to(torch.complex64))
     mask = Sampling().mask(side, 0)
@@ -230,126 +230,103 @@ def speed(model: CodecModel, device: torch.device, small: bool) -> dict[str, flo
     }
 
 
-def classical(arm: str) -> Method:
-    """The method of a name."""
-    if arm == "zero-filled":
+def classical(name: str, workers: int) -> Method:
+    """The classical method of a name; sigpy's use that many processes."""
+    if name == "zero-filled":
         return zero_filled
-    if arm.startswith("bart-"):
-        norm: Any = "l2" if arm == "bart-sense" else "l1"
+    if name.startswith("bart-"):
+        norm: Any = "l2" if name == "bart-sense" else "l1"
         return lambda kspace, mask: bart_pics(kspace, mask, calibration_width(mask), norm)
-    solve = sense if arm == "sense" else l1_wavelet
-    return lambda kspace, mask: solve(
-        kspace, mask, calibration_width(mask), workers=options.workers
-    )
+    solve = sense if name == "sense" else l1_wavelet
+    return lambda kspace, mask: solve(kspace, mask, calibration_width(mask), workers=workers)
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GiB of a GPU that tensors took at most; None on a CPU."""
+    """Peak of tensor memory on a GPU, GiB; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
-def commit() -> str:
-    """The commit of the code, where git knows it."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def finished(results: Path) -> list[dict[str, Any]]:
-    """The lines so far."""
-    return (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
-
-
-def append(results: Path, line: dict[str, Any]) -> None:
-    """Adds a line whole, also when several arms end at once."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(results.with_name(f".{results.name}.lock"))
-    with lock, open(results, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def show(lines: list[dict[str, Any]]) -> None:
-    """Mean PSNR and SSIM of every arm so far."""
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Mean PSNR and SSIM of every method so far."""
     columns = [("unseen people", mask) for mask in SAMPLINGS]
     columns += [(group, next(iter(SAMPLINGS))) for group in ("inverted contrast", "measured head")]
     columns += [("measured knee", next(iter(SAMPLINGS)))]
-    table = Table("arm", "seed", "parameters", "steps")
+    table = Table("method", "seed", "parameters", "steps")
     for group, mask in columns:
         table.add_column(f"{mask}\n{group}", justify="right")
-    for line in lines:
-        cells = [line["arm"], str(line["seed"])]
-        cells.append(f"{line.get('parameters', {}).get('trained', 0):,}")
-        cells.append(str(line.get("training", {}).get("steps", "")))
+    for row in rows:
+        cells = [row["method"], str(row["seed"])]
+        cells.append(f"{row.get('parameters', {}).get('trained', 0):,}")
+        cells.append(str(row.get("training", {}).get("steps", "")))
         for group, mask in columns:
-            rows = [r for r in line["volumes"] if (r["group"], r["mask"]) == (group, mask)]
-            means = (
-                [np.mean([row[key] for row in rows]) for key in ("psnr", "ssim")] if rows else []
-            )
-            cells.append("{:.2f} {:.3f}".format(*means) if rows else "")
+            scans = [x for x in row["volumes"] if (x["group"], x["mask"]) == (group, mask)]
+            means = [np.mean([x[key] for x in scans]) for key in ("psnr", "ssim")] if scans else []
+            cells.append("{:.2f} {:.3f}".format(*means) if scans else "")
         table.add_row(*cells)
     Console(width=180).print(table)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     results = options.results or options.out / "results.jsonl"
-    folder = options.out / f"codec-{options.arm}-{options.seed}"
+    folder = options.out / f"codec-{options.method}-{options.seed}"
     check_outputs({"--results": results, "--out (codec)": folder}, [options.data])
-    done = finished(results)
-    if any((line["arm"], line["seed"]) == (options.arm, options.seed) for line in done):
-        print(f"{options.arm}, seed {options.seed}: done already, see {results}")
-        return show(done)
+    done = read_rows(results)
+    if any((row["method"], row["seed"]) == (options.method, options.seed) for row in done):
+        print(f"{options.method}, seed {options.seed}: already done, see {results}")
+        return print_table(done)
     try:
         archive = np.load(options.data, allow_pickle=False)
     except UNREADABLE as error:
         raise InputError(
-            f"{options.data} cannot be read, make it with prepare.py: {error}"
+            f"{options.data} cannot be read, write it with experiments.mri.prepare: {error}"
         ) from error
-    line: dict[str, Any] = {"arm": options.arm, "seed": options.seed}
-    line["commit"] = options.commit or commit()
-    line["torch"] = torch.__version__
-    if options.arm in CLASSICAL:
-        method, line["device"] = classical(options.arm), "cpu"
+    row: dict[str, Any] = {"method": options.method, "seed": options.seed}
+    row["commit"] = options.commit or commit() or "unknown"
+    row["torch"] = torch.__version__
+    if options.method in CLASSICAL:
+        method, row["device"] = classical(options.method, options.workers), "cpu"
     else:
         model, facts = train(options, archive)
         save_codec(model, folder, torch.float16)
         device = next(model.parameters()).device
-        # What is scored is what was saved, half precision and all.
+        # The saved codec is scored, in half precision.
         model = load_codec(folder, device)
-        line |= facts
-        line["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        line["weights_bytes"] = (folder / "model.safetensors").stat().st_size
-        line["speed"] = speed(model, device, options.tiny)
+        row |= facts
+        row["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        row["weights_bytes"] = (folder / "model.safetensors").stat().st_size
+        row["speed"] = speed(model, device, options.tiny)
 
-        def method(kspace: Tensor, mask: Tensor) -> np.ndarray:
+        def method(kspace: Tensor, mask: Tensor, /) -> np.ndarray:
             return model.reconstruct(kspace, mask, batch_size=8).numpy()
 
     started = time.perf_counter()
-    line["volumes"] = evaluate(method, archive, 1 if options.tiny else 0)
-    line["evaluation_seconds"] = time.perf_counter() - started
-    append(results, line)
-    show(finished(results))
+    row["volumes"] = evaluate(method, archive, 1 if options.tiny else 0)
+    row["evaluation_seconds"] = time.perf_counter() - started
+    append_row(results, row)
+    print_table(read_rows(results))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arm", required=True, choices=[*CLASSICAL, *ARMS])
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The program's options."""
+    parser = make_parser("experiments.mri.study", __doc__)
+    parser.add_argument("--method", required=True, choices=[*CLASSICAL, *CODECS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path("data/mri-study.npz"))
     parser.add_argument("--out", type=Path, default=Path("runs/mri-study"), help="folder of runs")
     parser.add_argument("--results", type=Path, help="default: results.jsonl in --out")
     parser.add_argument("--steps", type=int, default=0, help="steps of the training")
     parser.add_argument(
-        "--minutes", type=float, default=2.0, help="or its time; --steps goes first"
+        "--minutes", type=float, default=2.0, help="its time, if --steps is not given"
     )
     parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--commit", default="", help="of the code, where git does not tell it")
+    parser.add_argument("--commit", default="", help="of the code, where there is no git")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--workers", type=int, default=1, help="of sense and l1-wavelet")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a minute on any machine, to try it out"
-    )
-    options = parser.parse_args()
+    parser.add_argument("--workers", type=int, default=1, help="processes of sense and l1-wavelet")
+    parser.add_argument("--tiny", action="store_true", help="a minute on any machine, for a test")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
     script(main)

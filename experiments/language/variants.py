@@ -1,7 +1,7 @@
 """The models of the study, its settings and its sizes, as data.
 
-An arm is what differs from `BASE`, the model as published. All arms of a size have the same number
-of parameters within `TOLERANCE`: SwiGLU's width makes up for what an arm has or lacks.
+A variant is what differs from `BASE`, the model as published. All variants of a size have the same
+number of parameters within `TOLERANCE`: the width of SwiGLU is chosen for that.
 """
 
 from dataclasses import asdict, dataclass
@@ -66,24 +66,24 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "prelude-0-constant": {"num_prelude_layers": 0, "gate": "constant"},
     "prelude-0-input": {"num_prelude_layers": 0, "gate": "input"},
 }
-ARMS = {**PEERS, **ABLATIONS}
+VARIANTS = {**PEERS, **ABLATIONS}
 DESCRIPTIONS = {
     "transformer": "attention to everything, rotary positions (transformers' Llama)",
-    "transformer-window": "the same within the window",
+    "transformer-window": "the same, attention limited to the window",
     "gated-deltanet": "the linear branch alone",
     "hybrid-constant": "both branches, a learned constant gate, no Trigger",
     "hybrid-input": "both branches, gate and zeta from the input, no Trigger",
-    "nirvana": "as published: Trigger, every token alone (decay 0), step size 0.01",
-    "nirvana-memory": "the Trigger's gradient is remembered along the sample, decay 0.9",
+    "nirvana": "as published: Trigger, decay 0 (no memory between tokens), step size 0.01",
+    "nirvana-memory": "the Trigger's gradient is accumulated along the sample, decay 0.9",
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """A width and depth; `fields` hold for every arm."""
+    """A width and depth; `fields` are those of every variant."""
 
     fields: dict[str, Any]
-    step: int  # SwiGLU's width changes by so much
+    step: int  # in which the width of SwiGLU changes
 
 
 SIZES = {
@@ -135,33 +135,33 @@ class Budget:
 
 
 @cache
-def fields_of(arm: str, size: str, vocab_size: int = VOCABULARY) -> dict[str, Any]:
-    """All fields of an arm's `NirvanaConfig`, SwiGLU's width chosen by the number of parameters.
+def fields_of(variant: str, size: str, vocab_size: int = VOCABULARY) -> dict[str, Any]:
+    """All fields of a variant's `NirvanaConfig`; its number of parameters sets SwiGLU's width.
 
     Raises:
-        InputError: for an unknown arm or size, or an arm that cannot be made at a size.
+        InputError: for an unknown variant or size, or a variant too large for the size.
     """
-    for name, known in ((arm, ARMS), (size, SIZES)):
+    for name, known in ((variant, VARIANTS), (size, SIZES)):
         if name not in known:
             raise InputError(f"{name!r} is none of {', '.join(known)}")
     shared = {**BASE, **SIZES[size].fields, "vocab_size": vocab_size}
     target = count(preset("tiny", **shared))
-    fields = {**shared, **ARMS[arm]}
+    fields = {**shared, **VARIANTS[variant]}
     width, step = preset("tiny", **shared).intermediate_size, SIZES[size].step
     assert width is not None
     have = count(preset("tiny", **fields, intermediate_size=width))
     each = 3 * shared["hidden_size"] * shared["num_hidden_layers"] * step
     fields["intermediate_size"] = width + step * round((target - have) / each)
     if fields["intermediate_size"] < step:
-        raise InputError(f"arm {arm!r} is larger than all of size {size!r}")
+        raise InputError(f"variant {variant!r} does not fit in the parameters of size {size!r}")
     off = count(preset("tiny", **fields)) / target - 1
-    assert abs(off) <= TOLERANCE, f"{arm}: {off:+.1%} parameters"
+    assert abs(off) <= TOLERANCE, f"{variant}: {off:+.1%} parameters"
     return fields
 
 
-def parameters(arm: str, size: str) -> int:
-    """Of an arm as it is trained."""
-    return count(preset("tiny", **fields_of(arm, size)))
+def parameters(variant: str, size: str) -> int:
+    """Of a variant as it is trained."""
+    return count(preset("tiny", **fields_of(variant, size)))
 
 
 def count(config: NirvanaConfig) -> int:

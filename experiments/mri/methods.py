@@ -1,4 +1,4 @@
-"""What the study compares: every arm's codec, all with about as many trained parameters."""
+"""What the study compares: classical methods, and codecs of about as many trained parameters."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from nirvana.mri.codec import CodecConfig
 
 CLASSICAL = ("zero-filled", "sense", "bart-sense", "l1-wavelet", "bart-l1-wavelet")
 
-# 8 cascades each; the codec's narrower ones leave room for ViT and image decoder.
+# 8 cascades each; those of the codec are narrower, in exchange for ViT and image decoder.
 CODEC = CodecConfig(
     backbone="nirvana",
     sensitivity_features=(8, 16, 32),
@@ -19,7 +19,7 @@ CODEC = CodecConfig(
 )
 WITHOUT_TOKENS = replace(CODEC, backbone="none", correction="none")
 
-ARMS: dict[str, CodecConfig] = {
+CODECS: dict[str, CodecConfig] = {
     "unet": replace(
         WITHOUT_TOKENS, correction="unet", unet_features=(48, 96, 192, 288), image_cascades=0
     ),
@@ -33,7 +33,7 @@ ARMS: dict[str, CodecConfig] = {
 
 
 def tiny(codec: CodecConfig) -> CodecConfig:
-    """The same in a size that any machine trains in seconds, to try the study out."""
+    """The same in a size that any machine trains in seconds, to try the study."""
     return replace(
         codec,
         sensitivity_features=(4, 4),

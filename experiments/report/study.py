@@ -1,29 +1,30 @@
-"""The study of reports: trains on simulated lesions, reads unseen persons in unseen wordings.
+"""Runs the report study: trains on simulated lesions, reads unseen people in unseen wordings.
 
-    python experiments/report/prepare.py MRI_FOLDER heads.npz
-    python experiments/report/run.py heads.npz OUT
-    python experiments/report/report.py OUT docs/evidence-report.md
+    python -m experiments.report.prepare MRI_FOLDER heads.npz
+    python -m experiments.report.study heads.npz OUT
+    python -m experiments.report.page --study OUT
 
-Persons are named role/person with the roles train, valid and test. An encoder is trained twice:
-into OUT/see-CASCADES, where it learns to see lesions and images, which needs no backbone, and from
-there into OUT/NAME/tell, where it learns to make a backbone write (an interrupted training goes on
-where it stopped). Every cell of the study appends one file to OUT/rows when it is whole; those that
-are there are not made again.
+People are named role/person with the roles train, valid and test. An encoder is trained twice:
+into OUT/see-CASCADES, where it learns to locate lesions and to reconstruct images, which needs no
+backbone, and from there into OUT/NAME/tell, where it learns to make a backbone write. An
+interrupted training continues where it stopped. Every finished cell of the study is one file in
+OUT/rows, and is not read again.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.common.program import make_parser
 from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, check_outputs, write_json
 from nirvana.mri.codec import CodecConfig
-from nirvana.mri.lesions import LesionSettings
+from nirvana.mri.lesions import SEQUENCES, LesionSettings
 from nirvana.mri.physics import Sampling
 from nirvana.mri.report.encode import encode
 from nirvana.mri.report.grammar import NORMAL, WORDINGS, Facts, parse
@@ -83,25 +84,25 @@ TOY = Study(
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser("experiments.report.study", __doc__)
     parser.add_argument("heads", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbones", nargs="+", default=[CodecConfig().backbone])
     parser.add_argument("--weights", default=CodecConfig().weights)
-    parser.add_argument("--start", default="", help="a reporter whose encoder learns on")
+    parser.add_argument("--start", default="", help="a reporter whose encoder is trained further")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
-    parser.add_argument("--toy", action="store_true", help="the same at a size for a test")
+    parser.add_argument("--toy", action="store_true", help="at a size for a test")
     for size in fields(Study):
         name = size.name.replace("_", "-")
         parser.add_argument(
             f"--{name}", type=type(size.default), help=f"{size.default} if not given"
         )
     given = parser.parse_args(arguments)
-    asked = {size.name: getattr(given, size.name) for size in fields(Study)}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    study = replace(TOY if given.toy else Study(), **asked)
+    sizes = {size.name: getattr(given, size.name) for size in fields(Study)}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    study = replace(TOY if given.toy else Study(), **sizes)
     written = {f"OUT ({name})": given.out / name for name in ("rows", "shown", "study.json")}
     check_outputs(written, [given.heads, given.weights, given.start or None])
     heads = load_heads(given.heads)
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
             config = config_of(study, given, heads, folder, seeing, start, backbone, cascades)
             outcome = train_reporter(config, resume=True)
             if not outcome.finished:
-                return  # interrupted; what there is goes on next time
+                return  # interrupted; the next call continues
         evaluate(study, heads, given.out, name, choose_device(given.device), name != first)
 
 
@@ -138,7 +139,7 @@ def config_of(
     backbone: str,
     cascades: int,
 ) -> ReportConfig:
-    """What is trained into a folder: seeing, or telling."""
+    """The configuration of one of both trainings: of the encoder alone, or through the backbone."""
     codec: Any = {"backbone": backbone, "weights": given.weights}
     steps = study.see_steps if seeing else study.tell_steps
     lr = study.see_lr if seeing else study.tell_lr
@@ -175,7 +176,7 @@ def config_of(
             **codec,
             encoder_cascades=cascades,
             image_cascades=0,
-            decoder_features=(1, 1, 1, 1),  # unused: no image is asked for
+            decoder_features=(1, 1, 1, 1),  # unused: no image is decoded
             vit_dim=study.vit_dim,
             vit_depth=study.vit_depth,
             vit_heads=study.vit_heads,
@@ -187,20 +188,20 @@ def config_of(
 
 
 def of_role(heads: Heads, role: str) -> list[str]:
-    """The persons of a role."""
+    """The people of a role."""
     names = [name for name in heads.names if name.startswith(f"{role}/")]
     if not names:
-        raise InputError(f"no person in the heads is of the role {role}")
+        raise InputError(f"nobody in the data has the role {role}")
     return names
 
 
 def evaluate(
     study: Study, heads: Heads, out: Path, name: str, device: torch.device, few: bool
 ) -> None:
-    """All cells of a model that are not there yet."""
+    """Reads all cells of a model whose files are missing."""
     folder, kept = out / name / "reporter", out / name / "validation.json"
     if not kept.is_file():
-        # What is read with is what is kept, half precision and all.
+        # The saved reporter is scored, in half precision.
         save_reporter(load_reporter(out / name / "tell" / "model"), folder, torch.float16)
         reporter = load_reporter(folder, device)
         valid = heads.of_subjects(of_role(heads, "valid")).to(device)
@@ -221,7 +222,9 @@ def evaluate(
             for row in read(reporter, batch, cell):
                 index = batch.index[row.pop("i")]
                 subject = test.names[int(test.subject[index])]
-                facts = {"model": name, **vars(cell), "subject": subject, "slice": int(index)}
+                sequence = SEQUENCES[int(test.sequence[index])]
+                about = {"subject": subject, "slice": int(index), "sequence": sequence}
+                facts = {"model": name, **vars(cell), **about}
                 rows.append({**facts, "threshold": reporter.threshold, **row})
         with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -250,12 +253,12 @@ class Cell:
 
     @property
     def way(self) -> str:
-        """Which threshold it has: every way of reading has its own."""
+        """The name of its threshold: every way of reading has its own."""
         return f"wording {self.wording}" if self.mirrored else self.kind
 
 
 def cells(few: bool) -> list[Cell]:
-    """The cells of a model; those beside the first have the main ones alone."""
+    """The cells of a model; of `few`, those of the main table."""
     main = [Cell("wording", a, w) for a in (4.0, 8.0) for w in (SEEN[0], *UNSEEN)]
     if few:
         return main
@@ -268,7 +271,7 @@ def cells(few: bool) -> list[Cell]:
 def batches(
     study: Study, heads: Heads, acceleration: float, count: int, seed: int, contrast: float = 0.0
 ) -> Iterator[ReportBatch]:
-    """`count` samples, the same heads, lesions, coils and noise for every acceleration."""
+    """`count` samples: the same slices, lesions, coils and noise for every acceleration."""
     lesions = LesionSettings()
     if contrast:
         lesions = LesionSettings(normal_share=0.0, contrast=(contrast, contrast), size=(4.0, 40.0))
@@ -282,7 +285,7 @@ def batches(
 
 
 def read(reporter: Reporter, batch: ReportBatch, cell: Cell) -> Iterator[dict[str, Any]]:
-    """What the model says of each sample of a batch."""
+    """What the model reports for each sample of a batch."""
     if cell.kind == "no image":
         batch = replace(batch, kspace=torch.zeros_like(batch.kspace))
     with torch.inference_mode():
@@ -314,7 +317,7 @@ def read(reporter: Reporter, batch: ReportBatch, cell: Cell) -> Iterator[dict[st
 
 
 def parsed(text: str) -> Facts | None:
-    """The facts of a free text, None where the grammar has no such text."""
+    """The facts of a free text; None for a text that the grammar does not have."""
     try:
         return parse(text)
     except InputError:
@@ -322,8 +325,8 @@ def parsed(text: str) -> Facts | None:
 
 
 def validated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, Any]:
-    """Of the validation's samples at 4x, whether there is a finding (`present`), and its
-    probability in each way of reading (`finding`)."""
+    """Of the validation samples at 4x: whether there is a finding (`present`), and its probability
+    in each way of reading (`finding`)."""
     ways = {cell.way: cell for cell in cells(few=False)}
     present: list[bool] = []
     finding: dict[str, list[float]] = {way: [] for way in ways}
@@ -338,8 +341,8 @@ def validated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, Any]:
 
 
 def thresholds(validation: dict[str, Any], most: float) -> dict[str, float]:
-    """Of each way of reading. A model that has never written a wording finds its words improbable
-    whatever it sees; what a finding adds to their probability is still there."""
+    """The threshold of each way of reading: an untrained wording is improbable with or without a
+    finding, so that its probabilities need a threshold of their own."""
     present = validation["present"]
     return {
         way: best_threshold(present, values, most)["threshold"]

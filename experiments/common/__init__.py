@@ -1,0 +1,1 @@
+"""What all studies share: rows of results, tables, and one form of program."""

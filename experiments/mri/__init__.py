@@ -1,0 +1,1 @@
+"""The MRI study: codecs on several backbones, other networks and classical methods."""

@@ -1,0 +1,1 @@
+"""The report study: clinical reports of simulated lesions by the frozen language model."""
