@@ -80,11 +80,11 @@ def evaluate(
     plan = _plan(tasks or [], task_data, lengths, pairs, haystack)
     files = _domains(data or [])
 
-    from nirvana.model.assets import load_language_model, resolve
+    from nirvana.model.assets import folder_of, load_language_model
     from nirvana.model.trigger import without_trigger
     from nirvana.train.world import choose_device
 
-    read = [resolve(model), *map(local_path, files.values()), *plan.files, plan.haystack]
+    read = [folder_of(model), *map(local_path, files.values()), *plan.files, plan.haystack]
     check_outputs({"--json": json}, read)
     loaded, tokenizer = load_language_model(model, choose_device(device))
     results: dict[str, Any] = {"model": model, "limit": limit, "trigger": trigger}

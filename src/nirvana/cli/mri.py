@@ -95,7 +95,7 @@ def reconstruct(
     undersampled already the mask is found, and the mask options have no say. Of an image volume
     a scan is simulated. A folder's scans get a folder each in --out.
     """
-    from nirvana.model.assets import resolve
+    from nirvana.model.assets import folder_of
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import files_of, find_scans
 
@@ -104,9 +104,9 @@ def reconstruct(
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
     paths = find_scans(scan)
-    read = [*files_of(paths), resolve(codec, "MRI codec")]
-    check_outputs({"--out": out, "--json": json}, read)
     places = _places(scan, paths, out)
+    read = [*files_of(paths), folder_of(codec, "MRI codec")]
+    check_outputs({"--out": out, "--json": json}, read)
     # All of them once before the first is worked on: a mistake shows before hours of work.
     for number, path in enumerate(paths if len(paths) > 1 else []):
         _prepared(path, settings, sampling, seed + number)
@@ -267,7 +267,7 @@ def evaluate(
 
     Several codecs are called by the names of their folders, and compared with the first.
     """
-    from nirvana.model.assets import resolve
+    from nirvana.model.assets import folder_of
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import files_of, find_scans
     from nirvana.mri.physics import require_calibration
@@ -280,7 +280,7 @@ def evaluate(
     if bart:
         program()  # told before anything is read
     scans = [path for given in scans for path in find_scans(given)]
-    read = [*files_of(scans), *(resolve(each, "MRI codec") for each in codec)]
+    read = [*files_of(scans), *(folder_of(each, "MRI codec") for each in codec)]
     check_outputs({"--json": json}, read)
 
     def load(path: Path, number: int) -> "Scan":

@@ -22,6 +22,14 @@ def packaged(name: str) -> Path:
     return Path(str(resources.files("nirvana") / "assets" / name))
 
 
+def folder_of(name: str | Path, kind: str = "language model") -> Path:
+    """The folder that `name` means, see `resolve`, whatever it holds and whether or not it is
+    there."""
+    if PACKAGED.get(str(name)) == kind and not Path(name).is_dir():
+        return packaged(str(name))
+    return Path(name)
+
+
 def resolve(name: str | Path, kind: str = "language model") -> Path:
     """The folder that `name` means: an existing folder, or a packaged checkpoint's name.
 
@@ -31,10 +39,8 @@ def resolve(name: str | Path, kind: str = "language model") -> Path:
     Raises:
         InputError: for a name that is neither, or a folder without a configuration or weights.
     """
-    folder = Path(name)
-    if PACKAGED.get(str(name)) == kind and not folder.is_dir():
-        folder = packaged(str(name))
-    elif not folder.exists():
+    folder = folder_of(name, kind)
+    if not folder.exists():
         names = [each for each, of_kind in PACKAGED.items() if of_kind == kind]
         raise InputError(f"no {kind} {str(name)!r}: give a folder, or {' or '.join(names)}")
     if not (folder / "config.json").is_file():

@@ -103,11 +103,11 @@ def convert(
     Raises:
         InputError: for what is not such a model; names all tensors that are missing, left over or
             of another shape. With `reverse`, for a model that the authors' code cannot express. For
-            a destination that is, contains or lies in the source, holds other things, or cannot be
-            written.
+            a destination that is or contains the source, holds other things, or cannot be written.
     """
     source, destination = Path(source), replaceable_folder(destination, RESULTS)
-    check_outputs({"the destination": destination}, [source])
+    read = [file for pattern in RESULTS for file in source.glob(pattern)]
+    check_outputs({"the destination": destination}, read)
     given = _read_config(source)
     if reverse:
         config = _own_config(given, source, window)
