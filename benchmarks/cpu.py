@@ -14,7 +14,6 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from nirvana import ops
+from nirvana.cli.console import JsonOption
+from nirvana.errors import script
 from nirvana.files import write_json
 from nirvana.model.assets import load_language_model
 
@@ -125,9 +126,7 @@ def commit() -> str:
 
 
 def main(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write figures here.")
-    ] = None,
+    json: JsonOption = None,
 ) -> None:
     torch.set_num_threads(THREADS)
     console = Console()
@@ -174,9 +173,9 @@ def main(
         f"tiny, generate, batch 1, {NEW} tokens: {rates[THREADS]:.0f} tokens/s with {THREADS} "
         f"threads, {rates[1]:.0f} with one"
     )
-    if json_file is not None:
-        write_json(json_file, results)
+    if json is not None:
+        write_json(json, results)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(lambda: typer.run(main))

@@ -30,7 +30,7 @@ from torch.cuda import nccl
 
 from nirvana import ops
 from nirvana.errors import InputError, script
-from nirvana.files import write_json
+from nirvana.files import writable_json, write_json
 from nirvana.train.config import LanguageConfig, load_config
 
 PROGRAM = Path(__file__).with_name("measured.py")
@@ -294,6 +294,7 @@ def run(options: argparse.Namespace, others: list[str]) -> None:
         GateError: after the summary, which says where, was written.
     """
     check(options)
+    writable_json(options.out / "summary.json")
     on_cuda = options.device != "cpu" and torch.cuda.is_available()
     entries: list[dict[str, Any]] = []
     summary = {

@@ -18,7 +18,7 @@ import torch
 from recipe import configuration, overrides, write_shards
 
 from nirvana.errors import script
-from nirvana.files import write_json
+from nirvana.files import atomic_file, writable_json, write_json
 from nirvana.train.language import train
 
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options, others = parser.parse_known_args()
     path = configuration(options.preset)
+    writable_json(options.out / "summary.json")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = overrides(
@@ -42,8 +43,8 @@ def main() -> None:
             options.accumulation,
         )
         train(path, [*settings, *others])
-        options.out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "run/metrics.jsonl", options.out / "metrics.jsonl")
+        with atomic_file(options.out / "metrics.jsonl") as file:
+            shutil.copyfile(folder / "run/metrics.jsonl", file)
         config = json.loads((folder / "run/config.json").read_text())
     summary = summarize(options.out / "metrics.jsonl", options.steps)
     cuda = torch.cuda.is_available() and config["run"]["device"] != "cpu"

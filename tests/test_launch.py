@@ -1,4 +1,4 @@
-"""Other packages' programs on our models, as a user starts them: lm_eval and transformers serve."""
+"""Other packages' programs on our models, as a user starts them."""
 
 import json
 import os
@@ -139,7 +139,47 @@ def test_server_answers(server):
     assert sum(map(bool, written)) > 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["no-such-program", "--help"]], ids=["none", "unknown"])
+SCRIPT = """
+import sys
+from transformers import AutoConfig
+print(__name__, AutoConfig.for_model("nirvana").model_type, sys.path[0], *sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["FOLDER/script.py"],
+        ["-m", "script"],
+        ["accelerate", "launch", "--cpu", "FOLDER/script.py"],
+        ["accelerate", "launch", "--cpu", "-m", "script"],
+        ["accelerate-launch", "--cpu", "-m", "nirvana.launch", "-m", "script"],
+    ],
+    ids=["file", "module", "accelerate, file", "accelerate, module", "accelerate, ourselves"],
+)
+def test_scripts_know_the_models(tmp_path, environment, arguments):
+    """Also where accelerate runs them in a process of their own."""
+    if arguments[0].startswith("accelerate"):
+        pytest.importorskip("accelerate", reason="needs accelerate (the extra dev)")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    given = [argument.replace("FOLDER", str(tmp_path)) for argument in arguments]
+    done = subprocess.run(
+        [*LAUNCH, *given, "--some", "-m"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["__main__", "nirvana", str(tmp_path), "--some", "-m"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["-m"], ["-m", "no.such.module"], ["no-such-program", "--help"]],
+    ids=["none", "no module", "unknown module", "unknown"],
+)
 def test_no_program(arguments):
     done = subprocess.run([*LAUNCH, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -1,12 +1,18 @@
 """The package as a whole: its import, its registration, its packaged models."""
 
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.processing_utils import transformers_module
 
-from nirvana import InputError, NirvanaForCausalLM, preset
+import nirvana
+from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
+from nirvana._auto import MODELS
 from nirvana.model.assets import load_language_model, resolve
 
 
@@ -31,12 +37,40 @@ def test_importing_pulls_in_nothing_heavy():
         "from transformers import AutoModelForCausalLM; import nirvana",
         "from nirvana import NirvanaModel; from transformers import AutoModelForCausalLM",
         "import nirvana.model.nirvana; from transformers import AutoModelForCausalLM",
+        "import nirvana; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
+        "import nirvana, transformers.trainer; from transformers import AutoModelForCausalLM",
     ],
 )
 def test_the_auto_classes_know_the_model_in_any_order(imports):
     code = f"{imports}; import nirvana; c = nirvana.preset('tiny', hidden_size=48, vocab_size=9)"
     code += "; print(type(AutoModelForCausalLM.from_config(c)).__name__)"
     assert python(code) == "NirvanaForCausalLM"
+
+
+@pytest.mark.parametrize(("auto_class", "name"), MODELS.items())
+def test_the_tables_of_the_library_hold_the_model(auto_class, name):
+    model = getattr(nirvana, name)
+    mapping = getattr(modeling_auto, auto_class)._model_mapping
+    assert mapping[NirvanaConfig] is model
+    assert model in mapping._extra_content.values()
+    assert (NirvanaConfig, model) in mapping._extra_content.items()
+    assert pickle.loads(pickle.dumps(mapping))[NirvanaConfig] is model
+    table = {
+        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }[auto_class]
+    assert table[NirvanaConfig.model_type] == name
+    # The library runs its `__init__` twice: other modules hold this second one.
+    for module in (transformers, transformers_module):
+        assert getattr(module, name) is model
+    assert not hasattr(transformers, "NirvanaForNothing")
+
+
+def test_the_tables_do_not_import_the_model_before_it_is_looked_up():
+    code = "import nirvana, sys; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+    code += "; before = 'nirvana.model.nirvana' in sys.modules; import transformers"
+    code += "; print(before, transformers.NirvanaForCausalLM.__module__)"
+    assert python(code) == "False nirvana.model.nirvana"
 
 
 def test_the_packaged_model_reads_and_writes():

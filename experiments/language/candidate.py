@@ -18,6 +18,7 @@ from common import CANDIDATES, append_result, trained_tokens
 
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import read_files
+from nirvana.files import check_outputs
 from nirvana.model.assets import load_language_model
 from nirvana.train.config import LanguageConfig, load_config
 from nirvana.train.world import choose_device
@@ -32,6 +33,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the code, for the record")
     options = parser.parse_args()
+    texts = [options.data / "text" / domain / "valid.jsonl.xz" for domain in DOMAINS]
+    check_outputs({"--results": options.results}, [options.run, *texts])
     device = choose_device(options.device)
     line = {"commit": options.commit, **held(options.run, options.data, options.limit, device)}
     if options.limit is None:

@@ -1,12 +1,13 @@
 """What the study's programs share: the prepared data, and lines of results."""
 
-import fcntl
 import json
 import lzma
 import os
 import tarfile
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, sha256
@@ -51,8 +52,8 @@ def trained_tokens(config: LanguageConfig) -> int:
 def append_result(path: Path, line: dict[str, Any]) -> None:
     """Adds a line; several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with lock, open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

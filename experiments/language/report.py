@@ -20,7 +20,7 @@ from probe import DOCUMENTS
 from results import Results, domains_of, has_text, probe, recall, task, text
 
 from nirvana.errors import script
-from nirvana.files import atomic_file
+from nirvana.files import atomic_file, check_outputs
 
 OUT = Path(__file__).parents[2] / "docs/evidence-language.md"
 WITHOUT = "hybrid-input"  # the nearest model without Trigger
@@ -32,9 +32,12 @@ def main() -> None:
     parser.add_argument("--candidates", type=Path, default=CANDIDATES)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    images = options.out.parent / "images"
+    read = [options.results, options.candidates]
+    check_outputs({"--out": options.out, "images beside --out,": images}, read)
     results = Results(read_results(options.results))
     candidates = read_results(options.candidates)
-    written = document(results, candidates, options.out.parent / "images")
+    written = document(results, candidates, images)
     with atomic_file(options.out) as file:
         file.write_text(written, encoding="utf-8")
     print(f"{options.out}: {len(results.lines)} runs, {len(results.missing())} missing")

@@ -27,6 +27,7 @@ from study import run
 
 from nirvana.bench.measure import environment
 from nirvana.errors import InputError, script
+from nirvana.files import check_outputs
 from nirvana.train.world import choose_device
 
 SEEDS = (0, 1, 2)
@@ -127,6 +128,8 @@ def _work(
 ) -> int:
     device = choose_device(options.device)
     compiled = device.type == "cuda" and not options.no_compile
+    data = [options.data / name for name in ("train.tar.xz", "evaluation.json.xz")]
+    check_outputs({"--out": options.out, "--save": options.save}, data)
     shards, evaluation, _ = load_data(options.data)
     about = environment(device)
     about["commit"] = about["commit"] or options.commit

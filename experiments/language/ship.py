@@ -21,7 +21,7 @@ from common import trained_tokens
 
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import FileScore, byte_entropy, read_files
-from nirvana.files import atomic_folder, replaceable_folder
+from nirvana.files import atomic_folder, check_outputs, replaceable_folder
 from nirvana.model.assets import load_language_model
 from nirvana.model.trigger import without_trigger
 from nirvana.text import read_documents
@@ -109,12 +109,14 @@ def ship(run: Path, data: Path, out: Path, limit: int | None, device: Any) -> No
         InputError: for an unfinished run, weights of more than 12 MB, or missing text.
     """
     source, out = run / "model", replaceable_folder(out, RESULTS)
+    files = {domain: data / "text" / domain / "test.jsonl.xz" for domain in DOMAINS}
+    others = [run / "config.json", run / "metrics.jsonl"]
+    check_outputs({"--out": out}, [source, *others, *files.values()])
     config = load_config(LanguageConfig, run / "config.json")
     model, tokenizer = load_language_model(source, device)
     size = (source / "model.safetensors").stat().st_size
     if size > LARGEST:
         raise InputError(f"{source}: weights of {size / 1e6:.1f} MB, more than 12: export in bf16")
-    files = {domain: data / "text" / domain / "test.jsonl.xz" for domain in DOMAINS}
     found = read_files(model, tokenizer, files, limit, progress=True)
     with without_trigger(model):
         off = read_files(model, tokenizer, files, limit, progress=True)

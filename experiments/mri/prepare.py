@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nirvana.errors import script
-from nirvana.files import atomic_file
+from nirvana.files import atomic_file, check_outputs
 from nirvana.mri.io import read_spacing, read_volume
 
 AXIAL, OTHER, TESTED = 26, 8, 8  # slices of a volume
@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train, valid, test and kspace")
     parser.add_argument("--out", type=Path, default=Path("data/mri-study.npz"))
     options = parser.parse_args()
+    parts = ("train", "valid", "test", "kspace")
+    check_outputs({"--out": options.out}, [options.data / part for part in parts])
     arrays: dict[str, np.ndarray] = {}
     for name, file in volumes(options.data / "train").items():
         for direction, slices in training(file).items():

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from nirvana.errors import InputError, script
-from nirvana.files import atomic_file
+from nirvana.files import atomic_file, check_outputs
 
 sys.path.insert(0, str(Path(__file__).parent))
 from arms import ARMS, CLASSICAL
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="results.jsonl, one or several")
     parser.add_argument("--out", type=Path, default=Path("docs/evidence-mri.md"))
     options = parser.parse_args()
+    check_outputs({"--out": options.out}, options.results)
     lines = [line for path in options.results for line in read(path)]
     order = [*CLASSICAL, *ARMS]
     lines.sort(key=lambda line: (order.index(line["arm"]), line["seed"]))

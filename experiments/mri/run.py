@@ -8,7 +8,6 @@ measured, so every arm meets the same ones on whatever machine.
 """
 
 import argparse
-import fcntl
 import json
 import subprocess
 import sys
@@ -20,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from nirvana.errors import InputError, script
+from nirvana.files import check_outputs
 from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
 from nirvana.mri.data import SlicePool
 from nirvana.mri.io.scan import UNREADABLE
@@ -264,8 +265,8 @@ def finished(results: Path) -> list[dict[str, Any]]:
 def append(results: Path, line: dict[str, Any]) -> None:
     """Adds a line whole, also when several arms end at once."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    with open(results, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(results.with_name(f".{results.name}.lock"))
+    with lock, open(results, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -293,6 +294,8 @@ def show(lines: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     results = options.results or options.out / "results.jsonl"
+    folder = options.out / f"codec-{options.arm}-{options.seed}"
+    check_outputs({"--results": results, "--out (codec)": folder}, [options.data])
     done = finished(results)
     if any((line["arm"], line["seed"]) == (options.arm, options.seed) for line in done):
         print(f"{options.arm}, seed {options.seed}: done already, see {results}")
@@ -310,7 +313,6 @@ def main() -> None:
         method, line["device"] = classical(options.arm), "cpu"
     else:
         model, facts = train(options, archive)
-        folder = options.out / f"codec-{options.arm}-{options.seed}"
         save_codec(model, folder, torch.float16)
         device = next(model.parameters()).device
         # What is scored is what was saved, half precision and all.

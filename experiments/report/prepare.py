@@ -21,6 +21,7 @@ import numpy as np
 from scipy import ndimage
 
 from nirvana.errors import script
+from nirvana.files import check_outputs
 from nirvana.mri.io import read_affine, read_spacing, read_volume
 from nirvana.mri.lobes import brain_mask, distance, frame_of
 from nirvana.mri.report.heads import SLAB, join_heads, save_heads, slices_of
@@ -63,6 +64,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     given = parser.parse_args()
+    folders = {FOLDERS.get(subject, role) for role, subject, *_ in VOLUMES}
+    check_outputs({"OUT": given.out}, [given.folder / name for name in folders])
     parts = []
     for role, subject, sequences, stripped, mask in VOLUMES:
         split = FOLDERS.get(subject, role)

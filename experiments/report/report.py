@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana.errors import InputError, script
-from nirvana.files import atomic_file
+from nirvana.files import atomic_file, check_outputs
 from nirvana.mri.report.grammar import NORMAL, Facts, parse, write
 from nirvana.mri.report.score import (
     FACTS,
@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("page", type=Path)
     given = parser.parse_args(arguments)
+    read = [given.out / name for name in ("rows", "shown", "study.json")]
+    check_outputs({"PAGE": given.page}, read)
     cells = load(given.out / "rows")
     study = record(given.out / "study.json")
     validation = record(given.out / study["model"] / "validation.json")

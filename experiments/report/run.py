@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nirvana.errors import InputError, script
-from nirvana.files import atomic_file, write_json
+from nirvana.files import atomic_file, check_outputs, write_json
 from nirvana.mri.codec import CodecConfig
 from nirvana.mri.lesions import LesionSettings
 from nirvana.mri.physics import Sampling
@@ -102,6 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
     asked = {size.name: getattr(given, size.name) for size in fields(Study)}
     asked = {name: value for name, value in asked.items() if value is not None}
     study = replace(TOY if given.toy else Study(), **asked)
+    written = {f"OUT ({name})": given.out / name for name in ("rows", "shown", "study.json")}
+    check_outputs(written, [given.heads, given.weights, given.start or None])
     heads = load_heads(given.heads)
     first = Path(given.backbones[0]).name
     write_json(given.out / "study.json", {"model": first, "start": given.start, **vars(study)})

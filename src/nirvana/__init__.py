@@ -28,8 +28,4 @@ _auto.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("NirvanaForCausalLM", "NirvanaModel"):
-        from nirvana.model import nirvana as models
-
-        return getattr(models, name)
-    raise AttributeError(f"module 'nirvana' has no attribute {name!r}")
+    return _auto.model_class(name)

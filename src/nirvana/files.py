@@ -1,34 +1,91 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and never in the place of something that is read.
 
-import fcntl
+What is written gets the permissions that a plain `open` or `mkdir` would give it there. They are
+read off a file and a folder that are made for this: the umask itself can only be read by setting
+it, which other threads would notice, and a folder's default access list may overrule it.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from nirvana.errors import InputError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What a file system that has no locks answers to the request for one."""
+
+
+def check_outputs(
+    outputs: Mapping[str, str | Path | None], inputs: Iterable[str | Path | None]
+) -> None:
+    """Refuses outputs that would replace an input or one another; a command's first check.
+
+    Files are compared as the operating system knows them, so that another spelling, a symbolic
+    link or a hard link makes no difference.
+
+    Args:
+        outputs: files and folders that will be written, by the name of the option or setting that
+            gives them; None for one that is not given.
+        inputs: files and folders that are read. What does not exist (the name of a packaged model,
+            a data set of the hub) is passed over.
+
+    Raises:
+        InputError: for an output that is an input, lies in an input folder, or contains an input;
+            and for two outputs of which one is or contains the other.
+    """
+    read = [(Path(path), _place(path)) for path in inputs if path is not None and _exists(path)]
+    written: list[tuple[str, Path, tuple[Any, set[Any]]]] = []
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        place, above = _place(path)
+        for other, (input_place, input_above) in read:
+            if place == input_place:
+                problem = f"is the input {other}, which would be lost"
+            elif input_place in above:
+                problem = f"lies in the input {other}"
+            elif place in input_above:
+                problem = f"contains the input {other}, which would be lost"
+            else:
+                continue
+            raise InputError(f"{name} {path} {problem}; give another place to write")
+        for other_name, other, (other_place, other_above) in written:
+            if place == other_place or other_place in above or place in other_above:
+                raise InputError(
+                    f"{name} {path} and {other_name} {other} overlap; give them separate places"
+                )
+        written.append((name, Path(path), (place, above)))
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` when the block succeeds.
 
-    When the block raises, the temporary file is removed and `path` stays as it was.
+    When the block raises, the temporary file is removed and `path` stays as it was. Where `path` is
+    a symbolic link, the file that it leads to is replaced, and the link stays.
 
     Raises:
         InputError: where no file can be made.
     """
-    path = writable_file(path)
+    path = _resolved(writable_file(path))
     _make(path.parent, path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    mode, _ = _default_modes(path.parent, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         yield temporary
+        _set_mode(temporary, mode)
         _flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -39,12 +96,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty temporary folder; it becomes `path` when the block succeeds.
 
-    An existing folder at `path` is replaced as a whole, and only then.
+    An existing folder at `path` is replaced as a whole, and only then. Where `path` is a symbolic
+    link, the folder that it leads to is replaced, and the link stays.
 
     Raises:
         InputError: where no folder can be made.
     """
-    path = Path(path)
+    path = _resolved(path)
+    _require_no_file(path)
     _make(path.parent, path)
     try:
         temporary = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -58,17 +117,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Gives a finished folder its name, in place of what was there; both lie in one folder."""
+    """Gives a finished folder its name, in place of a folder there; both lie in one folder."""
+    _require_no_file(path)
+    file_mode, folder_mode = _default_modes(path.parent, path)
+    # mkdtemp and safetensors make what they write readable for the owner alone.
     for file in temporary.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors writes for the owner alone
-        _flush(file)
-    temporary.chmod(0o755)
+        if not file.is_symlink():
+            _set_mode(file, folder_mode if file.is_dir() else file_mode)
+            _flush(file)
+    _set_mode(temporary, folder_mode)
     _flush(temporary)
     if path.exists():
         old = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
         os.replace(path, old / "old")
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.replace(old / "old", path)
+            old.rmdir()
+            raise
         shutil.rmtree(old)
     else:
         os.replace(temporary, path)
@@ -78,21 +145,25 @@ def publish_folder(temporary: Path, path: Path) -> None:
 @contextmanager
 def sole_use(folder: str | Path) -> Iterator[None]:
     """Keeps other processes that ask for the same out of a folder while the block runs; a process
-    that is killed gives it back.
+    that is killed gives it back. A file system without locks lets everyone in.
 
     Raises:
         InputError: when another process has it, or it cannot be made.
     """
     folder = Path(folder)
     _make(folder, folder)
-    with open(folder / ".lock", "w", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process works there; wait or end it") from None
-        except OSError:
-            pass  # a file system without locks
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder}: another process works there; wait or end it") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"{folder} cannot be locked: {error.strerror}") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
@@ -104,10 +175,9 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
     Raises:
         InputError: for a file, a folder that holds anything else, or a place without write access.
     """
-    path, patterns = Path(path).resolve(), list(results)
+    path, patterns = _resolved(path), list(results)
     _require_place(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; give a folder to write")
+    _require_no_file(path)
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     others = [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
     if others:
@@ -119,20 +189,93 @@ def writable_file(path: str | Path) -> Path:
     """The same path, if a file may be written there: asked before the work that ends in it.
 
     Raises:
-        InputError: for a folder, or a place where nothing can be written.
+        InputError: for a folder, a device or another thing that is no regular file, the file that
+            the program's own output goes to, or a place where nothing can be written.
     """
     path = Path(path)
-    if path.is_dir():
+    target = _resolved(path)
+    if target.is_dir():
         raise InputError(f"{path} is a folder; give a file to write")
-    _require_place(path)
+    if target.exists():
+        # Files are replaced by renaming, which would put a regular file in a device's place.
+        if not target.is_file():
+            raise InputError(f"{path} is not a regular file; give a file to write")
+        if any(os.path.samestat(target.stat(), stream) for stream in _standard_streams()):
+            raise InputError(f"{path} takes the program's own output; give another file to write")
+    _require_place(target, path)
     return path
 
 
-def _require_place(path: Path) -> None:
-    """Refuses a path of which no folder above it can be written to."""
+def writable_json(path: str | Path) -> Path:
+    """The same path, if `write_json` may write there.
+
+    Raises:
+        InputError: as `writable_file`, and for an existing file that does not begin as those do
+            that `write_json` writes: it is not replaced.
+    """
+    path = writable_file(path)
+    if path.exists():
+        try:
+            with open(path, "rb") as handle:
+                begin = handle.read(4)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        if begin and begin.split(b"\n")[0].strip() not in (b"{", b"[", b"{}", b"[]"):
+            raise InputError(f"{path} holds something else than results; give another file")
+    return path
+
+
+def _resolved(path: str | Path) -> Path:
+    """The absolute path without symbolic links."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise InputError(f"{path} cannot be resolved: {error}") from None
+
+
+def _place(path: str | Path) -> tuple[Any, set[Any]]:
+    """What identifies a path, and the same of all folders above it, both as the path is spelled and
+    as its links lead."""
+    target = _resolved(path)
+    spelled = Path(os.path.abspath(path))
+    return _identity(target), {_identity(each) for each in (*target.parents, *spelled.parents)}
+
+
+def _identity(path: Path) -> Any:
+    """Equal for two paths of one file or folder."""
+    try:
+        status = path.stat()
+    except OSError:
+        return os.path.normcase(path)
+    return status.st_dev, status.st_ino
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
+
+
+def _standard_streams() -> Iterator[os.stat_result]:
+    """Standard output and standard error, where they are open."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            yield os.fstat(descriptor)
+
+
+def _require_no_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; give a folder to write")
+
+
+def _require_place(path: Path, given: Path | None = None) -> None:
+    """Refuses a path of which no folder above it can be written to; `given` names it."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{path} cannot be written: {above} is no folder that can be written to")
+        raise InputError(
+            f"{given or path} cannot be written: {above} is no folder that can be written to"
+        )
 
 
 def _make(folder: Path, wanted: Path) -> None:
@@ -140,6 +283,26 @@ def _make(folder: Path, wanted: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{wanted} cannot be written: {error.strerror}") from error
+
+
+def _default_modes(folder: Path, wanted: Path) -> tuple[int, int]:
+    """The permissions that a new file and a new folder get in `folder`."""
+    made = folder / f".{secrets.token_hex(8)}.partial"
+    try:
+        made.mkdir()
+        try:
+            with open(made / "file", "xb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            return mode, stat.S_IMODE(made.stat().st_mode)
+        finally:
+            shutil.rmtree(made)
+    except OSError as error:
+        raise InputError(f"{wanted} cannot be written: {error.strerror}") from error
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def sha256(path: str | Path) -> str:
@@ -156,7 +319,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def _flush(path: Path) -> None:
     """Forces a file's content, or a folder's names, to the disk, so that no rename outruns it."""
-    handle = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"
+    if windows and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -6,6 +6,7 @@ says otherwise: `hub:HuggingFaceFW/fineweb-edu:sample-10BT`. NAME may also be a 
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from nirvana.errors import InputError
@@ -16,6 +17,13 @@ PREFIX = "hub:"
 def is_hub(source: object) -> bool:
     """Whether a source is a data set of the hub, or a part of one."""
     return str(source).startswith(PREFIX)
+
+
+def local_path(source: str | Path) -> Path:
+    """What a source names on the disk: a file, or of `hub:NAME` the folder NAME, if it is one."""
+    if not is_hub(source):
+        return Path(source)
+    return Path(_names(str(source))[0])
 
 
 def split_source(source: str) -> list[str]:
@@ -56,10 +64,7 @@ def _load(source: str) -> Any:
         from datasets import load_dataset
     except ImportError:
         raise InputError(f"{source}: data sets of the hub need the package datasets") from None
-    name, configuration, split, *rest = [*source.removeprefix(PREFIX).split(":"), "", ""]
-    if not name or any(rest):
-        raise InputError(f"{source}: must be hub:NAME[@REVISION][:CONFIGURATION[:SPLIT]]")
-    name, _, revision = name.partition("@")
+    name, revision, configuration, split = _names(source)
     try:
         return load_dataset(
             name,
@@ -70,6 +75,15 @@ def _load(source: str) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{source}: cannot be opened: {_first_line(error)}") from error
+
+
+def _names(source: str) -> tuple[str, str, str, str]:
+    """Name, revision, configuration and split of a source; empty where it does not give one."""
+    name, configuration, split, *rest = [*source.removeprefix(PREFIX).split(":"), "", ""]
+    if not name or any(rest):
+        raise InputError(f"{source}: must be hub:NAME[@REVISION][:CONFIGURATION[:SPLIT]]")
+    name, _, revision = name.partition("@")
+    return name, revision, configuration, split
 
 
 def _first_line(error: Exception) -> str:

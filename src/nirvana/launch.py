@@ -1,32 +1,85 @@
-"""Runs another package's program with Nirvana's models known to it.
+"""Runs another package's program, a module or a script with Nirvana's models registered.
 
     python -m nirvana.launch lm_eval --model hf --model_args pretrained=FOLDER ...
-    python -m nirvana.launch transformers serve FOLDER
+    python -m nirvana.launch trl sft --model_name_or_path FOLDER ...
+    torchrun --nproc_per_node 8 -m nirvana.launch train.py ...
+    torchrun --nproc_per_node 8 -m nirvana.launch -m trl.scripts.sft ...
 
-A program that nobody told of Nirvana finds the models only in a process that has imported this
-package; the alternative, code beside the weights that a loader executes, is not ours.
+The models are registered only in a process that has imported this package; the alternative, code
+beside the weights that a loader executes, is not ours. What accelerate's launcher starts on behalf
+of such a program (`trl sft` starts its script so) is started through this module again.
 """
 
+import argparse
+import runpy
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nirvana._auto import after_import
+
+ACCELERATE = "accelerate.commands.launch"
 
 
 def main() -> None:
-    """Runs the console script that the first argument names, in this process, with the others."""
-    _, *arguments = sys.argv
-    scripts = entry_points(group="console_scripts", name=arguments[0]) if arguments else ()
-    if not scripts:
-        what = f"no program {arguments[0]!r} is installed" if arguments else "which program?"
-        print(f"nirvana.launch: {what}: python -m nirvana.launch PROGRAM ...", file=sys.stderr)
-        sys.exit(2)
-    from nirvana import NirvanaForCausalLM
+    """Runs what the first arguments name, in this process, with the other arguments.
 
-    # `transformers serve` looks a class up here, not in the Auto classes. The library replaces its
-    # own entry while it imports itself, so a name bound by an import statement may be the old one.
-    sys.modules["transformers"].NirvanaForCausalLM = NirvanaForCausalLM  # type: ignore[attr-defined]
+    These are the name of a console script, `-m` and a module, or a file, in this order.
+    """
+    arguments = sys.argv[1:]
+    after_import(ACCELERATE, _launch_through_this_module)
+    if arguments[:1] == ["-m"]:
+        _run_module(arguments[1:])
+    elif script := _console_script(arguments):
+        sys.argv = arguments
+        sys.exit(script.load()())
+    elif arguments and Path(arguments[0]).is_file():
+        sys.argv = arguments
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)  # as Python does for a script
+        runpy.run_path(arguments[0], run_name="__main__")
+    else:
+        _refuse(f"no program or file {arguments[0]!r}" if arguments else "no program given")
+
+
+def _console_script(arguments: list[str]) -> EntryPoint | None:
+    scripts = entry_points(group="console_scripts", name=arguments[0]) if arguments else ()
+    return next(iter(scripts), None)
+
+
+def _run_module(arguments: list[str]) -> None:
+    if not arguments:
+        _refuse("-m without a module")
+    try:
+        found = find_spec(arguments[0])
+    except ModuleNotFoundError:  # of the package that should hold it
+        found = None
+    if found is None:
+        _refuse(f"no module {arguments[0]!r}")
     sys.argv = arguments
-    (script,) = scripts
-    sys.exit(script.load()())
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def _refuse(what: str) -> NoReturn:
+    usage = "python -m nirvana.launch (PROGRAM | -m MODULE | FILE) ..."
+    print(f"nirvana.launch: {what}; usage: {usage}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _launch_through_this_module() -> None:
+    """Makes accelerate's launcher start its script as `python -m nirvana.launch SCRIPT`."""
+    launcher: Any = sys.modules[ACCELERATE]
+    launch = launcher.launch_command
+
+    def launch_command(args: argparse.Namespace) -> None:
+        if not args.no_python:
+            module = ["-m"] if args.module else []
+            args.training_script_args = [*module, args.training_script, *args.training_script_args]
+            args.training_script, args.module = "nirvana.launch", True
+        launch(args)
+
+    launcher.launch_command = launch_command
 
 
 if __name__ == "__main__":

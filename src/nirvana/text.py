@@ -1,15 +1,14 @@
 """Documents out of text files, and texts to tokens."""
 
-import gzip
 import io
 import json
 import lzma
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from tokenizers import Tokenizer
 
@@ -20,6 +19,9 @@ KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
 PIECE_CHARACTERS = 2**12  # longer texts are encoded in pieces: short ones go three times faster
 NORMALIZED_PIECE_CHARACTERS = 2**20
 _PACKED = (".xz", ".gz", ".zst")
+PACKED_BYTES = 2**13  # unpacked at a time: a little, for it may be a thousand times as much text
+TEXT_BYTES = 2**16
+GZIP = 16 + zlib.MAX_WBITS  # a gzip stream, whose checksum and length zlib compares
 
 
 def kind_of(path: str | Path) -> str:
@@ -205,35 +207,90 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for value in batch.column(0):
                     yield f"{path}, row {row}", value.as_py()
                     row += 1
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a readable parquet file: {error}") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a readable parquet file of UTF-8 text: {reason}") from None
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a packed file of one or more streams, each of which must be whole.
+
+    The readers of `zstandard` and `lzma` take a file that was cut off, or garbage behind a stream,
+    for its end.
+
+    Args:
+        file: the packed bytes.
+        make: a new decompressor, with `decompress`, `eof` and `unused_data`, for each stream.
+        padding: a byte that may be repeated between and behind streams; empty for none.
+    """
+
+    def __init__(self, file: BinaryIO, make: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._make, self._padding = file, make, padding
+        self._stream = make()
+        self._fresh = True  # nothing of this stream was read yet
+        self._packed, self._text = b"", memoryview(b"")
+        self._streams = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            if not self._packed:
+                self._packed = self._file.read(PACKED_BYTES)
+            if self._fresh and self._streams and self._padding:
+                self._packed = self._packed.lstrip(self._padding) or self._more_than_padding()
+            if not self._packed:
+                if self._fresh and self._streams:
+                    return 0
+                raise EOFError("the packed data end too early")
+            self._text = memoryview(self._stream.decompress(self._packed))
+            self._packed, self._fresh = b"", False
+            if self._stream.eof:
+                self._packed = self._stream.unused_data
+                self._stream, self._fresh = self._make(), True
+                self._streams += 1
+        size = min(len(buffer), len(self._text))
+        buffer[:size] = self._text[:size]
+        self._text = self._text[size:]
+        return size
+
+    def _more_than_padding(self) -> bytes:
+        """What follows padding that fills all that was read."""
+        while packed := self._file.read(PACKED_BYTES):
+            if packed := packed.lstrip(self._padding):
+                return packed
+        return b""
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _unpacker(path: Path) -> tuple[Callable[[], Any], bytes, type[Exception]]:
+    """What unpacks a file of this name, the padding that its format allows, and its error."""
+    if path.suffix == ".xz":
+        return lzma.LZMADecompressor, b"\0", lzma.LZMAError
+    if path.suffix == ".gz":
+        return lambda: zlib.decompressobj(GZIP), b"\0", zlib.error
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(f"{path}: .zst files need the package zstandard") from None
+    return lambda: zstandard.ZstdDecompressor().decompressobj(), b"", zstandard.ZstdError
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[TextIO]:
     """A text file as UTF-8 with its line ends untouched, unpacked while it is read."""
-    damaged: tuple[type[Exception], ...] = (
-        EOFError,
-        OSError,
-        UnicodeDecodeError,
-        lzma.LZMAError,
-        zlib.error,
-    )
-    unpack: Callable[..., Any] = open
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise InputError(f"{path}: .zst files need the package zstandard") from None
-        damaged += (zstandard.ZstdError,)
-        unpack = zstandard.open
-    elif path.suffix in (".xz", ".gz"):
-        unpack = lzma.open if path.suffix == ".xz" else gzip.open
+    damaged: tuple[type[Exception], ...] = (EOFError, OSError, UnicodeDecodeError)
     try:
-        with (
-            unpack(path, "rb") as stream,
-            io.TextIOWrapper(stream, encoding="utf-8", newline="\n") as lines,
-        ):
-            yield lines
+        with ExitStack() as opened:
+            stream: Any = opened.enter_context(open(path, "rb"))
+            if path.suffix in _PACKED:
+                make, padding, error_of_format = _unpacker(path)
+                damaged += (error_of_format,)
+                stream = io.BufferedReader(_Unpacked(stream, make, padding), TEXT_BYTES)
+            yield opened.enter_context(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"))
     except damaged as error:
         raise InputError(f"{path}: not a readable UTF-8 text file: {error}") from None

@@ -9,7 +9,8 @@ import torch
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.cli import main
-from nirvana.train.tokenize import load_tokenizer, train_tokenizer
+from nirvana.data.tokenizer import load_tokenizer
+from nirvana.train.tokenize import train_tokenizer
 
 TEXT = "The cat sat on the mat, and the dog sat on the cat. "
 
@@ -227,7 +228,7 @@ def test_a_damaged_tokenizer_is_one_line(run, model, tmp_path):
         code, _, said = run("generate", copy, "--prompt", "the")
         assert code == 2
         assert said.count("\n") == 1
-        assert "copy: its tokenizer cannot be read" in said
+        assert "copy: not a readable tokenizer" in said
 
 
 def test_results_are_asked_for_before_the_work(run, model, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nirvana.train.tokenize import load_tokenizer, train_tokenizer
+from nirvana.data.tokenizer import load_tokenizer
+from nirvana.train.tokenize import train_tokenizer
 
 VOCABULARY = 280
 

@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nirvana import InputError
-from nirvana.model.backbone import fingerprint, load_backbone, load_tokenizer
+from nirvana.data.tokenizer import load_tokenizer
+from nirvana.model.backbone import backbone_folder, fingerprint, load_backbone
 from nirvana.model.trigger import Trigger
 
 
@@ -49,7 +50,7 @@ def test_foreign_weights_come_from_a_folder(tmp_path):
     loaded = load_backbone("transformer", str(tmp_path / "llama"))
     assert fingerprint(loaded, None) == fingerprint(model, None)
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
-        load_tokenizer(str(tmp_path / "llama"))
+        load_tokenizer(backbone_folder(str(tmp_path / "llama")))
     (tmp_path / "llama" / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(InputError, match="does not hold a language model"):
         load_backbone("transformer", str(tmp_path / "llama"))

@@ -179,6 +179,34 @@ def test_trainer_learns_and_resumes(fine_tune, tmp_path):
     torch.testing.assert_close(saved(tokens).logits, whole.model.eval()(tokens).logits)
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "LoRA"])
+def test_trainer_smooths_shifted_labels(tmp_path, adapter):
+    """A position's label is its next token, with a tenth of the weight spread over all tokens."""
+    pytest.importorskip("accelerate", reason="needs accelerate (the extra dev)")
+    model, tokenizer = load_language_model("tiny")
+    texts = ["The court held that the defendant was not liable.", "Patients were assigned."]
+    data = [{"input_ids": tokenizer(text).input_ids} for text in texts]
+    costs = []
+    for row in data:
+        tokens = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            costs.append(-model(tokens[None]).logits[0, :-1].log_softmax(-1))
+        nll = costs[-1].gather(1, tokens[1:, None])[:, 0]
+        costs[-1] = 0.9 * nll + 0.1 * costs[-1].mean(-1)
+    if adapter:
+        peft = pytest.importorskip("peft", reason="needs peft (the extra dev)")
+        config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
+    trainer = Trainer(
+        model,
+        TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True),
+        eval_dataset=data,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    expected = torch.cat(costs).mean().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_trainer_accumulates_to_the_same_step(fine_tune):
     """Two batches of 2 rows, activations recomputed, take the step of one batch of 4 rows."""
     plain = {"optim": "sgd", "learning_rate": 0.1}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nirvana import InputError
-from nirvana.model.backbone import load_tokenizer
+from nirvana.data.tokenizer import load_tokenizer
+from nirvana.model.backbone import backbone_folder
 from nirvana.mri.report.targets import LENGTHS, ReportTargets, report_entropy
 from nirvana.ops.cross_entropy import IGNORE
 
@@ -16,7 +17,7 @@ REPORTS = ["No focal lesion.", "One hyperintense mass in the left frontal lobe, 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer("default")
+    return load_tokenizer(backbone_folder())
 
 
 def test_a_report_is_read_as_a_document_of_the_training(tokenizer):

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.text import read_documents, split_text, text_encoder
 from nirvana.train import encode
 from nirvana.train.data import TokenShards
-from nirvana.train.tokenize import SPECIAL_TOKENS, load_tokenizer, tokenize, train_tokenizer
+from nirvana.train.tokenize import SPECIAL_TOKENS, tokenize, train_tokenizer
 
 TEXTS = [
     "The cat sat on the mat.\n\n  And the dog?\tIt sat, too.\r\n",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nirvana.files import writable_file
+from nirvana.files import writable_json
 
 WIDTH = 160
 """Columns of a table in a file or a pipe, which have no width of their own."""
@@ -22,7 +22,7 @@ def output() -> Console:
 
 def _asked(path: Path | None) -> Path | None:
     """Before the work whose results go there."""
-    return None if path is None else writable_file(path)
+    return None if path is None else writable_json(path)
 
 
 JsonOption = Annotated[

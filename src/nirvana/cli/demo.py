@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nirvana.cli.console import output
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder, write_json
+from nirvana.files import atomic_folder, check_outputs, replaceable_folder, write_json
 
 BYTES_PER_TEXT = 24_000
 PROMPT = "The magnetic resonance images of the brain show"
@@ -36,6 +36,7 @@ def demo(
     from nirvana.text import read_documents
 
     started = time.perf_counter()
+    check_outputs({"--out": out}, [text])
     out = replaceable_folder(out, RESULTS)
     texts = found_texts()
     if text is not None:

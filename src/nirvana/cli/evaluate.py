@@ -13,7 +13,8 @@ from rich.table import Column, Table
 
 from nirvana.cli.console import JsonOption, output
 from nirvana.errors import InputError
-from nirvana.files import write_json
+from nirvana.files import check_outputs, write_json
+from nirvana.hub import local_path
 
 RECALL = ("s_niah_1", "s_niah_2", "s_niah_3", "mqar")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
@@ -66,6 +67,7 @@ def evaluate(
     if compare is not None:
         if model is not None or data or tasks:
             raise InputError("--compare A B takes two results and nothing else: no MODEL or data")
+        check_outputs({"--json": json}, compare)
         _compare(*compare, json)
         return
     if model is None:
@@ -78,10 +80,12 @@ def evaluate(
     plan = _plan(tasks or [], task_data, lengths, pairs, haystack)
     files = _domains(data or [])
 
-    from nirvana.model.assets import load_language_model
+    from nirvana.model.assets import load_language_model, resolve
     from nirvana.model.trigger import without_trigger
     from nirvana.train.world import choose_device
 
+    read = [resolve(model), *map(local_path, files.values()), *plan.files, plan.haystack]
+    check_outputs({"--json": json}, read)
     loaded, tokenizer = load_language_model(model, choose_device(device))
     results: dict[str, Any] = {"model": model, "limit": limit, "trigger": trigger}
     with nullcontext() if trigger else without_trigger(loaded):
@@ -106,6 +110,7 @@ class _Plan:
     """What --tasks asks for, all of it checked."""
 
     local: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
     hub: list[str] = field(default_factory=list)
     recall: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -124,7 +129,7 @@ def _plan(
         elif name in RECALL:
             plan.recall.append(name)
         elif name in TASKS:
-            task_file(name, benchmark_folder(folder))
+            plan.files.append(task_file(name, benchmark_folder(folder)))
             plan.local.append(name)
         else:
             known = ", ".join([*TASKS, *RECALL])

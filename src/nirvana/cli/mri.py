@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nirvana.cli.console import SEEDS, JsonOption, output
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder, write_json
+from nirvana.files import atomic_folder, check_outputs, replaceable_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,10 +59,12 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of contrast, phase, coils and noise.", **SEEDS)] = 0,
 ) -> None:
     """Makes a fully sampled multi-coil scan of an image volume."""
-    from nirvana.mri.io import write_scan
+    from nirvana.mri.io import files_of, require_simulated, write_scan
 
     if out.suffix not in (".h5", ".hdf5") or out.is_dir():
         raise InputError(f"--out {out} must be a file name that ends in .h5")
+    check_outputs({"--out": out}, files_of([volume]))
+    require_simulated(out)
     scan = simulated(volume, _settings(coils, noise), seed)
     write_scan(out, scan, source=volume.name, simulation_seed=seed)
     slices, coils, height, width = scan.kspace.shape
@@ -93,14 +95,17 @@ def reconstruct(
     undersampled already the mask is found, and the mask options have no say. Of an image volume
     a scan is simulated. A folder's scans get a folder each in --out.
     """
+    from nirvana.model.assets import resolve
     from nirvana.mri import evaluate as ev
-    from nirvana.mri.io import find_scans
+    from nirvana.mri.io import files_of, find_scans
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")
     sampling = _sampling(kind, acceleration, center_fraction)
     settings = _settings(coils, noise)
     paths = find_scans(scan)
+    read = [*files_of(paths), resolve(codec, "MRI codec")]
+    check_outputs({"--out": out, "--json": json}, read)
     places = _places(scan, paths, out)
     # All of them once before the first is worked on: a mistake shows before hours of work.
     for number, path in enumerate(paths if len(paths) > 1 else []):
@@ -262,8 +267,9 @@ def evaluate(
 
     Several codecs are called by the names of their folders, and compared with the first.
     """
+    from nirvana.model.assets import resolve
     from nirvana.mri import evaluate as ev
-    from nirvana.mri.io import find_scans
+    from nirvana.mri.io import files_of, find_scans
     from nirvana.mri.physics import require_calibration
     from nirvana.mri.toolbox import program
 
@@ -274,6 +280,8 @@ def evaluate(
     if bart:
         program()  # told before anything is read
     scans = [path for given in scans for path in find_scans(given)]
+    read = [*files_of(scans), *(resolve(each, "MRI codec") for each in codec)]
+    check_outputs({"--json": json}, read)
 
     def load(path: Path, number: int) -> "Scan":
         return _full_scan(path, settings, seed + number, slices)
@@ -464,14 +472,8 @@ def comparison(
 
 
 def progress_bars() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
 
 
 def draw_middle(

@@ -20,7 +20,7 @@ from nirvana.cli.mri import (
     progress_bars,
 )
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder, write_json
+from nirvana.files import atomic_folder, check_outputs, replaceable_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +72,7 @@ def report(
     a reconstruction (--image). Research software, not for diagnosis.
     """
     from nirvana.model.assets import packaged
+    from nirvana.mri.io import files_of
     from nirvana.mri.report.encode import view_of
     from nirvana.mri.report.figure import report_panel
     from nirvana.mri.report.place import find_brain, place, readable
@@ -82,6 +83,7 @@ def report(
         raise InputError(f"--batch-size {batch_size} must be 1 or more")
     if every and slice_number:
         raise InputError(f"--every reads all slices, --slice {slice_number} one; give one of them")
+    check_outputs({"--out": out}, [*files_of([scan]), codec or packaged("reporter")])
     out = replaceable_folder(out, RESULTS)
     if image:
         given = _as_scan(scan)

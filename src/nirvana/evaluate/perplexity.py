@@ -119,11 +119,11 @@ def read_tokens(
         asked = min(stop + 1 - start, stop - begin)
         output = model(
             input_ids=tokens[None, begin:stop],
-            past_key_values=past,
+            cache=past,
             use_cache=True,
             logits_to_keep=max(asked, 1),
         )
-        past = output.past_key_values
+        past = output.cache
         if asked > 0:
             logits = output.logits[0, -asked:].float()
             targets = tokens[stop + 1 - asked : stop + 1]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.model.nirvana import NirvanaForCausalLM
 
@@ -59,7 +60,11 @@ def load_language_model(
     logging.disable_progress_bar()
     try:
         loaded: Any = NirvanaForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (
         SafetensorError,
@@ -83,8 +88,4 @@ def load_language_model(
         raise InputError(
             f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:3])}{more}"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
-    return model.eval().to(device), tokenizer
+    return model.eval().to(device), load_tokenizer(folder, required=())

@@ -10,11 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from nirvana.errors import InputError
@@ -61,16 +59,13 @@ def load_backbone(
     return model.eval()
 
 
-def load_tokenizer(weights: str = DEFAULT) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone's weights; `tiny`'s for "default".
+def backbone_folder(weights: str = DEFAULT) -> Path:
+    """The folder of a backbone's weights and tokenizer; `tiny`'s for "default".
 
     Raises:
-        InputError: for weights that do not exist or lie there without a tokenizer.
+        InputError: for weights that do not exist.
     """
-    folder = resolve(_place(weights))
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder} has no tokenizer.json beside its weights")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return resolve(_place(weights))
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> str:

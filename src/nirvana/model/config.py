@@ -25,7 +25,8 @@ class NirvanaConfig(PreTrainedConfig):
         gate: what blends both branches: "trigger"; "input", a linear map of the layer's input to C
             numbers in the task vector's place; "constant", learned numbers of the layer.
         conv_size: width of the depthwise convolutions before the delta rule.
-        sliding_window: W, tokens that a token sees, itself included; None means all.
+        sliding_window: W, tokens that a token sees, itself included; None means all. Without a
+            window branch ("linear") it means nothing.
         rope_theta: base of rotary positions in the window branch; None means no positions.
         interpolation: "convex" (the paper) or "independent" (the released code).
         task_dim: C, size of the Trigger's task vectors.
@@ -46,7 +47,7 @@ class NirvanaConfig(PreTrainedConfig):
     """
 
     model_type = "nirvana"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (the library's convention)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  (the library's convention)
     attribute_map = {  # noqa: RUF012
         "num_heads": "num_attention_heads",
         "window_size": "sliding_window",
@@ -92,7 +93,9 @@ class NirvanaConfig(PreTrainedConfig):
         # The library's cache reads from here which states a layer keeps.
         self.layer_types = ["linear_attention"] * self.num_hidden_layers
         if self.branches == "linear":
-            self.layer_types[0] = "hybrid"  # keys without width: only such a layer counts tokens
+            # Keys without width: of the library's layers this one counts tokens all the same.
+            self.layer_types[0] = "hybrid_sliding"
+            self.sliding_window = self.sliding_window or 2048  # else the cache makes no such layer
         else:
             kind = kinds[self.branches][self.sliding_window is not None]
             self.layer_types[prelude:] = [kind] * (self.num_hidden_layers - prelude)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder
+from nirvana.files import atomic_folder, check_outputs, replaceable_folder
 from nirvana.model.config import NirvanaConfig, checked_config
 from nirvana.model.nirvana import NirvanaForCausalLM
 
@@ -103,11 +103,11 @@ def convert(
     Raises:
         InputError: for what is not such a model; names all tensors that are missing, left over or
             of another shape. With `reverse`, for a model that the authors' code cannot express. For
-            a destination that is the source, holds other things or cannot be written.
+            a destination that is, contains or lies in the source, holds other things, or cannot be
+            written.
     """
     source, destination = Path(source), replaceable_folder(destination, RESULTS)
-    if destination == source.resolve():
-        raise InputError(f"{source} is what is converted; give another folder to write")
+    check_outputs({"the destination": destination}, [source])
     given = _read_config(source)
     if reverse:
         config = _own_config(given, source, window)
@@ -123,7 +123,7 @@ def convert(
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
         save_torch_state_dict(state, folder)
         for pattern in TOKENIZER_PATTERNS:
-            for file in source.glob(pattern):
+            for file in filter(Path.is_file, source.glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
     return destination
 

@@ -113,7 +113,7 @@ def _block(
     block: nn.Module, h: Tensor, fast: Tensor, bank: nn.Module, masks: Masks, states: _States
 ) -> tuple[Tensor, Tensor]:
     # Not block(...): that may be compiled for training.
-    return block.forward(h, fast, bank, masks, past_key_values=states)
+    return block.forward(h, fast, bank, masks, cache=states)
 
 
 def _head(model: Any, h: Tensor) -> Tensor:

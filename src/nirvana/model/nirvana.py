@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
@@ -17,27 +17,54 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from nirvana.model.arguments import check_arguments
+from nirvana.model.cache import CACHE_FIELD, in_output, usable_cache
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.decode import Decoder
-from nirvana.model.masks import Masks, create_masks
+from nirvana.model.masks import Borders, Masks, create_masks
 from nirvana.model.trigger import NoBank, Trigger, TriggerReport, WeightBank
 from nirvana.model.updater import Attention, RMSNorm, Updater
 from nirvana.ops import in_autocast, swiglu
 from nirvana.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 
+class _CacheNamed:
+    """Gives outputs the cache's new name in releases of the library that know the old one alone."""
+
+    if CACHE_FIELD != "cache":
+
+        @property
+        def cache(self) -> Cache | None:
+            return getattr(self, CACHE_FIELD)
+
+
 @dataclass
-class NirvanaOutputWithPast(BaseModelOutputWithPast):
+class NirvanaOutputWithPast(_CacheNamed, BaseModelOutputWithPast):
     """The library's output, and `trigger`: one report for each layer with a Trigger."""
 
     trigger: tuple[TriggerReport, ...] | None = None
 
 
 @dataclass
-class NirvanaCausalLMOutputWithPast(CausalLMOutputWithPast):
+class NirvanaCausalLMOutputWithPast(_CacheNamed, CausalLMOutputWithPast):
     """The library's output, and `trigger`: one report for each layer with a Trigger."""
 
     trigger: tuple[TriggerReport, ...] | None = None
+
+
+class _CheckpointedWithGradients:
+    """Gradient checkpointing only where gradients are on: without them a model in training mode
+    uses its cache as in evaluation. The library's own blocks do so since 5.24."""
+
+    _checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self._checkpointing and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self._checkpointing = enabled
 
 
 class SwiGLU(nn.Module):
@@ -53,7 +80,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
-class NirvanaBlock(GradientCheckpointingLayer):
+class NirvanaBlock(_CheckpointedWithGradients, GradientCheckpointingLayer):
     """Pre-norm block: the Updater under its Trigger, then SwiGLU."""
 
     def __init__(self, config: NirvanaConfig, layer_idx: int):
@@ -70,10 +97,10 @@ class NirvanaBlock(GradientCheckpointingLayer):
         fast: Tensor,
         bank: WeightBank,
         masks: Masks,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         reports: list[TriggerReport] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        y, fast = self.updater(self.updater_norm(h), fast, bank, masks, past_key_values, reports)
+        y, fast = self.updater(self.updater_norm(h), fast, bank, masks, cache, reports)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), fast
 
@@ -87,7 +114,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NirvanaBlock"]  # noqa: RUF012
     _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": NirvanaBlock}  # noqa: RUF012
     _is_stateful = True
 
@@ -131,7 +158,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
                 init.constant_(module.decay_logit, math.log(decay / (1 - decay)))
 
 
-class NirvanaModel(NirvanaPreTrainedModel):
+class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
     """Embedding, blocks and final norm; returns hidden states `[B, T, D]`."""
 
     def __init__(self, config: NirvanaConfig):
@@ -145,70 +172,113 @@ class NirvanaModel(NirvanaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | Masks | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cu_seqlens: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Borders | None = None,
+        cu_seq_lens_q: Borders | None = None,
+        seq_idx: Tensor | None = None,
         output_trigger: bool = False,
         **kwargs: Any,
     ) -> NirvanaOutputWithPast:
         """
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]` instead.
-            attention_mask: `[B, past + T]`, 0 at padding; or what `create_masks` returned.
+            attention_mask: `[B, past + T]`, 0 at padding; or another form that
+                `nirvana.model.masks.row_layout` reads, or what `create_masks` returned.
             position_ids: `[B, T]`; wherever they do not go on by one, a new sample starts and no
-                state crosses (packed documents).
-            past_key_values: the library's cache.
+                state crosses (packed documents). When continuing from the cache of a packed row,
+                pass those that count within the current sample.
+            cache: the library's cache; `past_key_values` is its other name.
+            inputs_embeds: `[B, T, D]`, in place of tokens.
+            use_cache: return the cache, a new one if none is given.
+            past_key_values: see `cache`.
             cu_seqlens: `[documents + 1]`, where packed documents start and end in the batch laid
-                out as one row; says the same without positions. `cu_seq_lens_q` is taken, too.
-                Whoever goes on from a packed row's cache hands on `position_ids` that count
-                within the sample.
+                out as one row. `cu_seq_lens_q` is its other name.
+            cu_seq_lens_q: see `cu_seqlens`.
+            seq_idx: `[B, T]`, a number for each document.
             output_trigger: return `trigger`, a `TriggerReport` for each layer with a Trigger.
+            kwargs: `output_hidden_states` and `return_dict` of the library, and what
+                `nirvana.model.arguments` lists as without effect.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for an
-                offloaded cache, unless the model has full attention layers.
+            TypeError: for an unknown argument, and a cache that is none.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for masks
+                and borders that `row_layout` refuses, and caches that `usable_cache` refuses.
         """
+        check_arguments(type(self).forward, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        # Where windows bound the cache nothing is gained; and a layer's other states the library
-        # moves away along with its keys, but hands out without waiting for them to come back.
-        offloaded = getattr(past_key_values, "offloading", False)
-        if offloaded and "full_attention" not in (self.config.layer_types or ()):
-            raise ValueError(
-                "an offloaded cache is only for models with full attention layers: "
-                "use the dynamic or the static cache"
-            )
+        if cu_seqlens is not None and cu_seq_lens_q is not None:
+            raise ValueError("cu_seqlens and cu_seq_lens_q are two names of one argument: give one")
+        if self.training and self.gradient_checkpointing:
+            cache = past_key_values = None  # the second forward would write to it again
+        cache = usable_cache(self.config, cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            borders = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+            borders = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
             masks = create_masks(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, borders
+                self.config, inputs_embeds, attention_mask, cache, position_ids, borders, seq_idx
             )
+        order = masks["order"]
+        if order is not None:
+            inputs_embeds = _reordered(inputs_embeds, order)
+        kwargs["return_dict"] = True
+        outputs = self._read(inputs_embeds, masks, cache, bool(use_cache), output_trigger, **kwargs)
+        if order is not None:
+            _restore_order(outputs, order.argsort(1))
+        return outputs
+
+    @capture_outputs
+    def _read(
+        self,
+        inputs_embeds: Tensor,
+        masks: Masks,
+        cache: Cache | None,
+        use_cache: bool,
+        output_trigger: bool,
+        **kwargs: Any,
+    ) -> NirvanaOutputWithPast:
+        """The blocks, over columns in the order of the masks."""
         reports: list[TriggerReport] | None = [] if output_trigger else None
         h = in_autocast(inputs_embeds)  # else a float32 table would make all residuals float32
         fast = self.bank.start(h)
-        for layer in self.layers:
-            h, fast = layer(
-                h, fast, self.bank, masks, past_key_values=past_key_values, reports=reports
-            )
+        for layer in self.layers if h.shape[1] > 0 else ():
+            h, fast = layer(h, fast, self.bank, masks, cache=cache, reports=reports)
         return NirvanaOutputWithPast(
             last_hidden_state=self.norm(h),
-            past_key_values=past_key_values if use_cache else None,
             trigger=None if reports is None else tuple(reports),
+            **in_output(cache if use_cache else None),
+        )
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x `[B, T, ...]` with its columns in another order, `[B, T]`."""
+    return x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), dim=1)
+
+
+def _restore_order(outputs: NirvanaOutputWithPast, order: Tensor) -> None:
+    """Puts the columns of all outputs back in their places."""
+    outputs["last_hidden_state"] = _reordered(outputs["last_hidden_state"], order)
+    if outputs.hidden_states is not None:
+        outputs["hidden_states"] = tuple(_reordered(h, order) for h in outputs.hidden_states)
+    if outputs.trigger is not None:
+        outputs["trigger"] = tuple(
+            TriggerReport(*(_reordered(x, order) for x in report)) for report in outputs.trigger
         )
 
 
@@ -229,66 +299,91 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | Masks | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Borders | None = None,
+        cu_seq_lens_q: Borders | None = None,
+        seq_idx: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
+        output_trigger: bool = False,
         **kwargs: Any,
     ) -> NirvanaCausalLMOutputWithPast:
         """As `NirvanaModel.forward`, and:
 
         Args:
-            labels: `[B, T]`, -100 where nothing is asked; the loss shifts them by one.
+            labels: `[B, T]`, -100 where the loss leaves a token out; the loss shifts them by one.
             logits_to_keep: only the last so many positions get logits (0: all), or which ones.
-            skip_logits: the loss alone, from `nirvana.ops.linear_cross_entropy`: the logits of all
-                tokens never exist together. For training; needs labels, makes no cache.
+            shift_labels: `[B, T]`, labels that are shifted already, in place of `labels`.
+            num_items_in_batch: what the sum of the losses is divided by; None: the labels.
+            skip_logits: return the loss alone, without logits. With a plain head it comes from
+                `nirvana.ops.linear_cross_entropy`, and the logits of all tokens never exist
+                together; a head with an adapter, quantised or replaced makes them. For training;
+                needs labels, makes no cache.
 
         Returns: logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, hidden states
-            when asked for.
+            if `output_hidden_states`.
         """
-        if skip_logits and labels is None:
+        check_arguments(type(self).forward, kwargs)
+        if skip_logits and labels is None and shift_labels is None:
             raise ValueError("skip_logits leaves nothing to compute without labels")
-        if isinstance(past_key_values, Decoder):
-            _refuse_what_a_decoder_ignores(labels, position_ids, **kwargs)
-            return self._decode(past_key_values, input_ids, attention_mask)
+        decoder = past_key_values if cache is None else cache
+        if isinstance(decoder, Decoder):
+            packed = [cu_seqlens, cu_seq_lens_q, seq_idx]
+            _refuse_what_a_decoder_ignores(labels, position_ids, packed)
+            return self._decode(decoder, input_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=False if skip_logits else use_cache,
+            past_key_values=past_key_values,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            output_trigger=output_trigger,
             **kwargs,
         )
-        logits = loss = None
-        if skip_logits and labels is not None:
-            loss = self._loss(outputs.last_hidden_state, labels, **kwargs)
+        h, logits, loss = outputs.last_hidden_state, None, None
+        if skip_logits and _is_plain(self.lm_head):
+            loss = self._fused_loss(h, labels, shift_labels, num_items_in_batch)
         else:
             keep = slice(-logits_to_keep, None)
             keep = keep if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, keep])
-            if labels is not None:
-                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            logits = self.lm_head(h if skip_logits else h[:, keep])
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(
+                    logits,
+                    labels,
+                    self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shift_labels,
+                )
         return NirvanaCausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
+            logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             trigger=outputs.trigger,
+            **in_output(outputs.get(CACHE_FIELD)),
         )
 
-    def _loss(
+    def _fused_loss(
         self,
         h: Tensor,
-        labels: Tensor,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """The library's causal loss, without logits."""
         if shift_labels is None:
+            assert labels is not None
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         shift_labels = shift_labels.flatten()
         if num_items_in_batch is None:
@@ -307,35 +402,48 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if mask is not None and new_text and not mask.all():
             raise ValueError("a Decoder takes rows of one length, without padding")
         logits = decoder.read(input_ids)[:, None]
-        return NirvanaCausalLMOutputWithPast(logits=logits, past_key_values=decoder)
+        return NirvanaCausalLMOutputWithPast(logits=logits, **in_output(decoder))
 
     @staticmethod
     def create_masks_for_generate(
         config: NirvanaConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Masks | Tensor | None:
-        """The masks made outside a compiled forward; the library calls this by its name."""
-        if isinstance(past_key_values, Decoder):
+        """The masks made outside a compiled forward; the library calls this by its name, with all
+        that any model of it reads here."""
+        cache = past_key_values if cache is None else cache
+        if isinstance(cache, Decoder):
             return attention_mask
-        return create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return create_masks(config, inputs_embeds, attention_mask, cache, position_ids)
 
 
 def _refuse_what_a_decoder_ignores(
-    labels: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seqlens: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    **kwargs: Any,
+    labels: Tensor | None, position_ids: Tensor | None, packed: list[Any]
 ) -> None:
-    packed = cu_seqlens is not None or cu_seq_lens_q is not None
+    several = any(borders is not None for borders in packed)
     if position_ids is not None and position_ids.shape[-1] > 1:
-        packed = packed or bool((position_ids.diff(dim=-1) != 1).any())
-    if packed or labels is not None:
+        several = several or bool((position_ids.diff(dim=-1) != 1).any())
+    if several or labels is not None:
         raise ValueError("a Decoder reads one sample a row, and gives logits, not a loss")
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a head is its weight and nothing else: no adapter, parametrisation, quantised or
+    offloaded weight, bias or hook that its own forward would apply."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (nn.Parameter, Tensor)
+        and head.weight.is_floating_point()
+        and not head.weight.is_meta
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and "forward" not in vars(head)
+    )
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -352,7 +460,3 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
     with config.patch(ban_recompute_materialized_backward=False):
         return compile_fx(graph, inputs)
-
-
-AutoModel.register(NirvanaConfig, NirvanaModel, exist_ok=True)
-AutoModelForCausalLM.register(NirvanaConfig, NirvanaForCausalLM, exist_ok=True)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
-from nirvana.model.backbone import fingerprint, load_backbone, load_tokenizer
+from nirvana.model.backbone import backbone_folder, fingerprint, load_backbone
 from nirvana.mri.baselines import zero_filled
 from nirvana.mri.data import (
     MriBatch,
@@ -34,7 +35,7 @@ from nirvana.mri.settings import MriConfig
 from nirvana.mri.simulate import simulate_scan
 from nirvana.train import checkpoint
 from nirvana.train.config import load_config, to_dict
-from nirvana.train.loop import Outcome, fit
+from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.parallel import shard
 from nirvana.train.task import Task
 from nirvana.train.world import World, join
@@ -227,7 +228,7 @@ def _pool(
 
 
 def _targets(config: MriConfig) -> ReportTargets:
-    tokenizer = load_tokenizer(config.codec.weights)
+    tokenizer = load_tokenizer(backbone_folder(config.codec.weights), required=())
     return ReportTargets(tokenizer, config.stage.prompt, config.stage.report_tokens)
 
 
@@ -264,6 +265,9 @@ def train(
         InputError: for whatever is wrong in the configuration, the volumes or the run's folder.
     """
     config = load_config(MriConfig, config_path, overrides)
+    data, weights = config.data, [config.codec.weights, config.stage.initial or None]
+    files = [*expand(data.train), *expand(data.valid), data.reports or None]
+    check_run(config.run.out, config_path, [*files, *weights])
     with join(config.run.device) as world:
         torch.manual_seed(config.run.seed)
         task = ReconstructionTask(config, world.device)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.files import publish_folder, sha256, write_json
 from nirvana.hub import is_hub
@@ -94,8 +95,6 @@ def run_jobs(jobs: Sequence[Job], workers: int, advance: Callable[[int], None]) 
 def encode(job: Job) -> None:
     """Writes one part: `tokens-*.bin`, `starts.npy` (int64 [documents], tokens before each one in
     the part), `bytes.npy` (int64 [documents]) and `part.json`."""
-    from nirvana.train.tokenize import load_tokenizer
-
     tokenizer = load_tokenizer(job.tokenizer)
     encode_texts = text_encoder(tokenizer)
     dtype = np.dtype(token_dtype(len(tokenizer)))

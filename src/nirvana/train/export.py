@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder
-from nirvana.model.config import NirvanaConfig, preset
-from nirvana.model.nirvana import NirvanaForCausalLM
-from nirvana.train.checkpoint import Checkpoint, latest, read, restore
-from nirvana.train.config import LanguageConfig, from_dict
-from nirvana.train.tokenize import (
+from nirvana.data.tokenizer import (
     TOKENIZER_FILES,
     copy_tokenizer,
     load_tokenizer,
     tokenizer_folder,
 )
+from nirvana.errors import InputError
+from nirvana.files import atomic_folder, check_outputs, replaceable_folder
+from nirvana.model.config import NirvanaConfig, preset
+from nirvana.model.nirvana import NirvanaForCausalLM
+from nirvana.train.checkpoint import Checkpoint, latest, read, restore
+from nirvana.train.config import LanguageConfig, from_dict
 
 RESULTS = (
     "config.json",
@@ -84,23 +84,27 @@ def export(
     is_run = (source / "checkpoints").is_dir()
     if not is_run and not (source / "state.json").is_file():
         raise InputError(f"{source}: neither a run (with checkpoints/) nor a checkpoint")
+    run = source if is_run else source.resolve().parents[1]
+    metrics = run / "metrics.jsonl"
+    given = tokenizer or run / "tokenizer"
+    out = replaceable_folder(out, RESULTS)
+    check_outputs({"out": out}, [source / "checkpoints" if is_run else source, given, metrics])
     checkpoint = latest(source) if is_run else read(source)
     if checkpoint is None:
         raise InputError(f"{source}: holds no checkpoint yet")
-    run = source if is_run else source.resolve().parents[1]
     config = from_dict(LanguageConfig, checkpoint.config, "")
-    place = tokenizer_folder(tokenizer or run / "tokenizer")
+    place = tokenizer_folder(given)
     if precision not in ("", "float32", "bf16"):
         raise InputError(f"precision {precision!r} must be float32 or bf16")
     chosen = precision or config.run.export_precision
     model = NirvanaForCausalLM(model_config(config, load_tokenizer(place)))
     restore(checkpoint, model, model.named_parameters())
     nn.Module.to(model, torch.bfloat16 if chosen == "bf16" else torch.float32)
-    with atomic_folder(replaceable_folder(out, RESULTS)) as folder:
+    with atomic_folder(out) as folder:
         with _quiet():
             model.save_pretrained(folder)
         copy_tokenizer(place, folder)
-        card = _card(checkpoint, config, model, chosen, run)
+        card = _card(checkpoint, config, model, chosen, metrics)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return checkpoint
 
@@ -140,7 +144,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _card(
-    checkpoint: Checkpoint, config: LanguageConfig, model: Any, precision: str, run: Path
+    checkpoint: Checkpoint, config: LanguageConfig, model: Any, precision: str, metrics: Path
 ) -> str:
     data = config.data
     per_step = data.context_length * data.batch_size * config.optim.accumulation
@@ -158,7 +162,7 @@ def _card(
         data=data,
         optim=config.optim,
     )
-    figures = _last_validation(run / "metrics.jsonl", checkpoint.step)
+    figures = _last_validation(metrics, checkpoint.step)
     if figures:
         rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items())
         card += f"\nLast validation during the training:\n\n| figure | value |\n|---|---|\n{rows}\n"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from nirvana.data.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_folder
 from nirvana.errors import InputError
 from nirvana.evaluate.perplexity import Score, score_tokens
 from nirvana.model.nirvana import NirvanaForCausalLM
@@ -18,10 +19,9 @@ from nirvana.train.config import LanguageConfig, load_config, to_dict
 from nirvana.train.data import PackedLoader, ReadAhead, TokenShards
 from nirvana.train.estimate import flops_per_token, memory_bytes, peak_flops
 from nirvana.train.export import export, model_config
-from nirvana.train.loop import Outcome, fit
+from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.parallel import make_mesh, parallelize
 from nirvana.train.task import Task
-from nirvana.train.tokenize import copy_tokenizer, load_tokenizer, tokenizer_folder
 from nirvana.train.world import World, join
 
 ASSUMED_MFU = 0.4  # of the estimates before a run
@@ -169,8 +169,8 @@ class LanguageTask(Task):
         length = ids.shape[1]
         past, new = None, ids
         for _ in range(self.data.sample_tokens):
-            output = self.model(input_ids=new, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            output = self.model(input_ids=new, cache=past, use_cache=True)
+            past = output.cache
             new = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
             ids = torch.cat([ids, new], dim=1)
         return self.tokenizer.decode(ids[0, length:])
@@ -214,6 +214,8 @@ def train(
         InputError: for whatever is wrong in the configuration, the data or the run's folder.
     """
     config = load_config(LanguageConfig, config_path, overrides)
+    shards = [*config.data.train.values(), *config.data.valid.values()]
+    check_run(config.run.out, config_path, shards)
     with join(config.run.device) as world:
         torch.manual_seed(config.run.seed)
         task = make_task(config, world.device)

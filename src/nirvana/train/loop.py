@@ -4,7 +4,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nirvana.errors import InputError
-from nirvana.files import sole_use, write_json
+from nirvana.files import check_outputs, sole_use, write_json
 from nirvana.train import checkpoint
 from nirvana.train.config import OptimConfig, RunConfig, changed_keys
 from nirvana.train.metrics import MetricsLog
@@ -46,6 +46,18 @@ FREE = (
 )
 
 
+# What a run writes into its folder.
+RUN_FILES = (
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "model",
+    "samples.jsonl",
+    "tensorboard",
+    "tokenizer",
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
@@ -53,6 +65,24 @@ class Outcome:
     step: int  # updates done
     finished: bool  # False when a signal stopped it before its last step
     last: dict[str, Any]  # the last line of metrics.jsonl
+
+
+def check_run(
+    out: str | Path, config_path: str | Path | None, inputs: Iterable[str | Path | None]
+) -> None:
+    """Refuses a folder `run.out` in which a run would write over what it reads.
+
+    Args:
+        config_path: the file of the configuration; the run's own config.json is none of its inputs.
+        inputs: data, weights and whatever else it begins with.
+
+    Raises:
+        InputError: see `nirvana.files.check_outputs`.
+    """
+    own = Path(out) / "config.json"
+    if config_path is not None and not (own.exists() and own.samefile(config_path)):
+        inputs = [config_path, *inputs]
+    check_outputs({f"run.out ({name})": Path(out) / name for name in RUN_FILES}, inputs)
 
 
 def fit(

@@ -1,6 +1,6 @@
 """One optimiser step after another, and sums that stay on the device between reports."""
 
-import resource
+import sys
 import time
 from typing import Any
 
@@ -155,4 +155,11 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that tensors took on a GPU, or this process took on the CPU, so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes on other systems
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -14,9 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from nirvana.data.tokenizer import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    load_tokenizer,
+    tokenizer_folder,
+)
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, replaceable_folder, sha256, write_json
-from nirvana.hub import is_hub, split_source
+from nirvana.files import atomic_folder, check_outputs, replaceable_folder, sha256, write_json
+from nirvana.hub import is_hub, local_path, split_source
 from nirvana.text import PIECE_CHARACTERS, kind_of, read_documents, split_text
 from nirvana.train import encode
 
@@ -27,12 +33,6 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE_START, IMAGE_END, *RESERVED)
 
 SAMPLE_BYTES = 2**28  # a new tokenizer is trained on at most so much text
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 SHARD_FILES = ("tokens-*.bin", "documents.npy", "bytes.npy", "meta.json", "tokenizer")
 
 
@@ -60,7 +60,8 @@ def train_tokenizer(files: Iterable[str | Path], out: str | Path, vocab_size: in
     Raises:
         InputError: for files without a document, unreadable files, a vocabulary too small.
     """
-    out = replaceable_folder(out, TOKENIZER_FILES)
+    files, out = list(files), replaceable_folder(out, TOKENIZER_FILES)
+    check_outputs({"out": out}, map(local_path, files))
     counts = _scan(_expand(files))
     with atomic_folder(out) as folder:
         _train(counts, folder, vocab_size)
@@ -95,10 +96,13 @@ def tokenize(
         InputError: for sources that are missing, unreadable, of unknown kind, or hold no document,
             and for a folder without a usable tokenizer.
     """
-    out = replaceable_folder(out, SHARD_FILES)
+    sources, out = list(sources), replaceable_folder(out, SHARD_FILES)
     if workers < 1:
         raise InputError(f"workers = {workers} must be at least 1")
     given = None if tokenizer is None else tokenizer_folder(tokenizer)
+    partial = out.with_name(f".{out.name}.partial")
+    read = [*map(local_path, sources), given]
+    check_outputs({"out": out, "out, while unfinished,": partial}, read)
     if given is not None:
         load_tokenizer(given)  # so that an unusable one is called by its own name
     parts = _expand(sources)
@@ -107,7 +111,6 @@ def tokenize(
         "tokenizer": vocab_size if given is None else sha256(given / "tokenizer.json"),
         "layout": [encode.FILE_TOKENS, encode.JOB_BYTES],
     }
-    partial = out.with_name(f".{out.name}.partial")
     if not _same_plan(partial, plan):
         shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -127,45 +130,6 @@ def tokenize(
     finally:
         if not any(partial.glob("part-*")):
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files of a tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def tokenizer_folder(path: str | Path) -> Path:
-    """The folder with `tokenizer.json`: `path` itself, or `path/tokenizer` of token shards.
-
-    Raises:
-        InputError: when there is none.
-    """
-    for folder in (Path(path), Path(path) / "tokenizer"):
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    raise InputError(f"{path}: not a tokenizer: no folder with a tokenizer.json")
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The transformers tokenizer in the folder `path`, see `tokenizer_folder`.
-
-    Raises:
-        InputError: when there is none, or it has no BOS or EOS token.
-    """
-    from transformers import AutoTokenizer
-
-    folder = tokenizer_folder(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: not a readable tokenizer: {error}") from None
-    for name in ("bos_token", "eos_token"):
-        if getattr(tokenizer, name) is None:
-            raise InputError(f"{folder}: the tokenizer has no {name}; name one in its config")
-    return tokenizer
 
 
 def _scan(paths: list[str]) -> dict[str, Counts]:

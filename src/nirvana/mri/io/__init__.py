@@ -4,12 +4,13 @@ Everything a reader hands out was checked: shape and size from the header before
 then that the numbers are finite and not all zero. What is wrong is told in one line (`InputError`).
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nirvana.errors import InputError
 from nirvana.mri.io import bart, fastmri, ismrmrd
 from nirvana.mri.io.dicom import write_dicom
-from nirvana.mri.io.fastmri import write_reconstruction, write_scan
+from nirvana.mri.io.fastmri import require_simulated, write_reconstruction, write_scan
 from nirvana.mri.io.hdf5 import open_hdf5
 from nirvana.mri.io.scan import UNREADABLE, Scan, Spacing, existing
 from nirvana.mri.io.volume import is_volume, read_affine, read_spacing, read_volume, write_nifti
@@ -17,12 +18,14 @@ from nirvana.mri.io.volume import is_volume, read_affine, read_spacing, read_vol
 __all__ = [
     "Scan",
     "Spacing",
+    "files_of",
     "find_scans",
     "is_volume",
     "read_affine",
     "read_scan",
     "read_spacing",
     "read_volume",
+    "require_simulated",
     "write_dicom",
     "write_nifti",
     "write_reconstruction",
@@ -65,6 +68,14 @@ def read_scan(path: str | Path) -> Scan:
             raise
         except UNREADABLE as error:
             raise InputError(f"{path} cannot be read, it seems damaged: {error}") from error
+
+
+def files_of(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files that hold the scans: of a BART pair both, whichever is named."""
+    for path in paths:
+        yield path
+        if path.suffix.lower() in bart.SUFFIXES:
+            yield from map(path.with_suffix, bart.SUFFIXES)
 
 
 def find_scans(path: str | Path) -> list[Path]:

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_file
+from nirvana.files import atomic_file, writable_file
 from nirvana.mri.io import hdf5
 from nirvana.mri.io.geometry import is_affine, spacing_of
 from nirvana.mri.io.header import parse_header
 from nirvana.mri.io.scan import Scan, Spacing, check_size, checked_kspace
 
+SIMULATION_SEED = "simulation_seed"  # the attribute by which a simulated scan is known
 TARGETS = ("reconstruction_rss", "reconstruction_esc")
 
 
@@ -156,6 +157,24 @@ def write_scan(path: str | Path, scan: Scan, **attributes: str | float) -> None:
         file.attrs["patient_id"] = scan.name
         file.attrs["acquisition"] = "unknown"
         _write_attributes(file, scan, attributes)
+
+
+def require_simulated(path: Path) -> None:
+    """Refuses to replace a file that is there, unless a simulation wrote it.
+
+    Raises:
+        InputError: for an existing file without a simulation's seed, or a place where no file can
+            be written.
+    """
+    if not writable_file(path).exists():
+        return
+    try:
+        with hdf5.open_hdf5(path) as file:
+            simulated = SIMULATION_SEED in file.attrs
+    except InputError:
+        simulated = False
+    if not simulated:
+        raise InputError(f"{path} exists and is no simulated scan; give another file to write")
 
 
 def write_reconstruction(

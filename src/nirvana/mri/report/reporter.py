@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.model.assets import resolve
-from nirvana.model.backbone import load_tokenizer
+from nirvana.model.backbone import backbone_folder
 from nirvana.mri.lesions import SIGNALS
 from nirvana.mri.lobes import LOBES, SIDES
 from nirvana.mri.model import CodecModel, load_codec, save_codec
@@ -296,4 +297,5 @@ def load_reporter(name: str | Path, device: str | torch.device = "cpu") -> Repor
     model = load_codec(folder, device)
     if model.backbone is None:
         raise InputError(f"the codec in {folder} has no backbone, which would write reports")
-    return Reporter(model, load_tokenizer(model.config.weights), threshold, wording, mirrored)
+    tokenizer = load_tokenizer(backbone_folder(model.config.weights), required=())
+    return Reporter(model, tokenizer, threshold, wording, mirrored)

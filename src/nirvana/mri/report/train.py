@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.model.assets import resolve
-from nirvana.model.backbone import load_backbone, load_tokenizer
+from nirvana.model.backbone import backbone_folder, load_backbone
 from nirvana.mri.codec import CodecConfig
 from nirvana.mri.data import choice, micro_batch_generator
 from nirvana.mri.graphs import capture_training
@@ -29,7 +30,7 @@ from nirvana.mri.report.targets import ReportTargets
 from nirvana.mri.simulate import Simulation
 from nirvana.train.checkpoint import latest, restore
 from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
-from nirvana.train.loop import Outcome, fit
+from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.task import Task
 from nirvana.train.world import World, join
 
@@ -115,7 +116,7 @@ class ReportTask(Task):
         backbone = load_backbone(config.codec.backbone, config.codec.weights)
         if backbone is None:
             raise InputError("codec.backbone = 'none' has no words; reports need a language model")
-        self.tokenizer: Any = load_tokenizer(config.codec.weights)
+        self.tokenizer: Any = load_tokenizer(backbone_folder(config.codec.weights), required=())
         self.targets = ReportTargets(self.tokenizer)
         apart, kept = config.data.image_weight > 0, config.data.keep_image
         self.learner = Learner(CodecModel(config.codec, backbone), apart, kept).to(device)
@@ -282,6 +283,8 @@ def train_reporter(config: ReportConfig, resume: bool = False) -> Outcome:
     Raises:
         InputError: for whatever is wrong in the configuration, the heads or the run's folder.
     """
+    read = [config.data.heads, config.data.start or None, config.codec.weights]
+    check_run(config.run.out, None, read)
     with join(config.run.device) as world:
         torch.manual_seed(config.run.seed)
         task = ReportTask(config, world.device)
