@@ -21,9 +21,9 @@ import numpy as np
 from scipy import ndimage
 
 from nirvana.errors import script
+from nirvana.mri.anatomy.brain_slices import SLAB, join_brain_slices, save_brain_slices, slices_of
+from nirvana.mri.anatomy.lobes import brain_mask, distance, frame_of
 from nirvana.mri.io import read_affine, read_spacing, read_volume
-from nirvana.mri.lobes import brain_mask, distance, frame_of
-from nirvana.mri.report.heads import SLAB, join_heads, save_heads, slices_of
 
 # Heights, mm, with a lesion that anyone can see and no mask marks: a malformed cortex around the
 # right Sylvian fissure, a cavity near the ventricle.
@@ -82,8 +82,8 @@ def main() -> None:
                 part = slices_of(path, sequence, who, stripped, lesions, without, pitch)
                 print(f"{path.name}, {pitch:+.0f} degrees: {len(part)} slices")
                 parts.append(part)
-    heads = join_heads(parts)
-    save_heads(given.out, heads)
+    heads = join_brain_slices(parts)
+    save_brain_slices(given.out, heads)
     print(f"{given.out}: {len(heads)} slices, {given.out.stat().st_size / 1e6:.1f} MB")
 
 

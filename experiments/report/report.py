@@ -13,8 +13,8 @@ from typing import Any
 
 from nirvana.errors import InputError, script
 from nirvana.files import atomic_file
-from nirvana.mri.report.grammar import NORMAL, Facts, parse, write
-from nirvana.mri.report.score import (
+from nirvana.mri.reports.grammar import NORMAL, Facts, parse, write
+from nirvana.mri.reports.score import (
     FACTS,
     best_threshold,
     bootstrap,
@@ -36,7 +36,7 @@ TARGETS = (
 INTRODUCTION = """# Evidence: reports
 
 Made by `experiments/report/report.py` from the rows of `experiments/report/run.py`. Lesions are
-simulated (`nirvana.mri.lesions`) in slices of real heads, scanned by the simulator with {coils}
+simulated (`nirvana.mri.anatomy.lesions`) in slices of real heads, scanned by the simulator with {coils}
 coils, phase and noise, and read by the frozen backbone through the trained k-space encoder
 ({see_steps:,} and {tell_steps:,} steps of {batch_size} slices{begun}).
 Test persons, and wordings 4 and 5, were in no training; the threshold of a finding was chosen on

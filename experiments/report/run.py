@@ -22,17 +22,17 @@ import torch
 
 from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, write_json
-from nirvana.mri.codec import CodecConfig
-from nirvana.mri.lesions import LesionSettings
-from nirvana.mri.physics import Sampling
-from nirvana.mri.report.encode import encode
-from nirvana.mri.report.grammar import NORMAL, WORDINGS, Facts, parse
-from nirvana.mri.report.heads import Heads, load_heads
-from nirvana.mri.report.reporter import READING, Reporter, load_reporter, save_reporter
-from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
-from nirvana.mri.report.score import best_threshold
-from nirvana.mri.report.train import ReportConfig, ReportSection, train_reporter
-from nirvana.mri.simulate import Simulation
+from nirvana.mri.anatomy.brain_slices import BrainSlices, load_brain_slices
+from nirvana.mri.anatomy.lesions import LesionSettings
+from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.physics.masks import Sampling
+from nirvana.mri.reports.encode import encode
+from nirvana.mri.reports.grammar import NORMAL, WORDINGS, Facts, parse
+from nirvana.mri.reports.reporter import MAX_SLICES_AT_ONCE, Reporter, load_reporter, save_reporter
+from nirvana.mri.reports.samples import ReportBatch, Scanner, report_batch
+from nirvana.mri.reports.score import best_threshold
+from nirvana.mri.reports.train import ReportConfig, ReportSection, train_reporter
 from nirvana.seeds import mixed_seed
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.world import choose_device
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = {size.name: getattr(given, size.name) for size in fields(Study)}
     asked = {name: value for name, value in asked.items() if value is not None}
     study = replace(TOY if given.toy else Study(), **asked)
-    heads = load_heads(given.heads)
+    heads = load_brain_slices(given.heads)
     first = Path(given.backbones[0]).name
     write_json(given.out / "study.json", {"model": first, "start": given.start, **vars(study)})
     for name, backbone, cascades in models(given.backbones, study):
@@ -129,7 +129,7 @@ def models(backbones: list[str], study: Study) -> Iterator[tuple[str, str, int]]
 def config_of(
     study: Study,
     given: argparse.Namespace,
-    heads: Heads,
+    heads: BrainSlices,
     folder: Path,
     seeing: bool,
     start: str,
@@ -142,7 +142,7 @@ def config_of(
     lr = study.see_lr if seeing else study.tell_lr
     return ReportConfig(
         data=ReportSection(
-            heads=str(given.heads),
+            brain_slices=str(given.heads),
             subjects=of_role(heads, "train"),
             batch_size=study.batch_size,
             coils=study.coils,
@@ -150,10 +150,10 @@ def config_of(
             center_fractions=[CENTER[each] for each in TRAINED],
             wordings=list(SEEN),
             reuse=32,
-            words_weight=0.0 if seeing else 1.0,
+            report_weight=0.0 if seeing else 1.0,
             place_weight=study.place_weight,
             image_weight=10.0 if cascades else 0.0,
-            keep_image=not seeing,
+            freeze_frontend=not seeing,
             start=start,
             valid=of_role(heads, "valid"),
             valid_slices=min(256, study.samples),
@@ -184,7 +184,7 @@ def config_of(
     )
 
 
-def of_role(heads: Heads, role: str) -> list[str]:
+def of_role(heads: BrainSlices, role: str) -> list[str]:
     """The persons of a role."""
     names = [name for name in heads.names if name.startswith(f"{role}/")]
     if not names:
@@ -193,7 +193,7 @@ def of_role(heads: Heads, role: str) -> list[str]:
 
 
 def evaluate(
-    study: Study, heads: Heads, out: Path, name: str, device: torch.device, few: bool
+    study: Study, heads: BrainSlices, out: Path, name: str, device: torch.device, few: bool
 ) -> None:
     """All cells of a model that are not there yet."""
     folder, kept = out / name / "reporter", out / name / "validation.json"
@@ -264,7 +264,12 @@ def cells(few: bool) -> list[Cell]:
 
 
 def batches(
-    study: Study, heads: Heads, acceleration: float, count: int, seed: int, contrast: float = 0.0
+    study: Study,
+    heads: BrainSlices,
+    acceleration: float,
+    count: int,
+    seed: int,
+    contrast: float = 0.0,
 ) -> Iterator[ReportBatch]:
     """`count` samples, the same heads, lesions, coils and noise for every acceleration."""
     lesions = LesionSettings()
@@ -272,7 +277,7 @@ def batches(
         lesions = LesionSettings(normal_share=0.0, contrast=(contrast, contrast), size=(4.0, 40.0))
     sampling = Sampling("equispaced", acceleration, CENTER[acceleration])
     scanner = Scanner(sampling, SIMULATION, study.coils)
-    step = min(READING, study.batch_size)
+    step = min(MAX_SLICES_AT_ONCE, study.batch_size)
     for first in range(0, count, step):
         generator = torch.Generator().manual_seed(mixed_seed(seed, first))
         size = min(step, count - first)
@@ -319,7 +324,7 @@ def parsed(text: str) -> Facts | None:
         return None
 
 
-def validated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, Any]:
+def validated(study: Study, reporter: Reporter, heads: BrainSlices) -> dict[str, Any]:
     """Of the validation's samples at 4x, whether there is a finding (`present`), and its
     probability in each way of reading (`finding`)."""
     ways = {cell.way: cell for cell in cells(few=False)}

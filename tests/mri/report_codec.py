@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.model.assets import resolve
-from nirvana.mri.codec import CodecConfig
+from nirvana.mri.model.config import CodecConfig
 
 BACKBONE = {
     "hidden_size": 32,

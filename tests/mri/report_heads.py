@@ -2,13 +2,13 @@
 
 import torch
 
-from nirvana.mri.lesions import SEQUENCES
-from nirvana.mri.report.heads import PIXEL, Heads
+from nirvana.mri.anatomy.brain_slices import PIXEL, BrainSlices
+from nirvana.mri.anatomy.lesions import SEQUENCES
 
 
-def drawn_heads(
+def drawn_brain_slices(
     size: tuple[int, int] = (160, 128), subjects: int = 2, names: tuple[str, ...] = ()
-) -> Heads:
+) -> BrainSlices:
     """An ellipse of even tissue in each sequence and at three heights, for each subject."""
     H, W = size
     names = names or tuple(f"person{s}" for s in range(subjects))
@@ -21,7 +21,7 @@ def drawn_heads(
     levels = (0.2, 0.3, 0.4)
     rows = [(s, q, w) for s in range(len(names)) for q in range(len(SEQUENCES)) for w in levels]
     frame = [[(W - 1) / 2, (H - 1) / 2, half_width, half_length, w, 0.0] for _, _, w in rows]
-    return Heads(
+    return BrainSlices(
         images=(image * 255).byte().expand(len(rows), H, W).contiguous(),
         depth=depth.round().byte().expand(len(rows), H, W).contiguous(),
         frame=torch.tensor(frame),

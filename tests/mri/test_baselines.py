@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from nirvana.errors import InputError
-from nirvana.mri.baselines import espirit_maps, l1_wavelet, noise_level, sense, zero_filled
-from nirvana.mri.metrics import score
-from nirvana.mri.physics import calibration_width, fft2c, ifft2c, rss, sampling_mask
-from nirvana.mri.simulate import Simulation, coil_maps, simulate_scan
+from nirvana.mri.classical.common import noise_level, zero_filled
+from nirvana.mri.classical.espirit import espirit_maps
+from nirvana.mri.classical.sigpy import l1_wavelet, sense
+from nirvana.mri.data.simulate import Simulation, coil_maps, simulate_scan
+from nirvana.mri.evaluate.metrics import score
+from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
+from nirvana.mri.physics.masks import calibration_width, sampling_mask
 
 SETTINGS = Simulation(noise=(0.004, 0.004))
 

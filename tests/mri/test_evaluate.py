@@ -11,12 +11,14 @@ from rich.console import Console
 from scipy.stats import wilcoxon
 
 from nirvana.errors import InputError
-from nirvana.mri import evaluate as ev
-from nirvana.mri.baselines import zero_filled
+from nirvana.mri.classical.common import zero_filled
+from nirvana.mri.data.scans import is_full, sampled_columns, target_of, undersample_scan
+from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.evaluate import compare as ev
+from nirvana.mri.evaluate.metrics import head_mask, score
+from nirvana.mri.evaluate.tables import FORMATS, rows_table, summary_table
 from nirvana.mri.io import Scan
-from nirvana.mri.metrics import head_mask, score
-from nirvana.mri.physics import Sampling, sampling_mask
-from nirvana.mri.simulate import Simulation, simulate_scan
+from nirvana.mri.physics.masks import Sampling, sampling_mask
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +50,21 @@ def test_every_method_sees_the_same_seeded_mask(scan: Scan) -> None:
 def test_an_undersampled_scan_is_not_undersampled_again(scan: Scan) -> None:
     mask = sampling_mask("random", 128, 4, 0.08, seed=0).numpy()
     for partial in (replace(scan, kspace=scan.kspace * mask), replace(scan, mask=mask)):
-        assert not ev.is_full(partial)
-        assert ev.sampled_columns(partial).tolist() == mask.tolist()
+        assert not is_full(partial)
+        assert sampled_columns(partial).tolist() == mask.tolist()
         with pytest.raises(InputError, match="undersampled already"):
-            ev.undersample(partial, Sampling(), 0)
+            undersample_scan(partial, Sampling(), 0)
 
 
 def test_padded_columns_do_not_count_as_sampled(scan: Scan) -> None:
     padding = np.arange(128) >= 10
-    kspace, mask = ev.undersample(replace(scan, kspace=scan.kspace * padding), Sampling(), 0)
+    kspace, mask = undersample_scan(replace(scan, kspace=scan.kspace * padding), Sampling(), 0)
     assert not mask[:10].any()
     assert not kspace[..., :10].any()
 
 
 def test_without_a_target_the_rss_is_taken(scan: Scan) -> None:
-    np.testing.assert_allclose(ev.target_of(replace(scan, target=None)), scan.target, atol=1e-6)
+    np.testing.assert_allclose(target_of(replace(scan, target=None)), scan.target, atol=1e-6)
 
 
 def _rows(ours: list[float], theirs: list[float]) -> list[ev.Row]:
@@ -94,8 +96,8 @@ def test_one_volume_has_no_spread() -> None:
 def test_tables_show_every_row() -> None:
     rows = _rows([0.91, 0.82], [0.73, 0.64])
     console = Console(width=80, file=StringIO())
-    console.print(ev.rows_table(rows))
-    console.print(ev.summary_table(ev.summarise(rows, "ours")))
+    console.print(rows_table(rows))
+    console.print(summary_table(ev.summarise(rows, "ours")))
     text = console.file.getvalue()
     for figure in ("0.9100", "0.8200", "0.7300", "0.6400", "0.8650", "± 0.0636", "p = 0.5"):
         assert figure in text
@@ -110,10 +112,10 @@ def test_infinite_scores_become_null_in_json() -> None:
 
 
 def test_numbers_are_whole_on_a_narrow_terminal() -> None:
-    figures = dict.fromkeys(ev.FORMATS, 12.345678)
+    figures = dict.fromkeys(FORMATS, 12.345678)
     rows = [{"volume": f"a rather long name {n}", "method": "L1-wavelet", **figures} for n in "12"]
     console = Console(width=80, file=StringIO(), record=True)
-    console.print(ev.rows_table(rows))
+    console.print(rows_table(rows))
     text = console.export_text()
     assert "…" not in text
     assert text.count("12.3457") == 2 * 4  # what is shown to four places

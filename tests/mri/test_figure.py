@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nirvana.mri.figure import panel
+from nirvana.mri.evaluate.figure import panel
 
 
 def _images(head_slices: np.ndarray) -> dict[str, np.ndarray]:

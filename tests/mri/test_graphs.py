@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
-from nirvana.mri.codec import CodecConfig
-from nirvana.mri.graphs import KEPT, Graphs, capturable
-from nirvana.mri.model import CodecModel, load_codec
-from nirvana.mri.physics import Sampling, fft2c
+from nirvana.cuda_graphs import MAX_GRAPHS, GraphCache, capturable
+from nirvana.mri.model.checkpoint import load_codec
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.physics.fourier import fft2c
+from nirvana.mri.physics.masks import Sampling
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -48,10 +50,10 @@ def test_a_model_that_moved_is_captured_anew():
 
 
 def test_what_comes_once_runs_plainly_and_few_are_kept():
-    graphs, model = Graphs(), torch.nn.Linear(2, 2)
-    for n in range(2 * KEPT):
+    graphs, model = GraphCache(), torch.nn.Linear(2, 2)
+    for n in range(2 * MAX_GRAPHS):
         assert torch.equal(graphs(model, lambda x: x + 1, torch.zeros(n + 1)), torch.ones(n + 1))
-    assert len(graphs._kept) == KEPT
+    assert len(graphs._graphs) == MAX_GRAPHS
 
 
 def test_trainings_capture_nothing(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nirvana import InputError
-from nirvana.mri.report.heads import GRID, PIXEL, slices_of
+from nirvana.mri.anatomy.brain_slices import GRID, PIXEL, slices_of
 
 
 def brain(path, bottom, thickness, count, cut):
@@ -108,7 +108,7 @@ def test_a_volume_without_the_top_of_the_brain(volumes):
 
 
 def test_heights_of_a_head_that_nods_are_refused(volumes):
-    with pytest.raises(InputError, match="a head that does not nod"):
+    with pytest.raises(InputError, match="only defined without a pitch"):
         slices_of(volumes[0], "T1", "a", stripped=True, without=[(0.0, 1.0)], pitch=5.0)
 
 

@@ -27,7 +27,8 @@ from ismrmrd_files import (
 
 from nirvana.errors import InputError
 from nirvana.mri.io import read_scan
-from nirvana.mri.physics import fft2c, find_mask, ifft2c, rss
+from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
+from nirvana.mri.physics.masks import find_mask
 
 
 @pytest.fixture

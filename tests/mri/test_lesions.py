@@ -7,13 +7,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from report_heads import drawn_heads
+from report_heads import drawn_brain_slices
 from scipy import ndimage
 
 from nirvana import InputError
-from nirvana.mri import lesions
-from nirvana.mri.io import read_spacing, read_volume
-from nirvana.mri.lesions import (
+from nirvana.mri.anatomy import lesions
+from nirvana.mri.anatomy.lesions import (
     MAX_COUNT,
     NORMAL_SHARE,
     SEQUENCES,
@@ -24,7 +23,8 @@ from nirvana.mri.lesions import (
     draw_lesions,
     paint,
 )
-from nirvana.mri.lobes import LOBES, SIDES, brain_mask, frame_of, lobe_map
+from nirvana.mri.anatomy.lobes import LOBES, SIDES, brain_mask, frame_of, lobe_map
+from nirvana.mri.io import read_spacing, read_volume
 
 SICK = LesionSettings(normal_share=0.0)
 
@@ -34,7 +34,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def anatomy(count: int, seed: int = 0, vary: bool = False) -> Anatomy:
-    return drawn_heads().draw(count, generator(seed), vary)[0]
+    return drawn_brain_slices().draw(count, generator(seed), vary)[0]
 
 
 def one_lesion(where: Anatomy, **changes) -> Lesions:
@@ -163,7 +163,7 @@ def test_every_lesion_counted_can_be_seen_apart():
 
 def test_frequencies_are_those_of_fastmri_plus():
     many = 2500
-    where = drawn_heads((64, 52)).draw(many, generator(), vary=False)[0]
+    where = drawn_brain_slices((64, 52)).draw(many, generator(), vary=False)[0]
     lesions = draw_lesions(where, generator(7))
     normal = float((lesions.count == 0).float().mean())
     assert normal == pytest.approx(NORMAL_SHARE, abs=0.04)
@@ -190,7 +190,7 @@ def test_sizes_are_log_normal_between_the_limits():
 
 
 def test_lobes_and_sides_are_equally_frequent():
-    where = drawn_heads((96, 80)).draw(1500, generator(), vary=False)[0]
+    where = drawn_brain_slices((96, 80)).draw(1500, generator(), vary=False)[0]
     lesions = draw_lesions(where, generator(2), replace(SICK, size=(6.0, 8.0)))
     left = (lesions.side == SIDES.index("left")).float().mean()
     assert float(left) == pytest.approx(0.5, abs=0.05)
@@ -240,7 +240,7 @@ def test_windows_around_lesions_hold_all_of_them(monkeypatch):
 
 
 def test_the_side_said_is_where_the_lesion_is_painted():
-    where = drawn_heads().draw(64, generator(4), vary=True)[0]
+    where = drawn_brain_slices().draw(64, generator(4), vary=True)[0]
     lesions = draw_lesions(where, generator(9), replace(SICK, weights=(0.0, 1.0, 0.0, 0.0)))
     alone = replace(lesions, present=lesions.present & (torch.arange(MAX_COUNT) == 0))
     coverage = paint(where, alone)[1]
@@ -304,7 +304,7 @@ def test_wrong_settings_are_named(changes, message):
 
 @pytest.mark.gpu
 def test_the_gpu_paints_what_the_cpu_paints(device):
-    heads = drawn_heads()
+    heads = drawn_brain_slices()
     drawn = []
     for where in ("cpu", device):
         torch.set_default_device(None)

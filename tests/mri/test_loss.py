@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from nirvana.mri.loss import ssim
+from nirvana.mri.train.loss import ssim
 
 
 @pytest.mark.parametrize("size", [(7, 7), (20, 33)])

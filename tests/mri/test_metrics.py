@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nirvana.errors import InputError
-from nirvana.mri.metrics import centre_crop, head_mask, score
+from nirvana.mri.evaluate.metrics import centre_crop, head_mask, score
 
 
 def _pair(*shape: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,21 +9,17 @@ import torch
 
 from nirvana import InputError
 from nirvana.model.backbone import fingerprint, load_backbone
-from nirvana.mri.baselines import zero_filled
-from nirvana.mri.codec import (
-    PATCH,
-    CodecConfig,
-    ConvolutionalStem,
-    Opposite,
-    PatchEncoder,
-    pad_to_patches,
-    to_channels,
-)
-from nirvana.mri.codec import crop as crop_patches
-from nirvana.mri.metrics import score
-from nirvana.mri.model import CodecModel, load_codec, save_codec
-from nirvana.mri.physics import Sampling, fft2c, ifft2c, rss, sampling_mask, to_columns
-from nirvana.mri.simulate import Simulation, simulate_scan
+from nirvana.mri.classical.common import zero_filled
+from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.evaluate.metrics import score
+from nirvana.mri.model.checkpoint import load_codec, save_codec
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.model.layout import PATCH, pad_to_patches, to_channels
+from nirvana.mri.model.layout import crop as crop_patches
+from nirvana.mri.model.vit import ConvolutionalStem, Opposite, PatchEncoder
+from nirvana.mri.physics.fourier import fft2c, ifft2c, rss, to_columns
+from nirvana.mri.physics.masks import Sampling, sampling_mask
 
 SMALL = CodecConfig(
     backbone="none",

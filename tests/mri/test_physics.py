@@ -8,18 +8,16 @@ import pytest
 import torch
 
 from nirvana.errors import InputError
-from nirvana.mri.physics import (
-    CartesianSense,
+from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
+from nirvana.mri.physics.masks import (
     Sampling,
     calibration_width,
-    fft2c,
     find_mask,
-    ifft2c,
     is_undersampled,
     require_columns,
-    rss,
     sampling_mask,
 )
+from nirvana.mri.physics.sense import CartesianSense
 
 FACTS = json.loads((Path(__file__).parent / "fastmri_masks.json").read_text())["masks"]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nirvana import InputError
-from nirvana.mri.report.grammar import (
+from nirvana.mri.reports.grammar import (
     NORMAL,
     SIZES,
     SLOTS,

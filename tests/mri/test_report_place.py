@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from nirvana.mri.report.heads import DEEPEST, GRID, PIXEL, SHALLOWEST
-from nirvana.mri.report.place import find_brain, readable
+from nirvana.mri.anatomy.brain_slices import DEEPEST, GRID, PIXEL, SHALLOWEST
+from nirvana.mri.reports.localize import find_brain, readable_slices
 
 SPACING = 3.0
 LENGTH = 160.0  # mm, of the brain below
@@ -20,7 +20,7 @@ def brain(bottom: float = -60.0, top: float = 70.0) -> np.ndarray:
 
 def test_the_heights_that_were_learned_are_read() -> None:
     images = brain()
-    read = readable(find_brain(images, SPACING, stripped=True), len(images))
+    read = readable_slices(find_brain(images, SPACING, stripped=True), len(images))
     heights = np.array(read) * SPACING - 60
     assert np.array_equal(np.diff(read), np.ones(len(read) - 1))
     assert heights[0] == pytest.approx(60 - DEEPEST * LENGTH, abs=2 * SPACING)
@@ -34,4 +34,4 @@ def test_the_heights_that_were_learned_are_read() -> None:
 )
 def test_all_are_read_where_heights_cannot_be_told(images: np.ndarray) -> None:
     found = find_brain(images, SPACING, stripped=True)
-    assert readable(found, len(images)) == list(range(len(images)))
+    assert readable_slices(found, len(images)) == list(range(len(images)))

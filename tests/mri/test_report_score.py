@@ -7,16 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nirvana.mri.report.grammar import NORMAL, SLOTS, VALUES, Facts, parse, write
-from nirvana.mri.report.score import (
-    FACTS,
-    agree,
-    auc,
-    best_threshold,
-    bootstrap,
-    majority,
-    score,
-)
+from nirvana.mri.reports.grammar import NORMAL, SLOTS, VALUES, Facts, parse, write
+from nirvana.mri.reports.score import FACTS, agree, auc, best_threshold, bootstrap, majority, score
 
 MASS = Facts(True, 1, "mass", "left", "frontal", 12, "hyperintense")
 reports = st.one_of(

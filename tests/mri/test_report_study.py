@@ -7,11 +7,11 @@ from types import ModuleType
 
 import pytest
 from report_codec import small_backbone
-from report_heads import drawn_heads
+from report_heads import drawn_brain_slices
 
 from nirvana import InputError
-from nirvana.mri.report.heads import save_heads
-from nirvana.mri.report.score import best_threshold
+from nirvana.mri.anatomy.brain_slices import save_brain_slices
+from nirvana.mri.reports.score import best_threshold
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "report"
 
@@ -31,7 +31,9 @@ def script(name: str) -> ModuleType:
 def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
     run, report = script("run"), script("report")
     heads, out = tmp_path / "heads.npz", tmp_path / "out"
-    save_heads(heads, drawn_heads((64, 64), names=("train/a", "valid/b", "test/c", "test/d")))
+    save_brain_slices(
+        heads, drawn_brain_slices((64, 64), names=("train/a", "valid/b", "test/c", "test/d"))
+    )
     options = ["--toy", "--samples", "6", "--weights", small_backbone(tmp_path / "net")]
     arguments = [str(heads), str(out), *options]
     run.main(arguments)
@@ -88,7 +90,7 @@ def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
 
 def test_roles_must_be_there(tmp_path: Path) -> None:
     run, report = script("run"), script("report")
-    save_heads(tmp_path / "heads.npz", drawn_heads((64, 64)))
+    save_brain_slices(tmp_path / "heads.npz", drawn_brain_slices((64, 64)))
     with pytest.raises(InputError, match="role train"):
         run.main([str(tmp_path / "heads.npz"), str(tmp_path / "out"), "--toy"])
     with pytest.raises(InputError, match=r"--hallucinated 2.0 must be from 0 to 1"):

@@ -7,7 +7,7 @@ import torch
 
 from nirvana import InputError
 from nirvana.model.backbone import load_tokenizer
-from nirvana.mri.report.targets import LENGTHS, ReportTargets, report_entropy
+from nirvana.mri.model.report_tokens import LENGTHS, ReportTokens, report_entropy
 from nirvana.ops.cross_entropy import IGNORE
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def tokenizer():
 
 def test_a_report_is_read_as_a_document_of_the_training(tokenizer):
     """The tokens are those of the whole text: nothing is torn where prompt and report meet."""
-    ids, labels = ReportTargets(tokenizer)(REPORTS, CPU)
+    ids, labels = ReportTokens(tokenizer)(REPORTS, CPU)
     assert ids.shape == labels.shape
     assert ids.shape[1] % LENGTHS == 0
     for row, report in enumerate(REPORTS):
@@ -31,7 +31,7 @@ def test_a_report_is_read_as_a_document_of_the_training(tokenizer):
 
 
 def test_labels_are_the_next_tokens_of_the_report_and_its_end(tokenizer):
-    targets = ReportTargets(tokenizer)
+    targets = ReportTokens(tokenizer)
     ids, labels = targets(REPORTS, CPU)
     for row, report in enumerate(REPORTS):
         asked = (labels[row] != IGNORE).nonzero().flatten()
@@ -41,8 +41,8 @@ def test_labels_are_the_next_tokens_of_the_report_and_its_end(tokenizer):
 
 
 def test_prompt_and_length_may_be_chosen(tokenizer):
-    whole, _ = ReportTargets(tokenizer, "Findings are:")(REPORTS, CPU)
-    ids, labels = ReportTargets(tokenizer, "Findings are:", longest=3)(REPORTS, CPU)
+    whole, _ = ReportTokens(tokenizer, "Findings are:")(REPORTS, CPU)
+    ids, labels = ReportTokens(tokenizer, "Findings are:", longest=3)(REPORTS, CPU)
     assert tokenizer.decode(ids[0]).startswith(f"{tokenizer.bos_token}Findings are: No")
     asked = labels != IGNORE
     assert (asked.sum(1) == 4).all()
@@ -52,12 +52,12 @@ def test_prompt_and_length_may_be_chosen(tokenizer):
 
 
 def test_text_that_spells_a_special_token_stays_text(tokenizer):
-    ids, _ = ReportTargets(tokenizer)([f"a {tokenizer.bos_token} b"], CPU)
+    ids, _ = ReportTokens(tokenizer)([f"a {tokenizer.bos_token} b"], CPU)
     assert (ids == tokenizer.bos_token_id).sum() == 1
 
 
 def test_entropy_is_of_the_tokens_asked(tokenizer):
-    _, labels = ReportTargets(tokenizer)(REPORTS, CPU)
+    _, labels = ReportTokens(tokenizer)(REPORTS, CPU)
     asked = labels != IGNORE
     logits = torch.randn(*labels.shape, len(tokenizer), generator=torch.Generator().manual_seed(0))
     expected = -logits[asked].log_softmax(1).gather(1, labels[asked][:, None]).mean()
@@ -68,4 +68,4 @@ def test_entropy_is_of_the_tokens_asked(tokenizer):
 
 def test_a_tokenizer_without_bos_is_refused():
     with pytest.raises(InputError, match="a BOS and an EOS token"):
-        ReportTargets(SimpleNamespace(bos_token_id=None, eos_token_id=1))
+        ReportTokens(SimpleNamespace(bos_token_id=None, eos_token_id=1))

@@ -9,35 +9,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from report_codec import small_config
-from report_heads import drawn_heads
+from report_heads import drawn_brain_slices
 
 from nirvana import InputError
+from nirvana.cuda_graphs import capture_training
 from nirvana.model.backbone import load_backbone
-from nirvana.mri.graphs import capture_training
-from nirvana.mri.lesions import LesionSettings
-from nirvana.mri.model import CodecModel
-from nirvana.mri.physics import Sampling
-from nirvana.mri.report.encode import encode
-from nirvana.mri.report.grammar import NORMAL, Facts
-from nirvana.mri.report.heads import save_heads
-from nirvana.mri.report.learner import (
-    ASKED,
-    Learner,
-    Losses,
+from nirvana.mri.anatomy.brain_slices import save_brain_slices
+from nirvana.mri.anatomy.lesions import LesionSettings
+from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.physics.masks import Sampling
+from nirvana.mri.reports.auxiliary import (
+    FACT_CLASSES,
+    AuxiliaryHeads,
+    ReportLosses,
     dice_loss,
     fact_values,
     facts_entropy,
-    patches,
+    lesion_patches,
 )
-from nirvana.mri.report.reporter import load_reporter
-from nirvana.mri.report.samples import Scanner, report_batch
-from nirvana.mri.report.train import (
-    ReportConfig,
-    ReportSection,
-    ReportTask,
-    train_reporter,
-)
-from nirvana.mri.simulate import Simulation
+from nirvana.mri.reports.encode import encode
+from nirvana.mri.reports.grammar import NORMAL, Facts
+from nirvana.mri.reports.reporter import load_reporter
+from nirvana.mri.reports.samples import Scanner, report_batch
+from nirvana.mri.reports.train import ReportConfig, ReportSection, ReportTask, train_reporter
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.world import World
@@ -47,7 +42,7 @@ def scan_of(count: int) -> tuple[torch.Tensor, ...]:
     """K-space, mask, calibration and scale of some slices."""
     scanner = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
     generator = torch.Generator().manual_seed(0)
-    heads = drawn_heads((96, 80))
+    heads = drawn_brain_slices((96, 80))
     batch = report_batch(heads, count, generator, scanner, LesionSettings(), [0])
     return batch.inputs
 
@@ -56,7 +51,7 @@ def config_of(folder: Path, out: str, steps: int, **data) -> ReportConfig:
     """A small training on drawn heads."""
     heads = folder / "heads.npz"
     if not heads.is_file():
-        save_heads(heads, drawn_heads((64, 64)))
+        save_brain_slices(heads, drawn_brain_slices((64, 64)))
     section = ReportSection(
         str(heads),
         ["person0"],
@@ -77,10 +72,12 @@ def config_of(folder: Path, out: str, steps: int, **data) -> ReportConfig:
 def test_training_lowers_the_loss_and_exports(tmp_path):
     assert train_reporter(config_of(tmp_path, "run", 16)).finished
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["words"] for line in lines if "words" in json.loads(line)]
+    losses = [
+        json.loads(line)["report_nats"] for line in lines if "report_nats" in json.loads(line)
+    ]
     assert losses[-1] < 0.97 * losses[0]
     valid = json.loads(lines[-1])["valid"]
-    assert set(valid) == {"words_auc", "place_auc", "facts_auc", "facts_side"}
+    assert set(valid) == {"report_auc", "place_auc", "facts_auc", "facts_side"}
     assert all(0 <= value <= 1 for value in valid.values())
     trained = load_reporter(tmp_path / "run" / "model")
     assert len(trained.read(encode(trained.model, *scan_of(2))[0])) == 2
@@ -89,7 +86,7 @@ def test_training_lowers_the_loss_and_exports(tmp_path):
 def test_patches_that_hold_a_lesion():
     coverage = torch.zeros(1, 32, 48)
     coverage[0, 20, 40] = 1.0
-    assert patches(coverage).nonzero().tolist() == [[0, 5]]
+    assert lesion_patches(coverage).nonzero().tolist() == [[0, 5]]
 
 
 def test_dice_rewards_the_few_places_that_count():
@@ -106,9 +103,9 @@ def test_facts_are_asked_of_those_that_have_them():
     told = [NORMAL, Facts(True, 2, "mass", "left", "frontal", 12, "hyperintense"), NORMAL]
     values = fact_values(told)
     assert (values[0] == IGNORE).tolist() == [False, *[True] * 6]
-    logits = torch.randn(3, sum(map(len, ASKED.values())))
+    logits = torch.randn(3, sum(map(len, FACT_CLASSES.values())))
     likely, first = [], 0
-    for fact, choices in ASKED.items():
+    for fact, choices in FACT_CLASSES.items():
         part = logits[:, first : first + len(choices)].log_softmax(1)
         first += len(choices)
         asked = [i for i in range(3) if getattr(told[i], fact) is not None]
@@ -127,9 +124,9 @@ def test_an_image_that_is_kept_learns_nothing(tmp_path):
     """Neither its cascades nor its sensitivities; the encoder after it does, and a run that is
     resumed has them from where it began."""
     cascades = replace(config_of(tmp_path, "", 4).codec, encoder_cascades=1)
-    first = replace(config_of(tmp_path, "see", 4, words_weight=0.0), codec=cascades)
+    first = replace(config_of(tmp_path, "see", 4, report_weight=0.0), codec=cascades)
     assert train_reporter(first).finished
-    second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"), keep_image=True)
+    second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"), freeze_frontend=True)
     run = replace(second.run, checkpoint_interval=2)
     second = replace(second, codec=cascades, run=run)
     assert train_reporter(second).finished
@@ -145,15 +142,15 @@ def test_an_image_that_is_kept_learns_nothing(tmp_path):
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_reports_teach_the_cascades_only_where_the_image_does_not(apart):
+@pytest.mark.parametrize("detach_image", [True, False])
+def test_reports_teach_the_cascades_only_where_the_image_does_not(detach_image):
     config = replace(small_config("tiny"), vit_stem="convolutions", encoder_cascades=1)
-    learner = Learner(CodecModel(config, load_backbone("nirvana")), apart)
-    seen = learner(*scan_of(2))
+    heads = AuxiliaryHeads(CodecModel(config, load_backbone("nirvana")), detach_image)
+    seen = heads(*scan_of(2))
     assert seen.fine is not None
     (seen.tokens.square().sum() + seen.fine.square().sum()).backward(retain_graph=True)
-    cascades = list(learner.codec.encoder_cascades.parameters())
-    assert all(p.grad is None for p in cascades) == apart
+    cascades = list(heads.codec.encoder_cascades.parameters())
+    assert all(p.grad is None for p in cascades) == detach_image
     seen.image.square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in cascades)
 
@@ -175,10 +172,10 @@ def test_batches_of_one_draw(tmp_path):
 
 def test_one_run_begins_with_the_weights_of_another(tmp_path):
     """The first learns to see alone: what hears the words stays as it was."""
-    first = config_of(tmp_path, "see", 4, words_weight=0.0)
+    first = config_of(tmp_path, "see", 4, report_weight=0.0)
     assert train_reporter(first).finished
     lines = (tmp_path / "see" / "metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(line).get("words", 0) == 0 for line in lines)
+    assert all(json.loads(line).get("report_nats", 0) == 0 for line in lines)
     assert set(json.loads(lines[-1])["valid"]) == {"place_auc", "facts_auc", "facts_side"}
 
     second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"))
@@ -186,38 +183,38 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
         torch.manual_seed(1)
         task = ReportTask(second, torch.device("cpu"))
     trained = load_reporter(tmp_path / "see" / "model").model.encoder.state_dict()
-    before = {name: x.clone() for name, x in task.learner.codec.encoder.state_dict().items()}
+    before = {name: x.clone() for name, x in task.heads.codec.encoder.state_dict().items()}
     assert any(not torch.equal(before[name], trained[name]) for name in trained)
     with torch.no_grad():
-        task.learner.codec.specialist.start.fill_(2.0)  # as of a backbone with louder words
+        task.heads.codec.specialist.start.fill_(2.0)  # as of a backbone with louder words
     task.prepare(World(torch.device("cpu")), compiled=False)
-    after = task.learner.codec.encoder.state_dict()
+    after = task.heads.codec.encoder.state_dict()
     assert all(torch.equal(after[name], trained[name]) for name in trained)
-    assert (task.learner.codec.specialist.start == 2.0).all()
+    assert (task.heads.codec.specialist.start == 2.0).all()
     assert train_reporter(second).finished
 
 
 def test_a_training_begins_with_a_codec(tmp_path):
     """With what encodes alone, and any that has it; the packaged reporter has another one here."""
-    first = config_of(tmp_path, "see", 4, words_weight=0.0)
+    first = config_of(tmp_path, "see", 4, report_weight=0.0)
     assert train_reporter(first).finished
     folder = tmp_path / "see" / "model"
     trained = load_reporter(folder).model
     task = ReportTask(config_of(tmp_path, "run", 4, start=str(folder)), torch.device("cpu"))
-    own = task.learner.codec.specialist.start.detach().clone()
+    own = task.heads.codec.specialist.start.detach().clone()
     task.prepare(World(torch.device("cpu")), compiled=False)
     for part in ("encoder", "sensitivities", "encoder_cascades"):
         wanted = getattr(trained, part).state_dict()
-        found = getattr(task.learner.codec, part).state_dict()
+        found = getattr(task.heads.codec, part).state_dict()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert torch.equal(task.learner.codec.specialist.start, own)
+    assert torch.equal(task.heads.codec.specialist.start, own)
     with pytest.raises(InputError, match=r"data.start = 'reporter'.* has another encoder"):
         train_reporter(config_of(tmp_path, "run", 4, start="reporter"))
 
 
 def test_new_cascades_follow_those_of_the_start(tmp_path):
     """They begin as new ones do: they put back what was measured, and change nothing else."""
-    first = config_of(tmp_path, "see", 4, words_weight=0.0)
+    first = config_of(tmp_path, "see", 4, report_weight=0.0)
     first = replace(first, codec=replace(first.codec, encoder_cascades=1))
     assert train_reporter(first).finished
     folder = tmp_path / "see" / "model"
@@ -226,14 +223,14 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     longer = replace(longer, codec=replace(first.codec, encoder_cascades=3))
     task = ReportTask(longer, torch.device("cpu"))
     task.prepare(World(torch.device("cpu")), compiled=False)
-    grown = task.learner.codec
+    grown = task.heads.codec
     for name, value in trained.encoder_cascades.state_dict().items():
         assert torch.equal(grown.encoder_cascades.state_dict()[name], value)
     assert all((each.refine.net.write.weight == 0).all() for each in grown.encoder_cascades[1:])
     with torch.inference_mode():
-        before, after = (model.see(*scan_of(2)) for model in (trained, grown))
+        before, after = (model.encode_kspace(*scan_of(2)) for model in (trained, grown))
     assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
-    kept = replace(longer, data=replace(longer.data, keep_image=True))
+    kept = replace(longer, data=replace(longer.data, freeze_frontend=True))
     with pytest.raises(InputError, match=r"another encoder: codec.encoder_cascades.1"):
         ReportTask(kept, torch.device("cpu")).prepare(World(torch.device("cpu")), compiled=False)
     assert train_reporter(longer).finished
@@ -245,8 +242,8 @@ def test_a_start_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_training_that_learns_nothing_is_refused():
-    with pytest.raises(InputError, match=r"data.words_weight = 0.* nothing is learned of lesions"):
-        ReportSection("heads.npz", ["a"], words_weight=0.0, place_weight=0.0, facts_weight=0.0)
+    with pytest.raises(InputError, match=r"data.report_weight = 0.* nothing is learned of lesions"):
+        ReportSection("heads.npz", ["a"], report_weight=0.0, place_weight=0.0, facts_weight=0.0)
 
 
 @pytest.mark.gpu
@@ -255,16 +252,16 @@ def test_a_training_that_learns_nothing_is_refused():
 @pytest.mark.parametrize("cast", [False, True])
 def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, words):
     """Also after the weights moved, and when reports of another length came in between."""
-    config = config_of(tmp_path, "run", 4, words_weight=words)
+    config = config_of(tmp_path, "run", 4, report_weight=words)
     device = torch.device("cuda")
     task = ReportTask(config, device)
     parameters = [p for _, p in task.trainable()]
-    plain, graphs = Losses(task.learner), {}
+    plain, graphs = ReportLosses(task.heads), {}
     for step in range(4):
         batch = task.batch(step, 0)
         tensors = (*batch.inputs, batch.coverage, batch.target, fact_values(batch.facts, device))
         if words:
-            ids, labels = task.targets(batch.reports, device)
+            ids, labels = task.tokens_and_labels(batch.reports, device)
             longer = (0, 32 * (step % 2))
             padded = F.pad(ids, longer, value=0), F.pad(labels, longer, value=IGNORE)
             tensors = (*tensors, *padded)
@@ -272,10 +269,10 @@ def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, words):
         found = []
         with torch.autocast("cuda", torch.bfloat16, enabled=cast):
             if shape not in graphs:
-                graphs[shape] = capture_training(Losses(task.learner), tensors)
+                graphs[shape] = capture_training(ReportLosses(task.heads), tensors)
             for run in (plain, graphs[shape]):
                 told, place, facts, error = run(*tensors)
-                task.learner.zero_grad()
+                task.heads.zero_grad()
                 (words * told + place + facts + 10 * error).backward()
                 found.append([p.grad.clone() for p in parameters if p.grad is not None])
         assert len(found[0]) == len(found[1]) > 0

@@ -9,28 +9,26 @@ import numpy as np
 import pytest
 import torch
 from report_codec import small_backbone, small_config
-from report_heads import drawn_heads
+from report_heads import drawn_brain_slices
 
 from nirvana import InputError
 from nirvana.model.assets import resolve
 from nirvana.model.backbone import load_backbone
+from nirvana.mri.anatomy.augment import blur, vary_contrast
+from nirvana.mri.anatomy.brain_slices import GRID, PIXEL, load_brain_slices, save_brain_slices
+from nirvana.mri.anatomy.lesions import SEQUENCES, TYPES, LesionSettings
+from nirvana.mri.anatomy.lobes import SIDES
+from nirvana.mri.data.simulate import Simulation
 from nirvana.mri.io import Scan
-from nirvana.mri.lesions import SEQUENCES, TYPES, LesionSettings
-from nirvana.mri.lobes import SIDES
-from nirvana.mri.model import CodecModel, save_codec
-from nirvana.mri.physics import Sampling, fft2c, sampling_mask
-from nirvana.mri.report.encode import View, encode, encode_scan, to_grid, view_of
-from nirvana.mri.report.grammar import SLOTS, WORDINGS, Facts, parse_wording, rounded, write
-from nirvana.mri.report.heads import GRID, PIXEL, blurred, load_heads, save_heads, varied
-from nirvana.mri.report.reporter import (
-    CHOICES,
-    Reporter,
-    load_reporter,
-    save_reporter,
-)
-from nirvana.mri.report.samples import Scanner, report_batch
-from nirvana.mri.report.targets import report_entropy
-from nirvana.mri.simulate import Simulation
+from nirvana.mri.model.checkpoint import save_codec
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.model.report_tokens import report_entropy
+from nirvana.mri.physics.fourier import fft2c
+from nirvana.mri.physics.masks import Sampling, sampling_mask
+from nirvana.mri.reports.encode import View, encode, encode_scan, to_grid, view_of
+from nirvana.mri.reports.grammar import SLOTS, WORDINGS, Facts, parse_wording, rounded, write
+from nirvana.mri.reports.reporter import CHOICES, Reporter, load_reporter, save_reporter
+from nirvana.mri.reports.samples import Scanner, report_batch
 from nirvana.ops.cross_entropy import IGNORE
 
 SCANNER = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
@@ -58,7 +56,7 @@ def tokens() -> torch.Tensor:
 
 def batch_of(count: int, seed: int = 0, **settings):
     generator = torch.Generator().manual_seed(seed)
-    heads = drawn_heads((96, 80))
+    heads = drawn_brain_slices((96, 80))
     return report_batch(heads, count, generator, SCANNER, LesionSettings(**settings), [0, 1, 3])
 
 
@@ -68,7 +66,7 @@ def test_samples_say_what_was_painted():
     assert torch.equal(batch.kspace, again.kspace)
     assert batch.reports == again.reports
     assert not batch.kspace[..., ~batch.mask].any()
-    heads = drawn_heads((96, 80))
+    heads = drawn_brain_slices((96, 80))
     wordings = set()
     for i, (facts, report) in enumerate(zip(batch.facts, batch.reports, strict=True)):
         read, wording = parse_wording(report)
@@ -91,11 +89,11 @@ def test_probabilities_from_the_cache_are_those_of_the_whole_text(reporter, toke
     """Every alternative in full through the backbone, without a cache."""
     for slot, wording in (("side", 0), ("size", 3), ("type", 2)):
         options = [replace(MASS, **{slot: value}) for value in CHOICES[slot]]
-        fast = reporter._compare(*reporter._start(tokens), [options] * 3, slot, wording)
+        fast = reporter._probabilities(*reporter._start(tokens), [options] * 3, slot, wording)
         slow = []
         for facts in options:
-            length = len(reporter._beginning(facts, slot, wording))
-            ids, labels = reporter.targets([write(facts, wording)] * 3, tokens.device)
+            length = len(reporter._up_to(facts, slot, wording))
+            ids, labels = reporter.report_tokens([write(facts, wording)] * 3, tokens.device)
             first = int((labels[0] != IGNORE).nonzero()[0])
             logits = reporter.model.specialist(tokens, ids).logits.log_softmax(-1)
             part = slice(first, first + length)
@@ -128,7 +126,7 @@ def test_a_mirror_image_has_the_other_side(reporter, tokens):
     options = [[replace(MASS, side=side) for side in SIDES]] * 3
 
     def sides(read: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(reporter._compare(*reporter._start(read), options, "side", 0))
+        return torch.tensor(reporter._probabilities(*reporter._start(read), options, "side", 0))
 
     mean = (sides(tokens) + sides(other).flip(1)) / 2
     assert (sides(tokens) - 0.5).abs().max() > 0.01
@@ -162,7 +160,7 @@ def test_a_batch_reads_as_its_slices_alone(reporter, tokens):
 def test_free_writing_is_greedy(reporter, tokens):
     """The cached tokens are those of the whole text read again at every step."""
     written = reporter.write(tokens[:1], max_tokens=6)[0]
-    ids = torch.tensor([reporter.targets.before])
+    ids = torch.tensor([reporter.report_tokens.before])
     start = ids.shape[1]
     for _ in range(6):
         with torch.no_grad():
@@ -174,7 +172,7 @@ def test_free_writing_is_greedy(reporter, tokens):
 def test_only_the_encoder_learns(reporter):
     batch = batch_of(2)
     found = encode(reporter.model, *batch.inputs)[0]
-    ids, labels = reporter.targets(batch.reports, found.device)
+    ids, labels = reporter.report_tokens(batch.reports, found.device)
     report_entropy(reporter.model.specialist(found, ids).logits, labels).backward()
     moved = {name for name, p in reporter.model.named_parameters() if p.grad is not None}
     reporter.model.zero_grad(set_to_none=True)
@@ -193,7 +191,7 @@ def test_varied_heads_are_other_contrasts_of_the_same():
     images[:, 20:28, 20:28] = 0.18  # fluid
     brain = images > 0
     images[:, 4:6] = 0.9  # scalp
-    found, kinds = varied(images, brain, sequence, torch.Generator().manual_seed(0))
+    found, kinds = vary_contrast(images, brain, sequence, torch.Generator().manual_seed(0))
     assert found.min() >= 0
     assert 1 < found.max() < 1.4  # the shading makes brighter, and nothing is cut off
     assert found[:, 45:].max() < 2e-3
@@ -214,14 +212,14 @@ def test_varied_heads_are_other_contrasts_of_the_same():
     assert (fluid[kept] < grey[kept]).all()
     assert (grey[kept] < white[kept]).float().mean() > 0.8
     assert (fluid[kept] / white[kept]).std() > 0.03  # it differs from slice to slice
-    again, _ = varied(images, brain, sequence, torch.Generator().manual_seed(0))
+    again, _ = vary_contrast(images, brain, sequence, torch.Generator().manual_seed(0))
     assert torch.equal(found, again)
 
 
 def test_each_slice_is_blurred_by_its_own_gaussian():
     images = torch.zeros(3, 32, 24)
     images[:, 16, 12] = 1.0
-    found = blurred(images, torch.tensor([0.0, 0.8, 2.0]))
+    found = blur(images, torch.tensor([0.0, 0.8, 2.0]))
     assert torch.allclose(found[0], images[0], atol=1e-6)
     assert torch.allclose(found.sum((1, 2)), torch.ones(3), atol=1e-5)
     rows = torch.arange(32) - 16.0
@@ -253,9 +251,9 @@ def test_the_identity_has_no_words():
 
 
 def test_heads_are_saved_and_chosen(tmp_path: Path):
-    heads = drawn_heads((64, 48), subjects=3)
-    save_heads(tmp_path / "heads.npz", heads)
-    loaded = load_heads(tmp_path / "heads.npz")
+    heads = drawn_brain_slices((64, 48), subjects=3)
+    save_brain_slices(tmp_path / "heads.npz", heads)
+    loaded = load_brain_slices(tmp_path / "heads.npz")
     assert loaded.names == heads.names
     assert torch.equal(loaded.images, heads.images)
     assert torch.equal(loaded.frame, heads.frame)
@@ -263,12 +261,12 @@ def test_heads_are_saved_and_chosen(tmp_path: Path):
     assert len(some) == 9
     with pytest.raises(InputError, match="no slices of someone"):
         heads.of_subjects(["someone"])
-    save_heads(tmp_path / "heads.npz", replace(heads, frame=heads.frame[:, :5]))
+    save_brain_slices(tmp_path / "heads.npz", replace(heads, frame=heads.frame[:, :5]))
     with pytest.raises(InputError, match="frames of 5 numbers, not 6; make it anew"):
-        load_heads(tmp_path / "heads.npz")
+        load_brain_slices(tmp_path / "heads.npz")
     (tmp_path / "heads.npz").write_bytes(b"junk")
     with pytest.raises(InputError, match="cannot be read"):
-        load_heads(tmp_path / "heads.npz")
+        load_brain_slices(tmp_path / "heads.npz")
 
 
 def scan_with(affine: np.ndarray | None, spacing=None) -> Scan:

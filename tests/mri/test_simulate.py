@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nirvana.errors import InputError
-from nirvana.mri.physics import ifft2c, rss
-from nirvana.mri.simulate import Simulation, coil_maps, simulate, simulate_scan
+from nirvana.mri.data.simulate import Simulation, coil_maps, simulate, simulate_scan
+from nirvana.mri.physics.fourier import ifft2c, rss
 
 CLEAN = Simulation(gamma=(1, 1), noise=(0, 0))
 

@@ -9,13 +9,14 @@ import pytest
 
 from nirvana.cli import mri
 from nirvana.errors import InputError
-from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
+from nirvana.mri.classical.bart import bart_pics
+from nirvana.mri.classical.common import zero_filled
+from nirvana.mri.classical.sigpy import l1_wavelet, sense
+from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import read_scan
 from nirvana.mri.io.bart import read_cfl, write_cfl
-from nirvana.mri.metrics import score
-from nirvana.mri.physics import calibration_width, sampling_mask
-from nirvana.mri.simulate import Simulation, simulate_scan
-from nirvana.mri.toolbox import bart_pics
+from nirvana.mri.physics.masks import calibration_width, sampling_mask
 
 needs_bart = pytest.mark.skipif(shutil.which("bart") is None, reason="needs BART's program")
 SETTINGS = Simulation(noise=(0.004, 0.004))

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from nirvana import InputError
-from nirvana.mri.data import SlicePool, micro_batch_generator, simulate_batch
-from nirvana.mri.model import load_codec
-from nirvana.mri.physics import Sampling, rss
-from nirvana.mri.physics import ifft2c as to_image
-from nirvana.mri.simulate import Simulation
-from nirvana.mri.train import ReconstructionTask, expand, train
+from nirvana.mri.data.batch import micro_batch_generator
+from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.slices import SlicePool, simulate_batch
+from nirvana.mri.model.checkpoint import load_codec
+from nirvana.mri.physics.fourier import ifft2c as to_image
+from nirvana.mri.physics.fourier import rss
+from nirvana.mri.physics.masks import Sampling
+from nirvana.mri.train.task import ReconstructionTask, expand, train
 
 CONFIG = """
 [data]

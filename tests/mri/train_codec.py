@@ -2,7 +2,7 @@
 
 import sys
 
-from nirvana.mri.train import train
+from nirvana.mri.train.task import train
 
 if __name__ == "__main__":
     train(sys.argv[1], sys.argv[2:])
