@@ -36,8 +36,8 @@ TARGETS = (
 INTRODUCTION = """# Evidence: reports
 
 Made by `experiments/report/report.py` from the rows of `experiments/report/run.py`. Lesions are
-simulated (`nirvana.mri.anatomy.lesions`) in slices of real heads, scanned by the simulator with {coils}
-coils, phase and noise, and read by the frozen backbone through the trained k-space encoder
+simulated (`nirvana.mri.anatomy.lesions`) in slices of real heads, scanned by the simulator with
+{coils} coils, phase and noise, and read by the frozen backbone through the trained k-space encoder
 ({see_steps:,} and {tell_steps:,} steps of {batch_size} slices{begun}).
 Test persons, and wordings 4 and 5, were in no training; the threshold of a finding was chosen on
 the validation persons at 4x, for each way of reading. Five earlier trainings were judged on these

@@ -12,7 +12,7 @@ from nibabel.testing import data_path
 from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mri"))
-from report_codec import small_backbone, small_config
+from small_codec import small_backbone, small_config
 
 from nirvana import InputError
 from nirvana.cli import mri

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the writer of ISMRMRD files
+sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this file
 
 
 @pytest.fixture(scope="session")

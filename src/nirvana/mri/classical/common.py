@@ -118,6 +118,6 @@ def fft2c(x: np.ndarray) -> np.ndarray:
 
 
 def ifft2c(x: np.ndarray, norm: Literal["ortho", "forward"] = "ortho") -> np.ndarray:
-    """The inverse of `fft2c`; with norm "forward" the inverse of a transform divided by its size."""
+    """The inverse of `fft2c`; with norm "forward" that of a transform divided by its size."""
     shifted = np.fft.ifftshift(x, axes=AXES)
     return np.fft.fftshift(np.fft.ifft2(shifted, norm=norm), axes=AXES)

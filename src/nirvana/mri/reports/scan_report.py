@@ -13,7 +13,7 @@ from nirvana.errors import InputError
 from nirvana.files import atomic_folder, write_json
 from nirvana.mri.data.scans import sampled_columns
 from nirvana.mri.io import Scan, Spacing
-from nirvana.mri.physics.masks import require_calibration
+from nirvana.mri.physics.masks import require_calibration, require_columns
 from nirvana.mri.pipeline import PreparedScan, SliceCounter, as_scan
 from nirvana.mri.reports.encode import View, encode_scan, view_of
 from nirvana.mri.reports.figure import report_panel
@@ -104,9 +104,12 @@ def report(
     """
     if not isinstance(kspace, Scan):
         kspace = as_scan(kspace, spacing=spacing)
+    require_columns(kspace.kspace, kspace.name)
     columns = sampled_columns(kspace, mask)
     require_calibration(columns, kspace.name)
     view = view_of(kspace)
+    if slices is not None and not slices:
+        raise InputError("no slice was chosen; give at least one, or None")
     wrong = [index for index in slices or () if not 0 <= index < len(kspace.kspace)]
     if wrong:
         raise InputError(f"slice {wrong[0]} does not exist; give 0 to {len(kspace.kspace) - 1}")

@@ -17,7 +17,7 @@ from nirvana.mri.train.config import MriConfig
 from nirvana.mri.train.task import train
 from nirvana.train.config import load_config
 
-CONFIG = Path(__file__).parents[2] / "configs" / "mri-fastmri.toml"
+CONFIG = Path(__file__).parents[3] / "configs" / "mri-fastmri.toml"
 SMALL = [
     *("--codec.weights", "default"),
     *("--codec.sensitivity_features", "[2, 2, 2, 2, 2, 2]"),

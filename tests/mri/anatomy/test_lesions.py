@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from report_heads import drawn_brain_slices
+from drawn_brain import drawn_brain_slices
 from scipy import ndimage
 
 from nirvana import InputError

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from report_codec import small_backbone, small_config
-from report_heads import drawn_brain_slices
+from drawn_brain import drawn_brain_slices
+from small_codec import small_backbone, small_config
 
 from nirvana import InputError
 from nirvana.model.assets import resolve

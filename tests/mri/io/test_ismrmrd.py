@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from ismrmrd_files import (
+from synthetic_ismrmrd import (
     CALIBRATION,
     COILS,
     NOISE,

@@ -1,4 +1,4 @@
-"""A program that several processes run: torchrun train_codec.py CONFIG [--key value ...]"""
+"""A program that several processes run: torchrun run_training.py CONFIG [--key value ...]"""
 
 import sys
 

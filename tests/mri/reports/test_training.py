@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from report_codec import small_config
-from report_heads import drawn_brain_slices
+from drawn_brain import drawn_brain_slices
+from small_codec import small_config
 
 from nirvana import InputError
 from nirvana.cuda_graphs import capture_training

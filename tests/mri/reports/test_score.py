@@ -98,9 +98,9 @@ def test_what_cannot_be_counted_is_left_out():
     assert all(result["facts"][slot]["f1"] is None for slot in FACTS)
     assert result["hallucination"] == 0
     assert set(bootstrap([NORMAL], [NORMAL])) == {"exact", "hallucination"}
-    with pytest.raises(ValueError, match="held against"):
+    with pytest.raises(ValueError, match="compared with"):
         score([NORMAL], [])
-    with pytest.raises(ValueError, match="held against"):
+    with pytest.raises(ValueError, match="compared with"):
         score([], [])
 
 

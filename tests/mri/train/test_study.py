@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-STUDY = Path(__file__).parents[2] / "experiments" / "mri"
+STUDY = Path(__file__).parents[3] / "experiments" / "mri"
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from report_codec import small_backbone
-from report_heads import drawn_brain_slices
+from drawn_brain import drawn_brain_slices
+from small_codec import small_backbone
 
 from nirvana import InputError
 from nirvana.mri.anatomy.brain_slices import save_brain_slices
 from nirvana.mri.reports.score import best_threshold
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "report"
+FOLDER = Path(__file__).parents[3] / "experiments" / "report"
 
 
 def script(name: str) -> ModuleType:

@@ -231,7 +231,7 @@ def test_two_processes_compute_what_one_computes(config, tmp_path):
     settings = ["--run.steps", "2", "--optim.accumulation", "2", "--run.compile", "false"]
     settings += ["--run.device", "cpu"]
     train(config("nirvana", "alone"), settings)
-    program = Path(__file__).with_name("train_codec.py")
+    program = Path(__file__).parents[1] / "run_training.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", str(program), str(config("nirvana", "together")), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
