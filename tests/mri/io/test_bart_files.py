@@ -46,7 +46,7 @@ def test_a_single_coil_and_slice(tmp_path: Path) -> None:
         ([99, 1, 1], "two of them"),
         ([9, 11, 1, 1, 2], "2 sensitivity maps"),
         ([9, 11, 1, 1, 1, 2], "2 echoes"),
-        ([9, 11, 1, 2], "its header asks for 1584"),
+        ([9, 11, 1, 2], "its header requires 1584"),
         ([9, 11, 1, 10**14], "100000000000000 coils"),
         ([9, 11, 1, 0], "0 coils"),
         ([9, 10**12], "9 x 1000000000000"),

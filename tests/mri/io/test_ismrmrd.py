@@ -150,7 +150,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "cc"><!ENTITY d "&b;&b;">]>' + header()
         ([record(LINE, 20, 0)], None, "outside"),
         ([record(LINE, 0, 0, kspace_encode_step_2=1)], None, "second phase"),
         ([record(LINE, 0, 0), record(LINE[:1], 1, 0)], None, "different numbers of coils"),
-        ([record(LINE, 0, 0, number_of_samples=9)], None, "asks for 36"),
+        ([record(LINE, 0, 0, number_of_samples=9)], None, "requires 36"),
         ([record(LINE, 0, 0, center_sample=1000)], None, "does not fit"),
         ([record(LINE * np.nan, 0, 0)], None, "NaN"),
         ([record(LINE * 0, 0, 0)], None, "zero everywhere"),
