@@ -1,4 +1,4 @@
-"""A head drawn with formulas, for tests of lesions and reports."""
+"""Brain slices drawn with formulas, for tests of lesions and reports."""
 
 import torch
 

@@ -32,9 +32,9 @@ def volumes(tmp_path):
     return first, brain(tmp_path / "second.nii.gz", -80.0, 2.0, 75, 45.0)
 
 
-def heights(heads):
+def heights(slices):
     """mm, of each slice."""
-    tissue = torch.where(heads.depth > 6, heads.images.float(), torch.nan)
+    tissue = torch.where(slices.depth > 6, slices.images.float(), torch.nan)
     return tissue.flatten(1).nanmedian(1).values / 255 * 200 - 100
 
 
@@ -50,15 +50,15 @@ def test_the_same_height_is_left_out_of_every_sequence(volumes):
 
 
 def test_slices_lie_on_the_grid_with_the_brain_in_the_middle(volumes):
-    heads = slices_of(volumes[0], "FLAIR", "a", stripped=True)
-    assert heads.images.shape[1:] == GRID
-    column, row, half_width, half_length, w, _ = heads.frame.unbind(1)
+    slices = slices_of(volumes[0], "FLAIR", "a", stripped=True)
+    assert slices.images.shape[1:] == GRID
+    column, row, half_width, half_length, w, _ = slices.frame.unbind(1)
     assert torch.allclose(column, torch.full_like(column, (GRID[1] - 1) / 2))
     assert torch.allclose(row, torch.full_like(row, (GRID[0] - 1) / 2))
     assert ((half_width * PIXEL - 65).abs() < 3).all()
     assert ((half_length * PIXEL - 80).abs() < 3).all()
     # w counts from the top, in lengths of the brain, and so do heights.
-    assert torch.allclose(heights(heads), 60 - 160 * w, atol=4.0)
+    assert torch.allclose(heights(slices), 60 - 160 * w, atol=4.0)
 
 
 def test_marked_slices_are_left_out(volumes, tmp_path):
@@ -76,10 +76,10 @@ def test_marked_slices_are_left_out(volumes, tmp_path):
 @pytest.mark.parametrize("pitch", [-12.0, 8.0])
 def test_a_head_that_nods_is_cut_at_an_angle(volumes, pitch):
     """With its front down, a slice shows there what was higher."""
-    heads = slices_of(volumes[0], "T1", "a", stripped=True, pitch=pitch)
+    slices = slices_of(volumes[0], "T1", "a", stripped=True, pitch=pitch)
     middle = GRID[1] // 2
     rows, checked = round(30 / PIXEL), 0
-    for image, frame in zip(heads.images, heads.frame, strict=True):
+    for image, frame in zip(slices.images, slices.frame, strict=True):
         row = round(frame[1].item())
         front, back = (image[row + step, middle].item() / 255 * 200 for step in (-rows, rows))
         if min(front, back) > 50:  # within the brain
@@ -87,13 +87,13 @@ def test_a_head_that_nods_is_cut_at_an_angle(volumes, pitch):
             checked += 1
     assert checked > 5
     # And what lies where is asked of the head as it was: brightness tells the height there.
-    view = heads.views(torch.arange(len(heads)), torch.Generator(), vary=False)
+    view = slices.views(torch.arange(len(slices)), torch.Generator(), vary=False)
     inside = view.depth > 8
     error = (60 - (200 * view.images - 100)) / 160 - view.w
     assert error[inside].abs().mean() < 0.02
     assert (view.w.amax((1, 2)) - view.w.amin((1, 2))).min() > 0.1
     # It is turned, not bent: as long and as wide as it was, but for the tilt of the ellipsoid.
-    assert ((heads.frame[:, 2] * PIXEL - 65).abs() < 3).all()
+    assert ((slices.frame[:, 2] * PIXEL - 65).abs() < 3).all()
 
 
 def test_a_volume_without_the_top_of_the_brain(volumes):

@@ -1,11 +1,11 @@
-"""What a codec computes by CUDA graphs is what it computes without."""
+"""CUDA graphs give the results of the plain computation."""
 
 import copy
 
 import pytest
 import torch
 
-from nirvana.cuda_graphs import MAX_GRAPHS, GraphCache, capturable
+from nirvana.cuda_graphs import MAX_GRAPHS, GraphCache, TrainingGraphs, capturable, record
 from nirvana.mri.model.checkpoint import load_codec
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.model.config import CodecConfig
@@ -47,6 +47,36 @@ def test_a_model_that_moved_is_captured_anew():
     torch.testing.assert_close(
         after, copy.deepcopy(model).reconstruct(kspace, mask), rtol=1e-4, atol=1e-5
     )
+
+
+@needs_gpu
+def test_training_graphs_have_the_gradients_of_the_module():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    module.cuda()
+    graphs = TrainingGraphs(module)
+    for step in range(3):
+        for rows in (2, 5):
+            x = torch.randn(rows, 4, device="cuda")
+            found = []
+            for run in (module, graphs):
+                module.zero_grad()
+                run(x).square().mean().backward()
+                found.append([p.grad.clone() for p in module.parameters()])
+            for plain, graphed in zip(*found, strict=True):
+                torch.testing.assert_close(graphed, plain)
+        with torch.no_grad():  # in place: the graphs read the new weights
+            for parameter in module.parameters():
+                parameter.add_(0.1 * step)
+
+
+@needs_gpu
+def test_a_recorded_function_runs_in_the_warmups_and_in_replays():
+    count = torch.zeros((), device="cuda")
+    graph, output = record(lambda: count.add_(1) * 2, count.device, warmups=3)
+    assert count.item() == 3
+    graph.replay()
+    assert (count.item(), output.item()) == (4, 8)
 
 
 def test_what_comes_once_runs_plainly_and_few_are_kept():

@@ -56,8 +56,8 @@ def tokens() -> torch.Tensor:
 
 def batch_of(count: int, seed: int = 0, **settings):
     generator = torch.Generator().manual_seed(seed)
-    heads = drawn_brain_slices((96, 80))
-    return report_batch(heads, count, generator, SCANNER, LesionSettings(**settings), [0, 1, 3])
+    slices = drawn_brain_slices((96, 80))
+    return report_batch(slices, count, generator, SCANNER, LesionSettings(**settings), [0, 1, 3])
 
 
 def test_samples_say_what_was_painted():
@@ -66,7 +66,7 @@ def test_samples_say_what_was_painted():
     assert torch.equal(batch.kspace, again.kspace)
     assert batch.reports == again.reports
     assert not batch.kspace[..., ~batch.mask].any()
-    heads = drawn_brain_slices((96, 80))
+    slices = drawn_brain_slices((96, 80))
     wordings = set()
     for i, (facts, report) in enumerate(zip(batch.facts, batch.reports, strict=True)):
         read, wording = parse_wording(report)
@@ -77,7 +77,7 @@ def test_samples_say_what_was_painted():
             assert batch.size[i] == batch.contrast[i] == 0
             continue
         assert facts.size == rounded(float(batch.size[i]))
-        sequence = SEQUENCES[heads.sequence[batch.index[i]]]
+        sequence = SEQUENCES[slices.sequence[batch.index[i]]]
         kind = next(kind for kind in TYPES if kind.name == facts.type)
         shown = {sequence, "T2"} if sequence == "T1" else {sequence}  # some are inverted
         assert facts.signal in {kind.signal(each) for each in shown}
@@ -180,7 +180,7 @@ def test_only_the_encoder_learns(reporter):
     assert not any("backbone" in name for name in moved)
 
 
-def test_varied_heads_are_other_contrasts_of_the_same():
+def test_varied_slices_are_other_contrasts_of_the_same():
     """A T1 (fluid dark, white matter brightest) becomes a T2 (fluid brightest, white matter
     darkest) or a FLAIR (fluid dark, grey matter brightest); other sequences keep the order that
     they have, the background stays empty, and the scalp sometimes becomes so."""
@@ -250,23 +250,23 @@ def test_the_identity_has_no_words():
         Reporter(model, None)
 
 
-def test_heads_are_saved_and_chosen(tmp_path: Path):
-    heads = drawn_brain_slices((64, 48), subjects=3)
-    save_brain_slices(tmp_path / "heads.npz", heads)
-    loaded = load_brain_slices(tmp_path / "heads.npz")
-    assert loaded.names == heads.names
-    assert torch.equal(loaded.images, heads.images)
-    assert torch.equal(loaded.frame, heads.frame)
+def test_brain_slices_are_saved_and_chosen(tmp_path: Path):
+    slices = drawn_brain_slices((64, 48), subjects=3)
+    save_brain_slices(tmp_path / "slices.npz", slices)
+    loaded = load_brain_slices(tmp_path / "slices.npz")
+    assert loaded.names == slices.names
+    assert torch.equal(loaded.images, slices.images)
+    assert torch.equal(loaded.frame, slices.frame)
     some = loaded.of_subjects(["person2"])
     assert len(some) == 9
     with pytest.raises(InputError, match="no slices of someone"):
-        heads.of_subjects(["someone"])
-    save_brain_slices(tmp_path / "heads.npz", replace(heads, frame=heads.frame[:, :5]))
+        slices.of_subjects(["someone"])
+    save_brain_slices(tmp_path / "slices.npz", replace(slices, frame=slices.frame[:, :5]))
     with pytest.raises(InputError, match="frames of 5 numbers, not 6; make it anew"):
-        load_brain_slices(tmp_path / "heads.npz")
-    (tmp_path / "heads.npz").write_bytes(b"junk")
+        load_brain_slices(tmp_path / "slices.npz")
+    (tmp_path / "slices.npz").write_bytes(b"junk")
     with pytest.raises(InputError, match="cannot be read"):
-        load_brain_slices(tmp_path / "heads.npz")
+        load_brain_slices(tmp_path / "slices.npz")
 
 
 def scan_with(affine: np.ndarray | None, spacing=None) -> Scan:

@@ -1,4 +1,4 @@
-"""Training on reports: what is learned from what, draws of slices, and one run after another."""
+"""Training on reports: which parameters change, draws of slices, and one run after another."""
 
 import json
 import shutil
@@ -42,18 +42,18 @@ def scan_of(count: int) -> tuple[torch.Tensor, ...]:
     """K-space, mask, calibration and scale of some slices."""
     scanner = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
     generator = torch.Generator().manual_seed(0)
-    heads = drawn_brain_slices((96, 80))
-    batch = report_batch(heads, count, generator, scanner, LesionSettings(), [0])
+    slices = drawn_brain_slices((96, 80))
+    batch = report_batch(slices, count, generator, scanner, LesionSettings(), [0])
     return batch.inputs
 
 
 def config_of(folder: Path, out: str, steps: int, **data) -> ReportConfig:
-    """A small training on drawn heads."""
-    heads = folder / "heads.npz"
-    if not heads.is_file():
-        save_brain_slices(heads, drawn_brain_slices((64, 64)))
+    """A small training on drawn brain slices."""
+    slices = folder / "slices.npz"
+    if not slices.is_file():
+        save_brain_slices(slices, drawn_brain_slices((64, 64)))
     section = ReportSection(
-        str(heads),
+        str(slices),
         ["person0"],
         batch_size=4,
         coils=2,
@@ -98,19 +98,19 @@ def test_dice_rewards_the_few_places_that_count():
     assert dice_loss(nowhere, torch.zeros_like(wanted)) < 1e-3
 
 
-def test_facts_are_asked_of_those_that_have_them():
+def test_facts_count_only_where_a_slice_has_them():
     """Against the likelihood of every fact of every slice, one by one."""
-    told = [NORMAL, Facts(True, 2, "mass", "left", "frontal", 12, "hyperintense"), NORMAL]
-    values = fact_values(told)
+    truth = [NORMAL, Facts(True, 2, "mass", "left", "frontal", 12, "hyperintense"), NORMAL]
+    values = fact_values(truth)
     assert (values[0] == IGNORE).tolist() == [False, *[True] * 6]
     logits = torch.randn(3, sum(map(len, FACT_CLASSES.values())))
     likely, first = [], 0
     for fact, choices in FACT_CLASSES.items():
         part = logits[:, first : first + len(choices)].log_softmax(1)
         first += len(choices)
-        asked = [i for i in range(3) if getattr(told[i], fact) is not None]
+        having = [i for i in range(3) if getattr(truth[i], fact) is not None]
         likely.append(
-            sum(part[i, choices.index(getattr(told[i], fact))] for i in asked) / len(asked)
+            sum(part[i, choices.index(getattr(truth[i], fact))] for i in having) / len(having)
         )
     assert facts_entropy(logits, values) == pytest.approx(-sum(likely) / len(likely))
     logits.requires_grad_()
@@ -120,9 +120,9 @@ def test_facts_are_asked_of_those_that_have_them():
     assert not logits.grad[:, 2:].any()
 
 
-def test_an_image_that_is_kept_learns_nothing(tmp_path):
-    """Neither its cascades nor its sensitivities; the encoder after it does, and a run that is
-    resumed has them from where it began."""
+def test_a_frozen_frontend_does_not_change(tmp_path):
+    """Cascades and sensitivities stay, the encoder after them changes, and a resumed run has them
+    from its start."""
     cascades = replace(config_of(tmp_path, "", 4).codec, encoder_cascades=1)
     first = replace(config_of(tmp_path, "see", 4, report_weight=0.0), codec=cascades)
     assert train_reporter(first).finished
@@ -146,17 +146,17 @@ def test_an_image_that_is_kept_learns_nothing(tmp_path):
 def test_reports_teach_the_cascades_only_where_the_image_does_not(detach_image):
     config = replace(small_config("tiny"), vit_stem="convolutions", encoder_cascades=1)
     heads = AuxiliaryHeads(CodecModel(config, load_backbone("nirvana")), detach_image)
-    seen = heads(*scan_of(2))
-    assert seen.fine is not None
-    (seen.tokens.square().sum() + seen.fine.square().sum()).backward(retain_graph=True)
+    found = heads(*scan_of(2))
+    assert found.fine is not None
+    (found.tokens.square().sum() + found.fine.square().sum()).backward(retain_graph=True)
     cascades = list(heads.codec.encoder_cascades.parameters())
     assert all(p.grad is None for p in cascades) == detach_image
-    seen.image.square().sum().backward()
+    found.image.square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in cascades)
 
 
 def test_batches_of_one_draw(tmp_path):
-    """They are other slices of it under masks of their own, whatever was asked for before."""
+    """They are different slices of it under masks of their own, drawn in any order."""
     task = ReportTask(config_of(tmp_path, "run", 4, reuse=3), torch.device("cpu"))
     found = [task.batch(step, 0) for step in range(6)]
     assert [len(batch.reports) for batch in found] == [4] * 6
@@ -171,7 +171,7 @@ def test_batches_of_one_draw(tmp_path):
 
 
 def test_one_run_begins_with_the_weights_of_another(tmp_path):
-    """The first learns to see alone: what hears the words stays as it was."""
+    """The first has no reports, so the parameters between tokens and backbone stay."""
     first = config_of(tmp_path, "see", 4, report_weight=0.0)
     assert train_reporter(first).finished
     lines = (tmp_path / "see" / "metrics.jsonl").read_text().splitlines()
@@ -186,7 +186,7 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     before = {name: x.clone() for name, x in task.heads.codec.encoder.state_dict().items()}
     assert any(not torch.equal(before[name], trained[name]) for name in trained)
     with torch.no_grad():
-        task.heads.codec.specialist.start.fill_(2.0)  # as of a backbone with louder words
+        task.heads.codec.specialist.start.fill_(2.0)  # as of a backbone with larger embeddings
     task.prepare(World(torch.device("cpu")), compiled=False)
     after = task.heads.codec.encoder.state_dict()
     assert all(torch.equal(after[name], trained[name]) for name in trained)
@@ -195,7 +195,7 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
 
 
 def test_a_training_begins_with_a_codec(tmp_path):
-    """With what encodes alone, and any that has it; the packaged reporter has another one here."""
+    """Its encoder is taken; the packaged reporter has another one than here."""
     first = config_of(tmp_path, "see", 4, report_weight=0.0)
     assert train_reporter(first).finished
     folder = tmp_path / "see" / "model"
@@ -213,7 +213,7 @@ def test_a_training_begins_with_a_codec(tmp_path):
 
 
 def test_new_cascades_follow_those_of_the_start(tmp_path):
-    """They begin as new ones do: they put back what was measured, and change nothing else."""
+    """They start as new ones do: they restore the measured columns and change nothing else."""
     first = config_of(tmp_path, "see", 4, report_weight=0.0)
     first = replace(first, codec=replace(first.codec, encoder_cascades=1))
     assert train_reporter(first).finished
@@ -243,16 +243,16 @@ def test_a_start_that_is_not_there_is_refused(tmp_path):
 
 def test_a_training_that_learns_nothing_is_refused():
     with pytest.raises(InputError, match=r"data.report_weight = 0.* nothing is learned of lesions"):
-        ReportSection("heads.npz", ["a"], report_weight=0.0, place_weight=0.0, facts_weight=0.0)
+        ReportSection("slices.npz", ["a"], report_weight=0.0, place_weight=0.0, facts_weight=0.0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("words", [0.0, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("cast", [False, True])
-def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, words):
+def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, weight):
     """Also after the weights moved, and when reports of another length came in between."""
-    config = config_of(tmp_path, "run", 4, report_weight=words)
+    config = config_of(tmp_path, "run", 4, report_weight=weight)
     device = torch.device("cuda")
     task = ReportTask(config, device)
     parameters = [p for _, p in task.trainable()]
@@ -260,7 +260,7 @@ def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, words):
     for step in range(4):
         batch = task.batch(step, 0)
         tensors = (*batch.inputs, batch.coverage, batch.target, fact_values(batch.facts, device))
-        if words:
+        if weight:
             ids, labels = task.tokens_and_labels(batch.reports, device)
             longer = (0, 32 * (step % 2))
             padded = F.pad(ids, longer, value=0), F.pad(labels, longer, value=IGNORE)
@@ -271,9 +271,9 @@ def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, words):
             if shape not in graphs:
                 graphs[shape] = capture_training(ReportLosses(task.heads), tensors)
             for run in (plain, graphs[shape]):
-                told, place, facts, error = run(*tensors)
+                nats, place, facts, error = run(*tensors)
                 task.heads.zero_grad()
-                (words * told + place + facts + 10 * error).backward()
+                (weight * nats + place + facts + 10 * error).backward()
                 found.append([p.grad.clone() for p in parameters if p.grad is not None])
         assert len(found[0]) == len(found[1]) > 0
         wanted, got = (torch.cat([g.flatten() for g in each]) for each in found)
