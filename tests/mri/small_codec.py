@@ -30,7 +30,7 @@ def small_backbone(folder: Path) -> str:
     torch.manual_seed(1)
     config = NirvanaConfig(vocab_size=len(tokenizer), **BACKBONE, **special)
     model = NirvanaForCausalLM(config)
-    with torch.no_grad():  # random weights that say something, unlike small ones
+    with torch.no_grad():  # large random weights, whose outputs depend on their inputs
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "embed" not in name:
                 parameter.mul_(3)

@@ -1,4 +1,4 @@
-"""Writes ISMRMRD files, record by record, as the format's definition says."""
+"""Writes ISMRMRD files, record by record, by the format's definition."""
 
 from pathlib import Path
 from typing import Any

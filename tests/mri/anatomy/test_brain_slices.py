@@ -12,7 +12,7 @@ from nirvana.mri.anatomy.brain_slices import GRID, PIXEL, slices_of
 
 
 def brain(path, bottom, thickness, count, cut):
-    """A stripped brain of 160 x 130 x 120 mm around the origin whose brightness tells the height,
+    """A stripped brain of 160 x 130 x 120 mm around the origin whose brightness encodes the height,
     100 of it up to 200 mm; what lies above `cut` mm is missing."""
     x, y = (np.arange(-n, n + 1, 2.0) for n in (80, 100))
     z = bottom + thickness * np.arange(count)
@@ -86,7 +86,7 @@ def test_a_head_that_nods_is_cut_at_an_angle(volumes, pitch):
             assert front - back == pytest.approx(60 * math.sin(math.radians(pitch)), abs=3)
             checked += 1
     assert checked > 5
-    # And what lies where is asked of the head as it was: brightness tells the height there.
+    # The lobes are those of the unpitched brain, where brightness encodes the height.
     view = slices.views(torch.arange(len(slices)), torch.Generator(), vary=False)
     inside = view.depth > 8
     error = (60 - (200 * view.images - 100)) / 160 - view.w
@@ -97,7 +97,7 @@ def test_a_head_that_nods_is_cut_at_an_angle(volumes, pitch):
 
 
 def test_a_volume_without_the_top_of_the_brain(volumes):
-    """The second volume ends 17 mm below the first one's top; told so, its slices are as deep."""
+    """The second volume ends 17 mm below the first one's top; with that given, depths agree."""
     whole = slices_of(volumes[0], "T1", "a", stripped=True)
     cut = slices_of(volumes[1], "T1", "a", stripped=True, above=17.0)
     step = torch.cdist(heights(cut)[:, None], heights(whole)[:, None]).min(1)

@@ -35,7 +35,7 @@ def test_zero_filled_is_the_rss_of_what_was_measured(scan, mask: np.ndarray) -> 
     kspace = torch.from_numpy(scan.kspace)
     expected = rss(ifft2c(kspace * torch.from_numpy(mask)))
     np.testing.assert_allclose(zero_filled(scan.kspace, mask), expected.numpy(), atol=1e-5)
-    # Tensors will do, and columns outside the mask have no say.
+    # Tensors are accepted, and columns outside the mask have no effect.
     tensors = zero_filled(kspace, torch.from_numpy(mask))
     np.testing.assert_array_equal(tensors, zero_filled(scan.kspace * mask, mask))
 

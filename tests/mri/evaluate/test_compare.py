@@ -1,4 +1,4 @@
-"""Evaluation: one mask for all methods, scores as the metrics say, statistics over volumes."""
+"""Evaluation: one mask for all methods, scores of the metrics, statistics over volumes."""
 
 import json
 from dataclasses import replace

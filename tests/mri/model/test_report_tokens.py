@@ -31,23 +31,23 @@ def test_a_report_is_read_as_a_document_of_the_training(tokenizer):
 
 
 def test_labels_are_the_next_tokens_of_the_report_and_its_end(tokenizer):
-    targets = ReportTokens(tokenizer)
-    ids, labels = targets(REPORTS, CPU)
+    tokens = ReportTokens(tokenizer)
+    ids, labels = tokens(REPORTS, CPU)
     for row, report in enumerate(REPORTS):
-        asked = (labels[row] != IGNORE).nonzero().flatten()
-        assert asked[0] == len(targets.before) - 1
-        assert tokenizer.decode(labels[row, asked]) == f" {report}{tokenizer.eos_token}"
-        assert torch.equal(labels[row, asked[:-1]], ids[row, asked[1:]])
+        labelled = (labels[row] != IGNORE).nonzero().flatten()
+        assert labelled[0] == len(tokens.before) - 1
+        assert tokenizer.decode(labels[row, labelled]) == f" {report}{tokenizer.eos_token}"
+        assert torch.equal(labels[row, labelled[:-1]], ids[row, labelled[1:]])
 
 
 def test_prompt_and_length_may_be_chosen(tokenizer):
     whole, _ = ReportTokens(tokenizer, "Findings are:")(REPORTS, CPU)
     ids, labels = ReportTokens(tokenizer, "Findings are:", longest=3)(REPORTS, CPU)
     assert tokenizer.decode(ids[0]).startswith(f"{tokenizer.bos_token}Findings are: No")
-    asked = labels != IGNORE
-    assert (asked.sum(1) == 4).all()
-    assert (labels[asked].view(2, 4)[:, -1] == tokenizer.eos_token_id).all()
-    before = int(asked[0].nonzero()[0]) + 1
+    labelled = labels != IGNORE
+    assert (labelled.sum(1) == 4).all()
+    assert (labels[labelled].view(2, 4)[:, -1] == tokenizer.eos_token_id).all()
+    before = int(labelled[0].nonzero()[0]) + 1
     assert torch.equal(ids[:, : before + 3], whole[:, : before + 3])
 
 
@@ -58,11 +58,11 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer):
 
 def test_entropy_is_of_the_tokens_asked(tokenizer):
     _, labels = ReportTokens(tokenizer)(REPORTS, CPU)
-    asked = labels != IGNORE
+    labelled = labels != IGNORE
     logits = torch.randn(*labels.shape, len(tokenizer), generator=torch.Generator().manual_seed(0))
-    expected = -logits[asked].log_softmax(1).gather(1, labels[asked][:, None]).mean()
+    expected = -logits[labelled].log_softmax(1).gather(1, labels[labelled][:, None]).mean()
     torch.testing.assert_close(report_entropy(logits, labels), expected)
-    logits[~asked] += 5 * torch.randn_like(logits[~asked])
+    logits[~labelled] += 5 * torch.randn_like(logits[~labelled])
     torch.testing.assert_close(report_entropy(logits, labels), expected)
 
 

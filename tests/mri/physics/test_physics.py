@@ -1,4 +1,4 @@
-"""SPEC law 12: Fourier transform, forward operator, masks."""
+"""Fourier transform, forward operator, masks."""
 
 import json
 from pathlib import Path

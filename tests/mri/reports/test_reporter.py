@@ -139,7 +139,7 @@ def test_a_mirror_image_has_the_other_side(reporter, tokens):
         assert one.finding == pytest.approx((first + second) / 2, abs=1e-5)
         left, right = one.probabilities["side"]["left"], two.probabilities["side"]["right"]
         assert left == pytest.approx(right, abs=1e-5)
-        for slot in ("count", "type"):  # said before the side
+        for slot in ("count", "type"):  # stated before the side
             assert one.probabilities[slot] == pytest.approx(two.probabilities[slot], abs=1e-5)
 
 

@@ -23,8 +23,8 @@ reports = st.one_of(
 
 def test_counted_by_hand():
     truth = [MASS, MASS, MASS, NORMAL, NORMAL]
-    said = [MASS, replace(MASS, side="right"), NORMAL, MASS, NORMAL]
-    result = score(truth, said)
+    stated = [MASS, replace(MASS, side="right"), NORMAL, MASS, NORMAL]
+    result = score(truth, stated)
     finding = result["facts"]["finding"]
     assert finding == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
     assert result["facts"]["side"] == {"precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3}
@@ -46,8 +46,8 @@ def test_auc_counts_pairs():
 @given(st.lists(reports, min_size=1, max_size=12))
 def test_the_truth_through_the_grammar_is_right_in_everything(truth):
     """The oracle: what is lost between facts and text would show here."""
-    said = [parse(write(facts, i % 6)) for i, facts in enumerate(truth)]
-    result = score(truth, said)
+    stated = [parse(write(facts, i % 6)) for i, facts in enumerate(truth)]
+    result = score(truth, stated)
     assert result["exact"] == 1
     for figures in result["facts"].values():
         assert set(figures.values()) <= {1.0, None}
@@ -57,8 +57,8 @@ def test_the_truth_through_the_grammar_is_right_in_everything(truth):
 
 @given(st.lists(st.tuples(reports, reports), min_size=1, max_size=12))
 def test_rates_stay_between_none_and_all(pairs):
-    truth, said = zip(*pairs, strict=True)
-    result = score(truth, said)
+    truth, stated = zip(*pairs, strict=True)
+    result = score(truth, stated)
     for figures in result["facts"].values():
         assert all(value is None or 0 <= value <= 1 for value in figures.values())
     # No fact can be right more often than the finding it is about.
@@ -70,27 +70,27 @@ def test_rates_stay_between_none_and_all(pairs):
 
 
 @pytest.mark.parametrize(
-    ("said", "true", "right"),
+    ("stated", "true", "right"),
     [(12, 12, True), (10, 12, True), (15, 12, True), (8, 12, False), (50, 40, True), (4, 6, True)],
 )
-def test_sizes_may_differ_by_a_step(said, true, right):
-    assert agree("size", said, true) is right
+def test_sizes_may_differ_by_a_step(stated, true, right):
+    assert agree("size", stated, true) is right
 
 
 def test_intervals_hold_the_figure_and_widen_with_groups():
     truth = [MASS if i % 2 else NORMAL for i in range(200)]
     # Two of ten subjects are all wrong: the subject, not the slice, is what varies.
     subjects = [i // 20 for i in range(200)]
-    said = [
+    stated = [
         NORMAL if subject < 2 else facts for facts, subject in zip(truth, subjects, strict=True)
     ]
-    omission = score(truth, said)["omission"]
-    single = bootstrap(truth, said)["omission"]
-    grouped = bootstrap(truth, said, subjects)["omission"]
+    omission = score(truth, stated)["omission"]
+    single = bootstrap(truth, stated)["omission"]
+    grouped = bootstrap(truth, stated, subjects)["omission"]
     assert single[0] < omission < single[1]
     assert grouped[0] <= omission <= grouped[1]
     assert grouped[1] - grouped[0] > 1.5 * (single[1] - single[0])
-    assert bootstrap(truth, said, seed=3) == bootstrap(truth, said, seed=3)
+    assert bootstrap(truth, stated, seed=3) == bootstrap(truth, stated, seed=3)
 
 
 def test_what_cannot_be_counted_is_left_out():
@@ -117,7 +117,7 @@ def test_the_threshold_weighs_f1_against_false_findings():
     assert free == {"threshold": 0.3, "f1": pytest.approx(8 / 9), "hallucination": 0.25}
     strict = best_threshold(present, likely, 0.0)
     assert strict == {"threshold": 0.8, "f1": pytest.approx(2 / 3), "hallucination": 0.0}
-    # One that is as sure of every slice cannot keep to the limit: its highest probability is told.
+    # Equal probabilities of all slices cannot keep to the limit: the highest one is returned.
     assert best_threshold(present, [0.5] * 8, 0.1)["threshold"] == 0.5
 
 
@@ -129,9 +129,9 @@ def test_no_other_threshold_within_the_limit_is_better(slices, most):
     chosen = best_threshold(present, likely, most)
 
     def judged(threshold):
-        said = [p >= threshold for p in likely]
-        right = sum(s and t for s, t in zip(said, present, strict=True))
-        wrong = sum(said) - right
+        stated = [p >= threshold for p in likely]
+        right = sum(s and t for s, t in zip(stated, present, strict=True))
+        wrong = sum(stated) - right
         normals = len(present) - sum(present)
         return 2 * right / (right + wrong + sum(present)), wrong / max(normals, 1)
 

@@ -124,21 +124,21 @@ def test_a_frozen_frontend_does_not_change(tmp_path):
     """Cascades and sensitivities stay, the encoder after them changes, and a resumed run has them
     from its start."""
     cascades = replace(config_of(tmp_path, "", 4).codec, encoder_cascades=1)
-    first = replace(config_of(tmp_path, "see", 4, report_weight=0.0), codec=cascades)
+    first = replace(config_of(tmp_path, "first", 4, report_weight=0.0), codec=cascades)
     assert train_reporter(first).finished
-    second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"), freeze_frontend=True)
+    second = config_of(tmp_path, "second", 4, start=str(tmp_path / "first"), freeze_frontend=True)
     run = replace(second.run, checkpoint_interval=2)
     second = replace(second, codec=cascades, run=run)
     assert train_reporter(second).finished
     before, after = (
-        load_reporter(tmp_path / name / "model").model.state_dict() for name in ("see", "tell")
+        load_reporter(tmp_path / name / "model").model.state_dict() for name in ("first", "second")
     )
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[0] for name in moved} == {"encoder", "specialist"}
-    shutil.rmtree(tmp_path / "tell" / "checkpoints" / "step-00000004")
-    shutil.rmtree(tmp_path / "tell" / "model")
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
+    shutil.rmtree(tmp_path / "second" / "model")
     assert train_reporter(second, resume=True).finished
-    again = load_reporter(tmp_path / "tell" / "model").model.state_dict()
+    again = load_reporter(tmp_path / "second" / "model").model.state_dict()
     assert all(torch.equal(again[name], after[name]) for name in after)
 
 
@@ -172,17 +172,17 @@ def test_batches_of_one_draw(tmp_path):
 
 def test_one_run_begins_with_the_weights_of_another(tmp_path):
     """The first has no reports, so the parameters between tokens and backbone stay."""
-    first = config_of(tmp_path, "see", 4, report_weight=0.0)
+    first = config_of(tmp_path, "first", 4, report_weight=0.0)
     assert train_reporter(first).finished
-    lines = (tmp_path / "see" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line).get("report_nats", 0) == 0 for line in lines)
     assert set(json.loads(lines[-1])["valid"]) == {"place_auc", "facts_auc", "facts_side"}
 
-    second = config_of(tmp_path, "tell", 4, start=str(tmp_path / "see"))
+    second = config_of(tmp_path, "second", 4, start=str(tmp_path / "first"))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         task = ReportTask(second, torch.device("cpu"))
-    trained = load_reporter(tmp_path / "see" / "model").model.encoder.state_dict()
+    trained = load_reporter(tmp_path / "first" / "model").model.encoder.state_dict()
     before = {name: x.clone() for name, x in task.heads.codec.encoder.state_dict().items()}
     assert any(not torch.equal(before[name], trained[name]) for name in trained)
     with torch.no_grad():
@@ -196,9 +196,9 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
 
 def test_a_training_begins_with_a_codec(tmp_path):
     """Its encoder is taken; the packaged reporter has another one than here."""
-    first = config_of(tmp_path, "see", 4, report_weight=0.0)
+    first = config_of(tmp_path, "first", 4, report_weight=0.0)
     assert train_reporter(first).finished
-    folder = tmp_path / "see" / "model"
+    folder = tmp_path / "first" / "model"
     trained = load_reporter(folder).model
     task = ReportTask(config_of(tmp_path, "run", 4, start=str(folder)), torch.device("cpu"))
     own = task.heads.codec.specialist.start.detach().clone()
@@ -214,10 +214,10 @@ def test_a_training_begins_with_a_codec(tmp_path):
 
 def test_new_cascades_follow_those_of_the_start(tmp_path):
     """They start as new ones do: they restore the measured columns and change nothing else."""
-    first = config_of(tmp_path, "see", 4, report_weight=0.0)
+    first = config_of(tmp_path, "first", 4, report_weight=0.0)
     first = replace(first, codec=replace(first.codec, encoder_cascades=1))
     assert train_reporter(first).finished
-    folder = tmp_path / "see" / "model"
+    folder = tmp_path / "first" / "model"
     trained = load_reporter(folder).model
     longer = config_of(tmp_path, "run", 4, start=str(folder))
     longer = replace(longer, codec=replace(first.codec, encoder_cascades=3))

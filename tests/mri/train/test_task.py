@@ -283,7 +283,7 @@ def test_wrong_settings_are_named(config, tmp_path, override, message):
 
 
 def test_every_seed_and_micro_batch_draws_other_numbers():
-    """The numbers, not the generators' seeds: of those the CPU's hear 32 bits."""
+    """The numbers, not the generators' seeds: the CPU's generator uses 32 bits of a seed."""
 
     def drawn(seed, micro_batch):
         return tuple(torch.rand(3, generator=micro_batch_generator(seed, micro_batch)).tolist())

@@ -108,7 +108,7 @@ def check_size(path: Path, shape: tuple[int, ...], item_bytes: int) -> None:
 
 
 def check_stored(path: Path, claimed: int, compressed: bool) -> None:
-    """Refuses a file too small to hold the `claimed` bytes that its header speaks of."""
+    """Refuses a file too small to hold the `claimed` bytes of its header."""
     stored = path.stat().st_size
     if claimed > stored * (MAX_COMPRESSION if compressed else 1):
         raise InputError(
