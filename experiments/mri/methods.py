@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from nirvana.mri.codec import CodecConfig
+from nirvana.mri.model.config import CodecConfig
 
 CLASSICAL = ("zero-filled", "sense", "bart-sense", "l1-wavelet", "bart-l1-wavelet")
 

@@ -27,16 +27,19 @@ from experiments.mri.methods import CLASSICAL, CODECS, tiny
 from nirvana.bench.measure import commit
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
-from nirvana.mri.data import SlicePool
+from nirvana.mri.classical.bart import bart_pics
+from nirvana.mri.classical.common import zero_filled
+from nirvana.mri.classical.sigpy import l1_wavelet, sense
+from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.slices import SlicePool
+from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io.scan import UNREADABLE
-from nirvana.mri.metrics import head_mask, score
-from nirvana.mri.model import CodecModel, load_codec, save_codec
-from nirvana.mri.physics import Sampling, calibration_width, fft2c, ifft2c, rss
-from nirvana.mri.settings import MriConfig, MriDataSection, StageSection
-from nirvana.mri.simulate import Simulation, simulate_scan
-from nirvana.mri.toolbox import bart_pics
-from nirvana.mri.train import ReconstructionTask
+from nirvana.mri.model.checkpoint import load_codec, save_codec
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
+from nirvana.mri.physics.masks import Sampling, calibration_width
+from nirvana.mri.train.config import MriConfig, MriDataSection, StageSection
+from nirvana.mri.train.task import ReconstructionTask
 from nirvana.train.config import OptimConfig, RunConfig, to_dict
 from nirvana.train.loop import fit
 from nirvana.train.world import join

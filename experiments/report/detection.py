@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.common.results import Row
-from nirvana.mri.report.score import auc
+from nirvana.mri.reports.score import auc
 from nirvana.statistics import t_interval
 
 LARGE = 10.0  # mm

@@ -1,7 +1,7 @@
 """Reads simulated samples of the test people with the packaged reporter, at its fixed threshold.
 
-    python -m experiments.report.prepare MRI_FOLDER heads.npz
-    python -m experiments.report.packaged heads.npz
+    python -m experiments.report.prepare MRI_FOLDER brain_slices.npz
+    python -m experiments.report.packaged brain_slices.npz
     python -m experiments.report.page
 
 Adds rows of the form of `experiments.report.study` to results.jsonl.xz, one for each sample. On one
@@ -17,9 +17,9 @@ from experiments.common.results import append_rows, read_rows
 from experiments.report.study import CENTER, Cell, Study, batches, of_role, read
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.mri.lesions import SEQUENCES
-from nirvana.mri.report.heads import load_heads
-from nirvana.mri.report.reporter import load_reporter
+from nirvana.mri.anatomy.brain_slices import load_brain_slices
+from nirvana.mri.anatomy.lesions import SEQUENCES
+from nirvana.mri.reports.reporter import load_reporter
 from nirvana.train.world import choose_device
 
 RESULTS = Path(__file__).parent / "results.jsonl.xz"
@@ -29,7 +29,7 @@ SEED = 2  # of the samples
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("experiments.report.packaged", __doc__)
-    parser.add_argument("heads", type=Path)
+    parser.add_argument("brain_slices", type=Path)
     parser.add_argument("--reporter", default=NAME, help="a reporter's folder, for a test")
     parser.add_argument("--acceleration", type=float, choices=[*CENTER], default=4.0)
     parser.add_argument("--samples", type=int, default=640)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--device", default="auto")
     given = parser.parse_args(arguments)
-    check_outputs({"--out": given.out}, [given.heads])
+    check_outputs({"--out": given.out}, [given.brain_slices])
     for name in ("samples", "at_once"):
         if getattr(given, name) < 1:
             option = name.replace("_", "-")
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = [row for row in read_rows(given.out) if row["acceleration"] == cell.acceleration]
     if done:
         raise InputError(f"{given.out} has {len(done)} rows at {cell.acceleration:g}x already")
-    heads = load_heads(given.heads)
-    test = heads.of_subjects(of_role(heads, "test"))
+    brains = load_brain_slices(given.brain_slices)
+    test = brains.of_subjects(of_role(brains, "test"))
     device = choose_device(given.device)
     reporter = load_reporter(given.reporter, device)
     test = test.to(device)

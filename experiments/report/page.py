@@ -34,8 +34,8 @@ from experiments.report.packaged import NAME, RESULTS
 from experiments.report.study_tables import Cells
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.mri.report.grammar import Facts
-from nirvana.mri.report.score import FACTS, best_threshold
+from nirvana.mri.reports.grammar import Facts
+from nirvana.mri.reports.score import FACTS, best_threshold
 from nirvana.statistics import t_interval
 
 HERE = Path(__file__).parent

@@ -26,9 +26,9 @@ from scipy import ndimage
 from experiments.common.program import make_parser
 from nirvana.errors import script
 from nirvana.files import check_outputs
+from nirvana.mri.anatomy.brain_slices import SLAB, join_brain_slices, save_brain_slices, slices_of
+from nirvana.mri.anatomy.lobes import brain_mask, distance, frame_of
 from nirvana.mri.io import read_affine, read_spacing, read_volume
-from nirvana.mri.lobes import brain_mask, distance, frame_of
-from nirvana.mri.report.heads import SLAB, join_heads, save_heads, slices_of
 
 # Heights in mm at which lesions are visible that no mask marks: a malformed cortex around the right
 # Sylvian fissure, and a cavity near the ventricle.
@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 part = slices_of(path, sequence, who, stripped, lesions, without, pitch)
                 print(f"{path.name}, {pitch:+.0f} degrees: {len(part)} slices")
                 parts.append(part)
-    heads = join_heads(parts)
-    save_heads(given.out, heads)
-    print(f"{given.out}: {len(heads)} slices, {given.out.stat().st_size / 1e6:.1f} MB")
+    brains = join_brain_slices(parts)
+    save_brain_slices(given.out, brains)
+    print(f"{given.out}: {len(brains)} slices, {given.out.stat().st_size / 1e6:.1f} MB")
 
 
 def spotted(path: Path, changed: Path) -> list[tuple[float, float]]:

@@ -1,7 +1,7 @@
 """Runs the report study: trains on simulated lesions, reads unseen people in unseen wordings.
 
-    python -m experiments.report.prepare MRI_FOLDER heads.npz
-    python -m experiments.report.study heads.npz OUT
+    python -m experiments.report.prepare MRI_FOLDER brain_slices.npz
+    python -m experiments.report.study brain_slices.npz OUT
     python -m experiments.report.page --study OUT
 
 People are named role/person with the roles train, valid and test. An encoder is trained twice:
@@ -22,18 +22,18 @@ import torch
 
 from experiments.common.program import make_parser
 from nirvana.errors import InputError, script
-from nirvana.files import atomic_file, check_outputs, write_json
-from nirvana.mri.codec import CodecConfig
-from nirvana.mri.lesions import SEQUENCES, LesionSettings
-from nirvana.mri.physics import Sampling
-from nirvana.mri.report.encode import encode
-from nirvana.mri.report.grammar import NORMAL, WORDINGS, Facts, parse
-from nirvana.mri.report.heads import Heads, load_heads
-from nirvana.mri.report.reporter import READING, Reporter, load_reporter, save_reporter
-from nirvana.mri.report.samples import ReportBatch, Scanner, report_batch
-from nirvana.mri.report.score import best_threshold
-from nirvana.mri.report.train import ReportConfig, ReportSection, train_reporter
-from nirvana.mri.simulate import Simulation
+from nirvana.files import atomic_file, write_json
+from nirvana.mri.anatomy.brain_slices import BrainSlices, load_brain_slices
+from nirvana.mri.anatomy.lesions import SEQUENCES, LesionSettings
+from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.physics.masks import Sampling
+from nirvana.mri.reports.encode import encode
+from nirvana.mri.reports.grammar import NORMAL, WORDINGS, Facts, parse
+from nirvana.mri.reports.reporter import MAX_SLICES_AT_ONCE, Reporter, load_reporter, save_reporter
+from nirvana.mri.reports.samples import ReportBatch, Scanner, report_batch
+from nirvana.mri.reports.score import best_threshold
+from nirvana.mri.reports.train import ReportConfig, ReportSection, train_reporter
 from nirvana.seeds import mixed_seed
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.world import choose_device
@@ -86,7 +86,7 @@ TOY = Study(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("experiments.report.study", __doc__)
-    parser.add_argument("heads", type=Path)
+    parser.add_argument("brain_slices", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbones", nargs="+", default=[CodecConfig().backbone])
     parser.add_argument("--weights", default=CodecConfig().weights)
@@ -100,12 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--{name}", type=type(size.default), help=f"{size.default} if not given"
         )
     given = parser.parse_args(arguments)
-    sizes = {size.name: getattr(given, size.name) for size in fields(Study)}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    study = replace(TOY if given.toy else Study(), **sizes)
-    written = {f"OUT ({name})": given.out / name for name in ("rows", "shown", "study.json")}
-    check_outputs(written, [given.heads, given.weights, given.start or None])
-    heads = load_heads(given.heads)
+    asked = {size.name: getattr(given, size.name) for size in fields(Study)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    study = replace(TOY if given.toy else Study(), **asked)
+    brains = load_brain_slices(given.brain_slices)
     first = Path(given.backbones[0]).name
     write_json(given.out / "study.json", {"model": first, "start": given.start, **vars(study)})
     for name, backbone, cascades in models(given.backbones, study):
@@ -114,11 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (folder / "model" / "report.json").is_file():
                 continue
             start = given.start if seeing else str(seen)
-            config = config_of(study, given, heads, folder, seeing, start, backbone, cascades)
+            config = config_of(study, given, brains, folder, seeing, start, backbone, cascades)
             outcome = train_reporter(config, resume=True)
             if not outcome.finished:
                 return  # interrupted; the next call continues
-        evaluate(study, heads, given.out, name, choose_device(given.device), name != first)
+        evaluate(study, brains, given.out, name, choose_device(given.device), name != first)
 
 
 def models(backbones: list[str], study: Study) -> Iterator[tuple[str, str, int]]:
@@ -132,7 +130,7 @@ def models(backbones: list[str], study: Study) -> Iterator[tuple[str, str, int]]
 def config_of(
     study: Study,
     given: argparse.Namespace,
-    heads: Heads,
+    brains: BrainSlices,
     folder: Path,
     seeing: bool,
     start: str,
@@ -145,20 +143,20 @@ def config_of(
     lr = study.see_lr if seeing else study.tell_lr
     return ReportConfig(
         data=ReportSection(
-            heads=str(given.heads),
-            subjects=of_role(heads, "train"),
+            brain_slices=str(given.brain_slices),
+            subjects=of_role(brains, "train"),
             batch_size=study.batch_size,
             coils=study.coils,
             accelerations=list(TRAINED),
             center_fractions=[CENTER[each] for each in TRAINED],
             wordings=list(SEEN),
             reuse=32,
-            words_weight=0.0 if seeing else 1.0,
+            report_weight=0.0 if seeing else 1.0,
             place_weight=study.place_weight,
             image_weight=10.0 if cascades else 0.0,
-            keep_image=not seeing,
+            freeze_frontend=not seeing,
             start=start,
-            valid=of_role(heads, "valid"),
+            valid=of_role(brains, "valid"),
             valid_slices=min(256, study.samples),
         ),
         run=RunConfig(
@@ -187,16 +185,16 @@ def config_of(
     )
 
 
-def of_role(heads: Heads, role: str) -> list[str]:
-    """The people of a role."""
-    names = [name for name in heads.names if name.startswith(f"{role}/")]
+def of_role(brains: BrainSlices, role: str) -> list[str]:
+    """The persons of a role."""
+    names = [name for name in brains.names if name.startswith(f"{role}/")]
     if not names:
         raise InputError(f"nobody in the data has the role {role}")
     return names
 
 
 def evaluate(
-    study: Study, heads: Heads, out: Path, name: str, device: torch.device, few: bool
+    study: Study, brains: BrainSlices, out: Path, name: str, device: torch.device, few: bool
 ) -> None:
     """Reads all cells of a model whose files are missing."""
     folder, kept = out / name / "reporter", out / name / "validation.json"
@@ -204,13 +202,13 @@ def evaluate(
         # The saved reporter is scored, in half precision.
         save_reporter(load_reporter(out / name / "tell" / "model"), folder, torch.float16)
         reporter = load_reporter(folder, device)
-        valid = heads.of_subjects(of_role(heads, "valid")).to(device)
+        valid = brains.of_subjects(of_role(brains, "valid")).to(device)
         write_json(kept, validated(study, reporter, valid))
     reporter, validation = load_reporter(folder, device), json.loads(kept.read_text())
     threshold = thresholds(validation, study.hallucinated)
     reporter.threshold, reporter.mirrored = threshold[f"wording {SEEN[0]}"], True
     save_reporter(reporter, folder, torch.float16)
-    test = heads.of_subjects(of_role(heads, "test")).to(device)
+    test = brains.of_subjects(of_role(brains, "test")).to(device)
     for cell in cells(few):
         path = out / "rows" / f"{name}.{cell.name}.jsonl"
         if path.is_file():
@@ -269,7 +267,12 @@ def cells(few: bool) -> list[Cell]:
 
 
 def batches(
-    study: Study, heads: Heads, acceleration: float, count: int, seed: int, contrast: float = 0.0
+    study: Study,
+    brains: BrainSlices,
+    acceleration: float,
+    count: int,
+    seed: int,
+    contrast: float = 0.0,
 ) -> Iterator[ReportBatch]:
     """`count` samples: the same slices, lesions, coils and noise for every acceleration."""
     lesions = LesionSettings()
@@ -277,11 +280,11 @@ def batches(
         lesions = LesionSettings(normal_share=0.0, contrast=(contrast, contrast), size=(4.0, 40.0))
     sampling = Sampling("equispaced", acceleration, CENTER[acceleration])
     scanner = Scanner(sampling, SIMULATION, study.coils)
-    step = min(READING, study.batch_size)
+    step = min(MAX_SLICES_AT_ONCE, study.batch_size)
     for first in range(0, count, step):
         generator = torch.Generator().manual_seed(mixed_seed(seed, first))
         size = min(step, count - first)
-        yield report_batch(heads, size, generator, scanner, lesions, SEEN, vary=False)
+        yield report_batch(brains, size, generator, scanner, lesions, SEEN, vary=False)
 
 
 def read(reporter: Reporter, batch: ReportBatch, cell: Cell) -> Iterator[dict[str, Any]]:
@@ -324,13 +327,13 @@ def parsed(text: str) -> Facts | None:
         return None
 
 
-def validated(study: Study, reporter: Reporter, heads: Heads) -> dict[str, Any]:
-    """Of the validation samples at 4x: whether there is a finding (`present`), and its probability
-    in each way of reading (`finding`)."""
+def validated(study: Study, reporter: Reporter, brains: BrainSlices) -> dict[str, Any]:
+    """Of the validation's samples at 4x, whether there is a finding (`present`), and its
+    probability in each way of reading (`finding`)."""
     ways = {cell.way: cell for cell in cells(few=False)}
     present: list[bool] = []
     finding: dict[str, list[float]] = {way: [] for way in ways}
-    for batch in batches(study, heads, 4.0, study.samples, 1):
+    for batch in batches(study, brains, 4.0, study.samples, 1):
         with torch.inference_mode():
             tokens, _ = encode(reporter.model, *batch.inputs, mirrored=True)
         for way, cell in ways.items():

@@ -9,8 +9,8 @@ from typing import Any
 from experiments.common.results import Row
 from experiments.common.tables import table
 from experiments.report.detection import large, show_people
-from nirvana.mri.report.grammar import NORMAL, Facts, parse, write
-from nirvana.mri.report.score import (
+from nirvana.mri.reports.grammar import NORMAL, Facts, parse, write
+from nirvana.mri.reports.score import (
     FACTS,
     best_threshold,
     flat,

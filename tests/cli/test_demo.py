@@ -10,8 +10,8 @@ import pytest
 from nirvana import cli
 from nirvana.cli.demo import BYTES_PER_TEXT, found_texts
 from nirvana.model.config import preset
-from nirvana.mri.report.grammar import parse
-from nirvana.mri.report.score import auc
+from nirvana.mri.reports.grammar import parse
+from nirvana.mri.reports.score import auc
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from typer.testing import CliRunner, Result
 
 from nirvana.cli import mri
 from nirvana.errors import InputError
-from nirvana.mri.baselines import zero_filled
+from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.io import Scan, read_scan, write_scan
-from nirvana.mri.physics import sampling_mask
+from nirvana.mri.physics.masks import sampling_mask
+from nirvana.mri.pipeline import RESULT_FILES
 
 
 class ZeroFilledModel:
@@ -79,7 +80,7 @@ def test_a_full_scan_is_undersampled_reconstructed_and_scored(
     out = tmp_path / "out"
     copy = tmp_path / "copy.json"
     result = _run("reconstruct", str(full_scan), "--out", str(out), "--json", str(copy))
-    assert sorted(file.name for file in out.iterdir()) == sorted(mri.RESULTS)
+    assert sorted(file.name for file in out.iterdir()) == sorted(RESULT_FILES)
     report = json.loads((out / "metrics.json").read_text())
     assert report == json.loads(copy.read_text())
     mask = sampling_mask("equispaced", 128, 4, 0.08, seed=0)
@@ -105,7 +106,7 @@ def test_the_mask_of_an_undersampled_scan_is_found(full_scan: Path, tmp_path: Pa
         *("reconstruct", str(tmp_path / "thin.h5"), "--out", str(out), "--json", str(facts)),
         "--no-wavelet",
     )
-    assert sorted(file.name for file in out.iterdir()) == sorted(mri.RESULTS)
+    assert sorted(file.name for file in out.iterdir()) == sorted(RESULT_FILES)
     mask = sampling_mask("random", 128, 4, 0.08, seed=3)
     report = json.loads(facts.read_text())
     assert report["columns"] == mask.nonzero().flatten().tolist()
@@ -125,7 +126,7 @@ def test_a_folder_of_scans_and_volumes_is_reconstructed(
     _run("reconstruct", str(folder), "--out", str(out), "--no-wavelet", "--seed", "5")
     assert sorted(file.name for file in out.iterdir()) == ["a", "b_thin", "metrics.json"]
     for name in ("a", "b_thin"):
-        assert sorted(file.name for file in (out / name).iterdir()) == sorted(mri.RESULTS)
+        assert sorted(file.name for file in (out / name).iterdir()) == sorted(RESULT_FILES)
     whole = json.loads((out / "metrics.json").read_text())
     alone = [json.loads((out / name / "metrics.json").read_text()) for name in ("a", "b_thin")]
     assert whole == {"scans": alone, "summary": None}
@@ -231,9 +232,9 @@ def test_a_folder_with_other_things_is_not_replaced(full_scan: Path, tmp_path: P
 
 
 def test_train_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    import nirvana.mri.train
+    from nirvana.mri.train import task
 
     calls = []
-    monkeypatch.setattr(nirvana.mri.train, "train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(task, "train", lambda *arguments: calls.append(arguments))
     _run("train", "codec.toml", "--optim.lr", "1e-3", "--resume")
     assert calls == [(Path("codec.toml"), ["--optim.lr", "1e-3"], True, False)]

@@ -12,14 +12,15 @@ from nibabel.testing import data_path
 from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mri"))
-from report_codec import small_backbone, small_config
+from small_codec import small_backbone, small_config
 
 from nirvana import InputError
-from nirvana.cli import mri, report
+from nirvana.cli import mri
 from nirvana.model.backbone import load_backbone
-from nirvana.mri.model import CodecModel
-from nirvana.mri.report.grammar import parse
-from nirvana.mri.report.reporter import DISCLAIMER, Reporter, save_reporter
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.reports.grammar import parse
+from nirvana.mri.reports.reporter import DISCLAIMER, Reporter, save_reporter
+from nirvana.mri.reports.scan_report import RESULT_FILES
 
 
 def run(*arguments: object) -> Result:
@@ -52,7 +53,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_volume_is_scanned_and_reported(codec: Path, volume: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(volume, "--codec", codec, "--out", out, "--coils", 2)
-    assert sorted(file.name for file in out.iterdir()) == sorted(report.RESULTS)
+    assert sorted(file.name for file in out.iterdir()) == sorted(RESULT_FILES)
     described = json.loads((out / "report.json").read_text())
     assert described["note"] == DISCLAIMER
     assert described["orientation"] == "of the scan"
@@ -112,7 +113,7 @@ def test_a_scan_that_does_not_tell_its_orientation_is_said_to(
     with h5py.File(scan, "r+") as file:
         del file.attrs["affine"]
     result = run(scan, "--codec", codec, "--out", tmp_path / "out", "--slice", 1)
-    assert "does not say how the patient lay" in result.stdout
+    assert "does not state the patient's position" in result.stdout
     described = json.loads((tmp_path / "out" / "report.json").read_text())
     assert described["orientation"] == "assumed radiological"
 

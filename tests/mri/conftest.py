@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the writer of ISMRMRD files
+sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this file
 
 
 @pytest.fixture(scope="session")
 def example4d() -> Path:
-    """The example series that nibabel ships: one head, 24 slices of 96 x 128."""
+    """The example series that nibabel ships: one subject, 24 slices of 96 x 128."""
     from nibabel.testing import data_path
 
     return Path(data_path) / "example4d.nii.gz"
@@ -19,7 +19,7 @@ def example4d() -> Path:
 
 @pytest.fixture(scope="session")
 def head_slices(example4d: Path) -> np.ndarray:
-    """Four slices through that head, `[4, 96, 128]` in 0..1."""
+    """Four slices of that subject, `[4, 96, 128]` in 0..1."""
     from nirvana.mri.io import read_volume
 
     return read_volume(example4d)[6:22:4]

@@ -132,26 +132,29 @@ def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[s
 
 
 def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
-    """Scores of every method on nibabel's example volume, and what writes the pictures."""
-    from nirvana.cli.mri import (
+    """Scores of every method on nibabel's example volume, and a function that writes the
+    pictures."""
+    from nirvana.cli.mri import progress_bars, slice_counters
+    from nirvana.mri.data.scans import target_of, undersample_scan
+    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.evaluate.compare import run_methods, score_rows
+    from nirvana.mri.evaluate.tables import FORMATS, rows_table
+    from nirvana.mri.io import write_reconstruction
+    from nirvana.mri.model.checkpoint import load_codec
+    from nirvana.mri.physics.masks import Sampling
+    from nirvana.mri.pipeline import (
         NIRVANA,
         WAVELET,
         ZERO_FILLED,
-        comparison,
+        comparison_methods,
         draw_middle,
-        progress_bars,
-        simulated,
+        simulate_volume,
     )
-    from nirvana.mri import evaluate as ev
-    from nirvana.mri.io import write_reconstruction
-    from nirvana.mri.model import load_codec
-    from nirvana.mri.physics import Sampling
-    from nirvana.mri.simulate import Simulation
 
     settings = Simulation(num_coils=8, noise=(NOISE, NOISE))
-    scan = simulated(_volume(), settings, SEED)
+    scan = simulate_volume(_volume(), settings, SEED)
     sampling = Sampling("equispaced", acceleration=4, center_fraction=0.08)
-    kspace, mask = ev.undersample(scan, sampling, SEED)
+    kspace, mask = undersample_scan(scan, sampling, SEED)
     slices, coils, rows, columns = kspace.shape
     sampled = float(mask.float().mean())
     console.print(
@@ -159,11 +162,12 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
         f"noise {NOISE:.1%}, equispaced 4x, {sampled:.1%} of columns sampled"
     )
     with progress_bars() as progress:
-        methods = comparison({NIRVANA: load_codec()}, True, progress, scan.name, slices)
-        results = ev.run_methods(kspace, mask, methods)
-    target = ev.target_of(scan)
-    table = ev.score_rows(target, results, volume=scan.name, sampled=sampled)
-    console.print(ev.rows_table(table))
+        counters = slice_counters(progress, scan.name, slices)
+        methods = comparison_methods({NIRVANA: load_codec()}, counters)
+        results = run_methods(kspace, mask, methods)
+    target = target_of(scan)
+    table = score_rows(target, results, volume=scan.name, sampled=sampled)
+    console.print(rows_table(table))
 
     def write_images(folder: Path) -> None:
         images = {name: volume for name, (volume, _) in results.items()}
@@ -174,37 +178,38 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
 
     names = {ZERO_FILLED: "zero_filled", WAVELET: "wavelet", NIRVANA: "nirvana"}
     figures = {
-        names[row["method"]]: {name: float(row[name]) for name in ev.FORMATS if name in row}
+        names[row["method"]]: {name: float(row[name]) for name in FORMATS if name in row}
         for row in table
     }
     return figures, write_images
 
 
 def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
-    """What is said of slices of the same volume, some of which get a lesion before they are
-    scanned, and what writes the picture of one."""
+    """Reports of slices of the same volume, to some of which a lesion is added before they are
+    scanned, and a function that writes the picture of one."""
     import torch
 
     from nirvana.model.assets import packaged
-    from nirvana.mri.lesions import LesionSettings
-    from nirvana.mri.physics import Sampling, rss
-    from nirvana.mri.report.encode import encode
-    from nirvana.mri.report.figure import report_panel
-    from nirvana.mri.report.grammar import write
-    from nirvana.mri.report.heads import slices_of
-    from nirvana.mri.report.place import within
-    from nirvana.mri.report.reporter import DISCLAIMER, load_reporter
-    from nirvana.mri.report.samples import Scanner, report_batch
-    from nirvana.mri.simulate import Simulation
+    from nirvana.mri.anatomy.brain_slices import slices_of
+    from nirvana.mri.anatomy.lesions import LesionSettings
+    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.physics.fourier import rss
+    from nirvana.mri.physics.masks import Sampling
+    from nirvana.mri.reports.encode import encode
+    from nirvana.mri.reports.figure import report_panel
+    from nirvana.mri.reports.grammar import write
+    from nirvana.mri.reports.localize import region_in
+    from nirvana.mri.reports.reporter import DISCLAIMER, load_reporter
+    from nirvana.mri.reports.samples import Scanner, report_batch
 
     reporter = load_reporter(packaged("reporter"))
     # Fluid is bright in echo-planar images, too.
-    heads = slices_of(_volume(), "T2", "demo", above=ABOVE)
+    slices = slices_of(_volume(), "T2", "demo", above=ABOVE)
     scanner = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(NOISE, NOISE)), 8)
     generator = torch.Generator().manual_seed(SEED)
     lesions = LesionSettings(size=LESIONS)
     wording = reporter.wording
-    batch = report_batch(heads, REPORTS, generator, scanner, lesions, [wording], vary=False)
+    batch = report_batch(slices, REPORTS, generator, scanner, lesions, [wording], vary=False)
     with torch.inference_mode():
         tokens, images = encode(reporter.model, *batch.inputs, mirrored=reporter.mirrored)
     readings = reporter.read(tokens)
@@ -219,9 +224,9 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
     console.print(DISCLAIMER)
 
     shown = next(i for i, facts in enumerate(batch.facts) if facts.finding)
-    view = heads.views(batch.index[shown : shown + 1], generator, vary=False)
+    view = slices.views(batch.index[shown : shown + 1], generator, vary=False)
     brain = (view.depth[0] > 0).numpy()
-    marked = within(view.u[0], view.v[0], view.w[0], brain, readings[shown].facts)
+    marked = region_in(view.u[0], view.v[0], view.w[0], brain, readings[shown].facts)
     title = f"simulated: {write(batch.facts[shown], wording)}"
 
     def write_report(folder: Path) -> None:

@@ -1,10 +1,11 @@
-"""`nirvana mri report`: what a codec that learned from reports says about a scan."""
+"""`nirvana mri report`: reports of a scan's slices by a codec that was trained on reports."""
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import Progress
 
 from nirvana.cli.console import SEEDS
 from nirvana.cli.mri import (
@@ -15,21 +16,15 @@ from nirvana.cli.mri import (
     DeviceOption,
     KindOption,
     NoiseOption,
-    Prepared,
-    prepared_scan,
     progress_bars,
+    sampling_of,
+    simulation_of,
 )
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, check_outputs, replaceable_folder, write_json
+from nirvana.files import check_outputs, replaceable_folder
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from nirvana.mri.report.encode import View
-    from nirvana.mri.report.reporter import Reading, Reporter
-
-RESULTS = ("panel.png", "report.json", "report.txt")
+    from nirvana.mri.pipeline import SliceCounter
 
 
 def report(
@@ -73,10 +68,10 @@ def report(
     """
     from nirvana.model.assets import packaged
     from nirvana.mri.io import files_of
-    from nirvana.mri.report.encode import view_of
-    from nirvana.mri.report.figure import report_panel
-    from nirvana.mri.report.place import find_brain, place, readable
-    from nirvana.mri.report.reporter import DISCLAIMER, load_reporter
+    from nirvana.mri.pipeline import prepare, prepare_images
+    from nirvana.mri.reports.encode import view_of
+    from nirvana.mri.reports.reporter import load_reporter
+    from nirvana.mri.reports.scan_report import RESULT_FILES, read_slices, write_scan_report
     from nirvana.train.world import choose_device
 
     if batch_size < 1:
@@ -84,120 +79,38 @@ def report(
     if every and slice_number:
         raise InputError(f"--every reads all slices, --slice {slice_number} one; give one of them")
     check_outputs({"--out": out}, [*files_of([scan]), codec or packaged("reporter")])
-    out = replaceable_folder(out, RESULTS)
+    out = replaceable_folder(out, RESULT_FILES)
     if image:
-        given = _as_scan(scan)
+        given = prepare_images(scan)
     else:
-        given = prepared_scan(scan, kind, acceleration, center_fraction, coils, noise, seed)
+        sampling = sampling_of(kind, acceleration, center_fraction)
+        given = prepare(scan, simulation_of(coils, noise), sampling, seed)
     view = view_of(given.scan)
-    slices = len(given.kspace)
-    if not 0 <= slice_number <= slices:
-        raise InputError(f"--slice {slice_number} must be 1 to {slices}, or 0 for many")
+    count = len(given.kspace)
+    if not 0 <= slice_number <= count:
+        raise InputError(f"--slice {slice_number} must be 1 to {count}, or 0 for many")
+    slices = [slice_number - 1] if slice_number else range(count) if every else None
     reporter = load_reporter(codec or packaged("reporter"), choose_device(device))
-    tokens, volume = _encoded(reporter, given, view, batch_size)
-    brain = find_brain(volume, view.spacing[0], stripped)
-    if slice_number:
-        wanted = [slice_number - 1]
-    else:
-        wanted = list(range(slices)) if every else readable(brain, slices)
-    readings = _read(reporter, tokens, wanted)
-    chosen = max(readings, key=lambda number: readings[number].finding)
-    reading = readings[chosen]
-    marked = None if brain is None else place(brain, chosen, reading.facts)
-    text = _text(readings, slices, DISCLAIMER)
-    with atomic_folder(out) as folder:
-        (folder / "report.txt").write_text(text, encoding="utf-8")
-        title = f"{given.scan.name}, slice {chosen + 1}, {_sampled(given)} of columns sampled"
-        report_panel(folder / "panel.png", volume[chosen], reading, marked, title)
-        described = _described(scan, codec, given, view, readings, chosen, marked is not None)
-        asked = {"image": image, "stripped": stripped, "note": DISCLAIMER}
-        write_json(folder / "report.json", {**described, **asked})
-    if not view.known:
-        print("the scan does not say how the patient lay: sides assume radiological pictures")
-    print(text, end="")
-    print(f"{out}: {', '.join(RESULTS)}")
-
-
-def _as_scan(path: Path) -> Prepared:
-    """A reconstruction as a fully sampled scan of one even coil."""
-    import torch
-
-    from nirvana.mri.io import Scan, is_volume, read_affine, read_spacing, read_volume
-    from nirvana.mri.physics import fft2c
-
-    if not is_volume(path):
-        raise InputError(f"--image takes a volume (.nii, .nii.gz, .npy), not {path}")
-    images = torch.from_numpy(read_volume(path).copy())
-    kspace = fft2c(images[:, None].to(torch.complex64))
-    scan = Scan(kspace.numpy(), None, None, path.name.split(".")[0], read_spacing(path))
-    scan = replace(scan, affine=read_affine(path))
-    mask = torch.ones(kspace.shape[-1], dtype=torch.bool)
-    return Prepared(path, scan, kspace, mask, None, None)
-
-
-def _encoded(
-    reporter: "Reporter", given: Prepared, view: "View", batch_size: int
-) -> "tuple[Tensor, np.ndarray]":
-    """Tokens `[slices, N, D]` and pictures `[slices, H, W]` of a scan."""
-    import torch
-
-    from nirvana.mri.report.encode import encode_scan
-
-    with progress_bars() as progress:
-        task = progress.add_task(f"{given.scan.name}: images", total=len(given.kspace))
-        parts = encode_scan(
-            *(reporter, given.kspace, given.mask, view, batch_size),
-            progress=lambda count: progress.advance(task, count),
+    with progress_bars() as bars:
+        found = read_slices(
+            *(reporter, given.kspace, given.mask, view, slices),
+            stripped=stripped,
+            batch_size=batch_size,
+            progress=_counters(bars, given.scan.name),
         )
-        tokens, pictures = zip(*parts, strict=True)
-    return torch.cat(tokens), torch.cat(pictures).numpy()
+    name = "the packaged reporter" if codec is None else str(codec)
+    write_scan_report(found, out, given, name, image=image, stripped=stripped)
+    if not view.known:
+        print("the scan does not state the patient's position: radiological images are assumed")
+    print(found.text, end="")
+    print(f"{out}: {', '.join(RESULT_FILES)}")
 
 
-def _read(reporter: "Reporter", tokens: "Tensor", wanted: list[int]) -> "dict[int, Reading]":
-    """Readings of some slices."""
-    from nirvana.mri.report.reporter import READING
+def _counters(bars: Progress, name: str) -> Callable[[str, int], "SliceCounter"]:
+    """A line of progress for each part of the work on a scan."""
 
-    readings: dict[int, Reading] = {}
-    with progress_bars() as progress:
-        task = progress.add_task("reports", total=len(wanted))
-        for first in range(0, len(wanted), READING):
-            part = wanted[first : first + READING]
-            readings |= zip(part, reporter.read(tokens[part]), strict=True)
-            progress.advance(task, len(part))
-    return readings
+    def counter(part: str, total: int) -> "SliceCounter":
+        task = bars.add_task(f"{name}: {part}", total=total)
+        return lambda done: bars.advance(task, done)
 
-
-def _text(readings: "dict[int, Reading]", slices: int, note: str) -> str:
-    lines = [f"Slice {number + 1}: {reading.text}" for number, reading in readings.items()]
-    if len(readings) < slices:
-        lines.append(f"{len(readings)} of {slices} slices were read.")
-    return "\n".join([*lines, note]) + "\n"
-
-
-def _sampled(given: Prepared) -> str:
-    return f"{float(given.mask.float().mean()):.1%}"
-
-
-def _described(
-    path: Path,
-    codec: Path | None,
-    given: Prepared,
-    view: "View",
-    readings: "dict[int, Reading]",
-    chosen: int,
-    marked: bool,
-) -> dict[str, Any]:
-    """What report.json says."""
-    return {
-        "scan": str(path),
-        "codec": "the packaged reporter" if codec is None else str(codec),
-        "mask": given.drawn,
-        "sampled": float(given.mask.float().mean()),
-        "slices_of_scan": len(given.kspace),
-        "orientation": "of the scan" if view.known else "assumed radiological",
-        "sides": "the patient's",
-        "panel": {"slice": chosen + 1, "place_marked": marked},
-        "slices": [
-            {"slice": number + 1, **reading.to_dict()} for number, reading in readings.items()
-        ],
-    }
+    return counter

@@ -1,7 +1,7 @@
 """Scans and volumes on disk: k-space and image volumes in, reconstructions out.
 
-Everything a reader hands out was checked: shape and size from the header before anything is read,
-then that the numbers are finite and not all zero. What is wrong is told in one line (`InputError`).
+Readers check shape and size by the header before they read any data, then that the numbers are
+finite and not all zero. They raise an `InputError` of one line otherwise.
 """
 
 from collections.abc import Iterable, Iterator
@@ -81,7 +81,7 @@ def files_of(paths: Iterable[Path]) -> Iterator[Path]:
 def find_scans(path: str | Path) -> list[Path]:
     """The scans and volumes that a path names: itself, or those in a folder, by name.
 
-    Subfolders are not looked into. Of a pair of BART's, the `.cfl` stands for both.
+    Subfolders are not searched. Of a pair of BART's files, the `.cfl` stands for both.
 
     Raises:
         InputError: the path is missing, or a folder that holds none.

@@ -42,7 +42,7 @@ def read_bart(path: Path) -> Scan:
     check_size(header, shape, 8)
     expected, found = 8 * int(np.prod(shape, dtype=object)), data.stat().st_size
     if found != expected:
-        raise InputError(f"{data} has {found} bytes; its header asks for {expected}")
+        raise InputError(f"{data} has {found} bytes; its header requires {expected}")
     try:
         values = read_cfl(data, shape)
     except (OSError, ValueError) as error:
@@ -67,7 +67,7 @@ def write_cfl(data: Path, values: np.ndarray) -> None:
 
 
 def _dimensions(header: Path) -> list[int]:
-    """All 16 of them; those that the file leaves out are 1."""
+    """All 16 dimensions; those that the file leaves out are 1."""
     try:
         with open(header, "rb") as handle:
             lines = handle.read(MAX_HEADER).decode("ascii").splitlines()

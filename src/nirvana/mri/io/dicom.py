@@ -10,7 +10,7 @@ from nirvana.mri.io.geometry import LPS_TO_RAS, spacing_of
 from nirvana.mri.io.scan import Scan
 
 LARGEST = 2**16 - 1
-# Right angles to within what DICOM's decimal strings can say.
+# Right angles to within the precision of DICOM's decimal strings.
 RIGHT_ANGLE = 1e-4
 
 
@@ -20,7 +20,7 @@ def write_dicom(folder: Path, volume: np.ndarray, scan: Scan, description: str) 
     Pixels are 16 bits; pixel x RescaleSlope is the value, to half a step of the volume's maximum
     over 65535. Where the scan has an affine, each is an MR image with position, orientation and
     spacing in the patient; where it has none, or its rows and columns are not at right angles, a
-    secondary capture, which claims no place in the patient. The same volume of the same scan gets
+    secondary capture, which has no position in the patient. The same volume of the same scan gets
     the same identifiers.
 
     Args:
@@ -52,7 +52,7 @@ def write_dicom(folder: Path, volume: np.ndarray, scan: Scan, description: str) 
 
 
 def is_placed(scan: Scan) -> bool:
-    """Whether DICOM can say where the scan's voxels lie."""
+    """Whether DICOM can express the positions of the scan's voxels."""
     if scan.affine is None:
         return False
     _, rows, columns = (scan.affine[:3, :3] / np.linalg.norm(scan.affine[:3, :3], axis=0)).T
@@ -60,7 +60,7 @@ def is_placed(scan: Scan) -> bool:
 
 
 def _image(picture: np.ndarray, slope: float, scan: Scan, description: str) -> Any:
-    """A slice without identifiers and place."""
+    """A slice without identifiers and position."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, SecondaryCaptureImageStorage
 
@@ -74,7 +74,7 @@ def _image(picture: np.ndarray, slope: float, scan: Scan, description: str) -> A
     image.ImageType = ["DERIVED", "SECONDARY"]
     image.Modality = "MR"
     if is_placed(scan):
-        # What the scan's file does not tell is there, and empty or "research", as DICOM asks.
+        # DICOM requires these; what the scan's file does not contain is empty or "research".
         image.ScanningSequence, image.SequenceVariant, image.ScanOptions = "RM", "NONE", ""
         image.MRAcquisitionType, image.EchoTime, image.EchoTrainLength = "2D", None, None
         image.RepetitionTime = None
@@ -100,7 +100,7 @@ def _image(picture: np.ndarray, slope: float, scan: Scan, description: str) -> A
 
 
 def _place(image: Any, scan: Scan, number: int) -> None:
-    """Spacing where it is known, position and orientation where they are."""
+    """Adds the spacing, the position and the orientation that are known."""
     spacing = scan.spacing if scan.affine is None else spacing_of(scan.affine)
     if spacing is not None:
         slices, rows, columns = spacing

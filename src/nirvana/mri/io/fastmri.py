@@ -1,4 +1,4 @@
-"""fastMRI's HDF5, in and out."""
+"""Reads and writes fastMRI's HDF5."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_file, writable_file
-from nirvana.mri.io import hdf5
 from nirvana.mri.io.geometry import is_affine, spacing_of
+from nirvana.mri.io.hdf5 import dataset, open_hdf5, text
 from nirvana.mri.io.header import parse_header
 from nirvana.mri.io.scan import Scan, Spacing, check_size, checked_kspace
 
@@ -23,11 +23,11 @@ def scan_of(file: Any, path: Path) -> Scan:
         InputError: its contents are no such scan.
     """
     kspace = _kspace(file, path)
-    targets = ((hdf5.dataset(file, key, path), key) for key in TARGETS)
+    targets = ((dataset(file, key, path), key) for key in TARGETS)
     target = next(
         (_target(x, key, path, kspace.shape) for x, key in targets if x is not None), None
     )
-    header = hdf5.text(file, "ismrmrd_header", path)
+    header = text(file, "ismrmrd_header", path)
     affine = _attribute(file, "affine", (4, 4), path)
     if affine is not None and not is_affine(affine):
         raise InputError(f"{path}: its attribute 'affine' {affine.tolist()} places no voxels")
@@ -43,7 +43,7 @@ def scan_of(file: Any, path: Path) -> Scan:
 
 
 def _kspace(file: Any, path: Path) -> np.ndarray:
-    found = hdf5.dataset(file, "kspace", path)
+    found = dataset(file, "kspace", path)
     if found is None:
         names = ", ".join(sorted(file)) or "nothing"
         raise InputError(f"{path} has no dataset 'kspace'; it holds {names}")
@@ -68,7 +68,7 @@ def _read(found: Any, dtype: Any) -> np.ndarray:
 
 
 def _mask(file: Any, path: Path, width: int) -> np.ndarray | None:
-    found = hdf5.dataset(file, "mask", path)
+    found = dataset(file, "mask", path)
     if found is None:
         return None
     if found.dtype.kind not in "biuf":
@@ -108,7 +108,7 @@ def _name(file: Any, path: Path) -> str:
 def _spacing(
     file: Any, path: Path, affine: np.ndarray | None, header: str | None, height: int
 ) -> Spacing | None:
-    """From our own attributes, else from the header that fastMRI's files carry."""
+    """The spacing by nirvana's own attributes, else by the header of fastMRI's files."""
     own = _attribute(file, "spacing_mm", (3,), path)
     if own is not None:
         if not (own > 0).all():
@@ -140,8 +140,8 @@ def write_scan(path: str | Path, scan: Scan, **attributes: str | float) -> None:
 
     Args:
         path: the file.
-        scan: what to write; without a header of its own it gets a minimal ISMRMRD one.
-        attributes: further attributes of the file, e.g. the seed of a simulation.
+        scan: the scan; without a header of its own it gets a minimal ISMRMRD header.
+        **attributes: further attributes of the file, e.g. the seed of a simulation.
     """
     import h5py
 
@@ -169,7 +169,7 @@ def require_simulated(path: Path) -> None:
     if not writable_file(path).exists():
         return
     try:
-        with hdf5.open_hdf5(path) as file:
+        with open_hdf5(path) as file:
             simulated = SIMULATION_SEED in file.attrs
     except InputError:
         simulated = False
@@ -184,15 +184,15 @@ def write_reconstruction(
 
     Dataset `reconstruction` float32 `[slices, H, W]` on the scale of the k-space's own images,
     `mask` bool `[W]`; attributes `name`, `spacing_mm` (slices, rows, columns) and `affine` (see
-    `Scan`) where known, `sampled` (share of columns), `acceleration` (its inverse) and those handed
-    in.
+    `Scan`) where known, `sampled` (share of columns), `acceleration` (its inverse) and
+    `attributes`.
 
     Args:
         path: the file.
         volume: real `[slices, H, W]`.
-        scan: what it was reconstructed from.
+        scan: that was reconstructed.
         mask: bool `[W]`, the columns that were used.
-        attributes: further attributes, e.g. the method's name.
+        **attributes: further attributes, e.g. the method's name.
     """
     import h5py
 
@@ -215,7 +215,7 @@ def _write_attributes(file: Any, scan: Scan, attributes: dict[str, str | float])
 
 
 def _ismrmrd_header(scan: Scan) -> str:
-    """The fields of an ISMRMRD header that fastMRI's loader asks for: matrix sizes and limits."""
+    """The fields of an ISMRMRD header that fastMRI's loader reads: matrix sizes and limits."""
     slices, coils, height, width = scan.kspace.shape
     rows, columns = (height, width) if scan.target is None else scan.target.shape[-2:]
     thickness, row, column = scan.spacing or (1.0, 1.0, 1.0)

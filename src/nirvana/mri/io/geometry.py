@@ -1,8 +1,8 @@
-"""Where the voxels of a volume lie in the patient.
+"""Positions of a volume's voxels in the patient.
 
-An affine is float64 `[4, 4]` and takes the index (slice, row, column) of a `[slices, H, W]` volume
+An affine is float64 `[4, 4]` and maps the index (slice, row, column) of a `[slices, H, W]` volume
 to mm to the patient's right, front and top (RAS+, NIfTI's axes). DICOM's and ISMRMRD's axes, LPS+,
-point the other way along the first two.
+have the opposite direction along the first two.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def spacing_of(affine: np.ndarray) -> Spacing:
 
 
 def is_affine(values: np.ndarray) -> bool:
-    """Whether an array gives every voxel a place of its own."""
+    """Whether an array is an invertible affine."""
     return (
         values.shape == (4, 4)
         and bool(np.isfinite(values).all())

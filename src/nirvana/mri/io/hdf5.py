@@ -1,4 +1,4 @@
-"""Opening HDF5 without trusting it: what is read lies in the file itself and fits into memory."""
+"""Reads HDF5 without trusting it: data must be stored in the file itself and fit into memory."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The ISMRMRD header: XML that says how large the matrix and the field of view are.
+"""The ISMRMRD header: XML with the sizes of matrix and field of view.
 
 Only the fields that a 2D Cartesian reconstruction needs are read. A header with a document type is
 refused: ISMRMRD's has none, and one could define entities that expand without bound.
@@ -26,13 +26,13 @@ class Space:
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says of its first encoding.
+    """The first encoding of a header.
 
     Attributes:
-        encoded: what was measured.
-        recon: what the scanner would make of it, without the readout's oversampling.
+        encoded: the measured space.
+        recon: the space of the scanner's reconstruction, without the readout's oversampling.
         trajectory: "cartesian" or another.
-        center: number of the phase-encoding step in the middle of k-space; None if unsaid.
+        center: number of the phase-encoding step in the middle of k-space; None where missing.
     """
 
     encoded: Space

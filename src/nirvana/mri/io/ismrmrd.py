@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from nirvana.errors import InputError
-from nirvana.mri.io import hdf5
 from nirvana.mri.io.geometry import LPS_TO_RAS, is_affine, spacing_of
+from nirvana.mri.io.hdf5 import dataset, text
 from nirvana.mri.io.header import Header, parse_header
 from nirvana.mri.io.scan import Scan, Spacing, check_size, checked_kspace
 
 MAX_LINES = 2**22
 LINES_AT_ONCE = 256
-# Bits of a record's flags. What such a line holds is no part of the image's k-space.
+# Bits of a record's flags that mark lines outside of the image's k-space.
 ASIDE = sum(1 << bit for bit in (18, 22, 23, 25, 26, 27, 28, 29, 30))
 CALIBRATION, CALIBRATION_AND_IMAGING, REVERSED = 1 << 19, 1 << 20, 1 << 21
 COUNTERS = ("contrast", "phase", "repetition", "set")
@@ -49,13 +49,13 @@ def group_of(file: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Lines:
-    """What the records say of those lines that make up the image, in the file's order.
+    """The lines of the image, in the order of the file.
 
     Attributes:
-        number: of the record in the file, `[N]`, ascending.
-        slice: place among the slices, `[N]`.
-        column: place among the columns of k-space, `[N]`.
-        heads: the records without their numbers, `[N]`.
+        number: int `[N]`, of the record in the file, ascending.
+        slice: int `[N]`, index of the slice.
+        column: int `[N]`, index of the column of k-space.
+        heads: `[N]`, the field `head` of the records.
     """
 
     number: np.ndarray
@@ -72,16 +72,16 @@ class _Lines:
 def scan_of(group: Any, path: Path) -> Scan:
     """The scan in an ISMRMRD group: 2D, Cartesian, multi-slice.
 
-    Averages are averaged. Of several contrasts, phases, repetitions or sets the first is read.
-    Lines measured for calibration only fill places that have no other. The readout's oversampling
-    is removed, so H is the header's reconstructed matrix where that is smaller; W is the encoded
-    matrix. Slices come in the order of their position where the records tell it.
+    Repeated lines are averaged. Of several contrasts, phases, repetitions or sets the first is
+    read. Lines measured for calibration only are used in columns without other lines. The readout's
+    oversampling is removed, so H is the header's reconstructed matrix where that is smaller; W is
+    the encoded matrix. Slices are in the order of their positions where the records contain these.
 
     Raises:
         InputError: its contents are no such scan.
     """
-    header, text = _header(group, path)
-    data = hdf5.dataset(group, "data", path)
+    header, xml = _header(group, path)
+    data = dataset(group, "data", path)
     heads = _heads(data, path)
     lines = _imaging(heads, header, path)
     coils = int(lines.heads["active_channels"][0])
@@ -101,15 +101,15 @@ def scan_of(group: Any, path: Path) -> Scan:
         target=None,
         name=path.stem,
         spacing=spacing,
-        header=text,
+        header=xml,
         affine=affine,
     )
 
 
 def _header(group: Any, path: Path) -> tuple[Header, str]:
-    text = hdf5.text(group, "xml", path) or ""
+    xml = text(group, "xml", path) or ""
     try:
-        header = parse_header(text)
+        header = parse_header(xml)
     except ValueError as error:
         raise InputError(f"{path}: its ISMRMRD header cannot be used: {error}") from error
     if header.trajectory != "cartesian":
@@ -120,11 +120,11 @@ def _header(group: Any, path: Path) -> tuple[Header, str]:
         raise InputError(
             f"{path} is a 3D scan ({header.encoded.matrix[2]} partitions); it must be 2D"
         )
-    return header, text
+    return header, xml
 
 
 def _heads(data: Any, path: Path) -> np.ndarray:
-    """The records' heads, `[lines]`, checked for every field that is used."""
+    """The field `head` of all records, `[lines]`; every field that is used is checked."""
     names = data.dtype.names or ()
     head = data.dtype["head"].names or () if "head" in names else ()
     index = data.dtype["head"]["idx"].names or () if "idx" in head else ()
@@ -171,15 +171,16 @@ def _imaging(heads: np.ndarray, header: Header, path: Path) -> _Lines:
 
 
 def _slice_places(index: np.ndarray, heads: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Places of the slices, `[N]`: by position along their normal, or by number if that is unsaid.
+    """Index of each line's slice, int `[N]`: by position along the normal, or by the slice's number
+    where positions are missing.
 
-    Slices are often measured, and numbered, in another order than they lie.
+    Slices are often measured and numbered in another order than that of their positions.
     """
     numbers, first, place = np.unique(index["slice"][keep], return_index=True, return_inverse=True)
     along = _depth(heads[keep][first])
     if len(numbers) == 1 or not np.isfinite(along).all() or len(np.unique(along)) < len(along):
         return place
-    # The end at which the numbers begin stays the first.
+    # The end with the lowest number remains the first.
     order = np.argsort(along if along[-1] > along[0] else -along, kind="stable")
     return np.argsort(order)[place]
 
@@ -190,7 +191,7 @@ def _depth(heads: np.ndarray) -> np.ndarray:
 
 
 def _filled(data: Any, lines: _Lines, shape: tuple[int, ...], path: Path) -> np.ndarray:
-    """complex64 `[slices, coils, H, W]`, zero where nothing was measured."""
+    """The k-space, complex64 `[slices, coils, H, W]`, zero where nothing was measured."""
     kspace = np.zeros(shape, np.complex64)
     flags = lines.heads["flags"].astype(np.uint64)
     calibration = (flags & np.uint64(CALIBRATION | CALIBRATION_AND_IMAGING)) == CALIBRATION
@@ -212,7 +213,7 @@ def _filled(data: Any, lines: _Lines, shape: tuple[int, ...], path: Path) -> np.
 
 
 def _dense(numbers: np.ndarray) -> bool:
-    """Whether reading from the first to the last of them reads little else."""
+    """Whether reading from the first to the last of them reads few other records."""
     return int(numbers[-1] - numbers[0]) < 2 * LINES_AT_ONCE
 
 
@@ -224,7 +225,7 @@ def _line(
     values = np.asarray(raw)
     if values.dtype.kind != "f" or values.size != 2 * coils * samples:
         raise InputError(
-            f"{path}: line {number} has {values.size} numbers of {values.dtype}; its head asks for "
+            f"{path}: line {number} has {values.size} numbers of {values.dtype}; its head requires "
             f"{2 * coils * samples} real ones"
         )
     line = np.ascontiguousarray(values, dtype=np.float32).view(np.complex64)
@@ -242,7 +243,7 @@ def _line(
 
 
 def _without_oversampling(kspace: np.ndarray, header: Header) -> np.ndarray:
-    """Cuts the image to the field of view asked for along the readout, which is sampled wider."""
+    """Crops the image along the oversampled readout to the header's reconstructed field of view."""
     length = kspace.shape[2]
     kept = round(length * header.recon.fov[0] / header.encoded.fov[0])
     if not 8 <= kept < length:
@@ -256,13 +257,13 @@ def _without_oversampling(kspace: np.ndarray, header: Header) -> np.ndarray:
         cut[number] = np.fft.fftshift(
             np.fft.fft(np.fft.ifftshift(image, axes=1), axis=1, norm="ortho"), axes=1
         )
-    # What was never measured stays exactly zero: the mask is found by it.
+    # Unmeasured columns must stay exactly zero, because the mask is found by them.
     return cut * kspace.any(axis=2, keepdims=True)
 
 
 def _affine(lines: _Lines, header: Header, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Where the voxels lie; None where the records do not say, or the slices are not parallel and
-    evenly spaced."""
+    """The affine of the volume; None where the records contain none, or the slices are not parallel
+    and evenly spaced."""
     slices, _, rows, columns = shape
     places, first = np.unique(lines.slice, return_index=True)
     heads = lines.heads[first]

@@ -1,4 +1,4 @@
-"""What a reader hands out, and what every reader checks before it reads."""
+"""The scan that readers return, and the checks that every reader makes before it reads."""
 
 import os
 import struct
@@ -22,7 +22,7 @@ MAX_COMPRESSION = 1032
 
 LARGEST = 1e15  # of k-space: sums of its squares must stay within float32
 
-# What libraries raise on a file that is not what it says it is.
+# What libraries raise on a damaged or mislabelled file.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -50,7 +50,7 @@ class Scan:
         kspace: complex64 `[slices, coils, H, W]`, W the phase-encoding direction.
         mask: bool `[W]` that came with the file, or None.
         target: float32 `[slices, h, w]` magnitude (root sum of squares), h <= H, w <= W, or None.
-        name: what the scan is called.
+        name: of the scan.
         spacing: of slices, rows, columns in mm, where known.
         header: the ISMRMRD header as text, where there is one.
         affine: float64 `[4, 4]`, index (slice, row, column) of the `[slices, H, W]` image to
@@ -108,7 +108,7 @@ def check_size(path: Path, shape: tuple[int, ...], item_bytes: int) -> None:
 
 
 def check_stored(path: Path, claimed: int, compressed: bool) -> None:
-    """Refuses a file too small to hold the `claimed` bytes that its header speaks of."""
+    """Refuses a file too small to hold the `claimed` bytes of its header."""
     stored = path.stat().st_size
     if claimed > stored * (MAX_COMPRESSION if compressed else 1):
         raise InputError(

@@ -1,0 +1,1 @@
+"""The anatomy of brain slices: lobes, simulated lesions, random changes."""

@@ -1,0 +1,1 @@
+"""Reconstructions without a neural network, and BART's."""

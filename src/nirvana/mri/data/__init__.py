@@ -1,0 +1,1 @@
+"""Training data: simulated and measured scans as batches."""

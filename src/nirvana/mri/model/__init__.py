@@ -1,0 +1,1 @@
+"""The codec: its networks, its configuration, its files, and reports as tokens."""

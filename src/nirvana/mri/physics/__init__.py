@@ -1,0 +1,1 @@
+"""Operators of a Cartesian multi-coil acquisition: Fourier transforms, coils, sampling masks."""

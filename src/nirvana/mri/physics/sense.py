@@ -1,0 +1,66 @@
+"""Coil sensitivities as operators: the forward model of a scan, and its parts on k-space that is in
+image space along H."""
+
+import torch
+from torch import Tensor
+
+from nirvana.mri.physics.fourier import fft2c, from_middle, ifft2c, to_middle
+
+
+class CartesianSense:
+    """The multi-coil Cartesian forward operator, A x = M F (S x).
+
+    S multiplies by the coil sensitivities, F is `fft2c`, M keeps the sampled columns. The adjoint
+    is A^H y = sum_c conj(S_c) F^H (M y_c): <A x, y> = <x, A^H y>.
+
+    Args:
+        sensitivities: complex `[..., coils, H, W]`.
+        mask: bool or 0/1, broadcastable to `[..., 1, 1, W]`; a plain `[W]` will do. None samples
+            everything.
+
+    Raises:
+        ValueError: the sensitivities are not complex `[..., coils, H, W]`, or the mask has another
+            width.
+    """
+
+    def __init__(self, sensitivities: Tensor, mask: Tensor | None = None) -> None:
+        if sensitivities.ndim < 3 or not sensitivities.is_complex():
+            raise ValueError(
+                "sensitivities must be complex [..., coils, H, W], got "
+                f"{sensitivities.dtype} {tuple(sensitivities.shape)}"
+            )
+        if mask is not None and mask.shape[-1] not in (1, sensitivities.shape[-1]):
+            raise ValueError(
+                f"mask {tuple(mask.shape)} does not fit a width of {sensitivities.shape[-1]}"
+            )
+        self.sensitivities = sensitivities
+        self.mask = mask
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image `[..., H, W]` -> k-space `[..., coils, H, W]`, both complex."""
+        return self._sample(fft2c(self.sensitivities * image.unsqueeze(-3)))
+
+    def adjoint(self, kspace: Tensor) -> Tensor:
+        """K-space `[..., coils, H, W]` -> combined image `[..., H, W]`, both complex."""
+        return (self.sensitivities.conj() * ifft2c(self._sample(kspace))).sum(dim=-3)
+
+    def _sample(self, kspace: Tensor) -> Tensor:
+        return kspace if self.mask is None else kspace * self.mask
+
+
+def sens_reduce(k: Tensor, sensitivities: Tensor) -> Tensor:
+    """x = S^H F^-1 k, the combined image of a k-space.
+
+    Args:
+        k: complex `[B, coils, H, W]`, see `fourier.to_columns`.
+        sensitivities: complex `[B, coils, H, W]`, the middle of W first.
+
+    Returns:
+        Complex `[B, H, W]`, the middle of W in its middle.
+    """
+    return from_middle((sensitivities.conj() * torch.fft.ifft(k, norm="ortho")).sum(1))
+
+
+def sens_expand(image: Tensor, sensitivities: Tensor) -> Tensor:
+    """F S x, the adjoint of `sens_reduce`: image `[B, H, W]` to k-space `[B, coils, H, W]`."""
+    return torch.fft.fft(sensitivities * to_middle(image)[:, None], norm="ortho")

@@ -1,1 +1,0 @@
-"""Reports of brain slices whose facts can be counted: grammar, scores, samples, generation."""

@@ -1,0 +1,137 @@
+"""The functions of `nirvana.mri`: arrays, tensors and scans in memory to images and reports."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_codec import small_backbone, small_config
+
+import nirvana.mri
+from nirvana import InputError
+from nirvana.model.backbone import load_backbone, load_tokenizer
+from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.io import Scan, write_scan
+from nirvana.mri.model.checkpoint import save_codec
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.physics.masks import sampling_mask
+from nirvana.mri.reports.grammar import parse
+from nirvana.mri.reports.reporter import DISCLAIMER, Reporter, save_reporter
+
+
+@pytest.fixture(scope="module")
+def scan(head_slices: np.ndarray) -> Scan:
+    """A scan of which every fourth column and the centre are measured."""
+    full = simulate_scan(head_slices[:2], "head", 0, Simulation(num_coils=2), (3.0, 2.0, 2.0))
+    mask = sampling_mask("equispaced", 128, 4, 0.08, seed=0).numpy()
+    return replace(full, kspace=full.kspace * mask, target=None)
+
+
+@pytest.fixture(scope="module")
+def reporter(tmp_path_factory: pytest.TempPathFactory) -> Reporter:
+    name = small_backbone(tmp_path_factory.mktemp("backbone"))
+    torch.manual_seed(3)
+    model = CodecModel(small_config(name), load_backbone("nirvana", name)).eval()
+    return Reporter(model, load_tokenizer(name), threshold=0.0)
+
+
+@pytest.fixture(scope="module")
+def codec() -> CodecModel:
+    torch.manual_seed(0)
+    return CodecModel(small_config("none"), None).eval()
+
+
+def test_the_import_loads_nothing_but_its_own_module() -> None:
+    program = (
+        "import sys, nirvana; before = set(sys.modules); import nirvana.mri; "
+        "print(sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "['nirvana.mri']", done.stderr
+    assert set(nirvana.mri.__all__) <= set(nirvana.mri._HOMES)
+    for name in nirvana.mri.__all__:
+        assert callable(getattr(nirvana.mri, name))
+    with pytest.raises(AttributeError, match=r"'nirvana\.mri' has no attribute 'nothing'"):
+        _ = nirvana.mri.nothing
+
+
+def test_arrays_tensors_and_scans_give_the_same_images(scan: Scan, codec: CodecModel) -> None:
+    mask = sampling_mask("equispaced", 128, 4, 0.08, seed=0)
+    counted: list[int] = []
+    found = nirvana.mri.reconstruct(scan, codec=codec, batch_size=1, progress=counted.append)
+    assert (found.shape, found.dtype) == ((2, 96, 128), np.float32)
+    assert counted == [1, 1]
+    expected = codec.reconstruct(torch.from_numpy(scan.kspace), mask).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    double = scan.kspace.astype(np.complex128)
+    for kspace in (scan.kspace, double, torch.from_numpy(scan.kspace)):
+        again = nirvana.mri.reconstruct(kspace, codec=codec, batch_size=1)
+        np.testing.assert_array_equal(again, found)
+
+
+def test_a_mask_leaves_columns_out(scan: Scan, codec: CodecModel) -> None:
+    mask = sampling_mask("equispaced", 128, 4, 0.08, seed=0).numpy()
+    fewer = mask & (np.arange(128) >= 20)
+    assert fewer.sum() < mask.sum()
+    expected = nirvana.mri.reconstruct(scan.kspace * fewer, codec=codec)
+    for given in (fewer, torch.from_numpy(fewer)):
+        np.testing.assert_array_equal(nirvana.mri.reconstruct(scan, given, codec=codec), expected)
+
+
+def test_a_codec_is_loaded_by_its_folder(scan: Scan, codec: CodecModel, tmp_path: Path) -> None:
+    save_codec(codec, tmp_path / "codec")
+    write_scan(tmp_path / "scan.h5", scan)
+    found = nirvana.mri.reconstruct(
+        nirvana.mri.read_scan(tmp_path / "scan.h5"), codec=tmp_path / "codec"
+    )
+    np.testing.assert_array_equal(found, nirvana.mri.reconstruct(scan, codec=codec))
+
+
+@pytest.mark.parametrize(
+    ("change", "mask", "words"),
+    [
+        (lambda k: k[0], None, r"must be complex \[slices, coils, H, W\]"),
+        (lambda k: np.abs(k), None, "must be complex"),
+        (lambda k: k * np.nan, None, "NaN"),
+        (lambda k: k, np.ones(64, bool), r"the mask is \(64,\); k-space has 128 columns"),
+        (lambda k: k, np.arange(128) < 40, "at least 2 in the centre"),
+        (lambda k: k * (np.arange(96) % 2)[:, None], None, "lacks rows of k-space"),
+    ],
+)
+def test_wrong_kspace_is_refused(scan: Scan, codec: CodecModel, change, mask, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        nirvana.mri.reconstruct(change(scan.kspace), mask, codec=codec)
+
+
+def test_slices_are_reported(scan: Scan, reporter: Reporter, tmp_path: Path) -> None:
+    found = nirvana.mri.report(scan, reporter=reporter)
+    assert list(found.readings) == [0, 1]
+    assert not found.view.known
+    for index, reading in found.readings.items():
+        assert parse(reading.text) == reading.facts
+        assert f"Slice {index + 1}: {reading.text}\n" in found.text
+    assert found.text.endswith(DISCLAIMER + "\n")
+    likely = {index: reading.finding for index, reading in found.readings.items()}
+    assert likely[found.most_suspicious] == max(likely.values())
+
+    save_reporter(reporter, tmp_path / "reporter")
+    one = nirvana.mri.report(
+        scan.kspace, spacing=scan.spacing, slices=[1], reporter=tmp_path / "reporter"
+    )
+    assert one.readings[1].finding == pytest.approx(found.readings[1].finding, abs=1e-4)
+    assert "1 of 2 slices were read." in one.text
+    np.testing.assert_allclose(one.images, found.images, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_scans_are_not_reported(scan: Scan, reporter: Reporter) -> None:
+    with pytest.raises(InputError, match="the size of its pixels is unknown"):
+        nirvana.mri.report(scan.kspace, reporter=reporter)
+    with pytest.raises(InputError, match="slice 2 does not exist; give 0 to 1"):
+        nirvana.mri.report(scan, slices=[0, 2], reporter=reporter)
+    with pytest.raises(InputError, match="no slice was chosen"):
+        nirvana.mri.report(scan, slices=[], reporter=reporter)
+    with pytest.raises(InputError, match="at least 2 in the centre"):
+        nirvana.mri.report(scan, np.arange(128) < 40, reporter=reporter)

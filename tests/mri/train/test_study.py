@@ -1,0 +1,96 @@
+"""The study's programs at a size that takes seconds: a method, its repetition, the results page."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from experiments.common.results import read_rows
+from experiments.mri import page
+from nirvana.statistics import signed_rank_test
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def archive(tmp_path: Path, head_slices: np.ndarray) -> Path:
+    eight_bits = np.round(head_slices[:2, 8:88:2, 4:124:2] * 255).astype(np.uint8)
+    kspace = np.random.default_rng(0).normal(size=(1, 1, 32, 40)).astype(np.complex64)
+    arrays = {"train/a_T1": eight_bits, "test/b_T1": eight_bits, "kspace/head": kspace}
+    np.savez_compressed(tmp_path / "data.npz", **arrays)
+    return tmp_path / "data.npz"
+
+
+def run(name: str, *arguments: object) -> str:
+    command = [sys.executable, "-m", f"experiments.mri.{name}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_methods_are_run_once_and_shown(archive: Path, tmp_path: Path):
+    places = ("--data", archive, "--out", tmp_path / "runs", "--device", "cpu", "--tiny")
+    run("study", "--method", "zero-filled", *places)
+    shown = run("study", "--method", "none", "--steps", 2, *places)
+    assert "zero-filled" in shown
+    results = tmp_path / "runs" / "results.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["zero-filled", "none"]
+    own = load_file(tmp_path / "runs" / "codec-none-0" / "model.safetensors")
+    assert sum(x.size for x in own.values()) == lines[1]["parameters"]["trained"]
+    assert {x.dtype for x in own.values()} == {np.dtype(np.float16)}
+    rows = lines[1]["volumes"]
+    assert {row["group"] for row in rows} == {"unseen people", "inverted contrast", "measured head"}
+    # One volume and one measured scan under four masks each, and the inverted volume under one.
+    assert len(rows) == 4 + 4 + 1
+    assert "already done" in run("study", "--method", "none", *places)
+    assert len(results.read_text().splitlines()) == 2
+    out = tmp_path / "RESULTS.md"
+    run("page", "--results", results, "--out", out)
+    text = out.read_text()
+    psnr = np.mean([r["psnr"] for r in rows if r["group"] == "inverted contrast"])
+    assert f"| none | {psnr:.2f} |" in text
+    assert f"| none | 0 | {lines[1]['parameters']['trained']:,} | 0 | 2 |" in text
+
+
+ROWS = read_rows(page.HERE / "results.jsonl")
+
+
+def test_a_person_counts_once_however_many_volumes():
+    scores = page.Scores(ROWS, "unseen people", "equispaced 4x", "psnr")
+    people = scores.by_person("nirvana")
+    assert set(people) == {"ecog", "ms_l20", "ms_x19", "seg3d", "stroke"}
+    runs = [row["volumes"] for row in ROWS if row["method"] == "nirvana"]
+    own = [
+        scan["psnr"]
+        for volumes in runs
+        for scan in volumes
+        if (scan["group"], scan["mask"]) == ("unseen people", "equispaced 4x")
+        and scan["volume"].startswith("stroke_")
+    ]
+    assert len(own) == 9
+    assert people["stroke"] == pytest.approx(np.mean(own))
+    assert np.mean([*scores.by_run("nirvana").values()]) == pytest.approx(
+        np.mean([*people.values()])
+    )
+
+
+def test_no_test_of_five_people_is_below_what_they_can_give():
+    text = page.page(ROWS)
+    people = page.gains(ROWS, page.OTHERS, over_runs=False)
+    assert all((gain.corrected >= gain.p) for gain in people)
+    for gain in people:
+        p = signed_rank_test(gain.by_person)
+        assert p is None or p >= 2 ** (1 - len(gain.by_person))
+    assert "(p 0.002" not in text
+    # Two measured slices are single figures.
+    (line,) = (line for line in text.splitlines() if line.startswith("| bart-l1-wavelet | +0.08"))
+    assert "(" not in line
+
+
+def test_the_committed_rows_give_the_committed_page():
+    assert (page.HERE / "RESULTS.md").read_text(encoding="utf-8") == page.page(ROWS)
