@@ -109,7 +109,7 @@ def train(
     """The package's own steps, one after another, without checkpoints: a run takes a minute."""
     task.prepare(world, compiled)
     parameters = list(task.trainable())
-    optimizer = build_optimizer(parameters, config.optim)
+    optimizer = build_optimizer(parameters, config.optim, task.undecayed)
     trainer = Trainer(task, config.optim, config.run, parameters, optimizer, world)
     task.model.train()
     steps, losses, rates = config.run.steps, [], []

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nirvana.bench.measure import clean_room, recorded_backends
+from nirvana.bench.measure import clean_room
 from nirvana.model.config import NirvanaConfig, preset
 from nirvana.model.nirvana import NirvanaForCausalLM, compile_blocks
+from nirvana.ops.dispatch import recorded_backends
 
 LAYERS = 4
 BATCH, LENGTH = 2, 1024

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nirvana import ops
-
 WARM_UP = 3
 """Rounds before the first that counts: compilation and autotuning happen there."""
 
@@ -115,40 +113,3 @@ def _commit() -> str | None:
     except FileNotFoundError:  # no git here
         return None
     return done.stdout.strip() or None
-
-
-@contextmanager
-def recorded_backends() -> Iterator[dict[str, list[str]]]:
-    """Yields, for every operation, the names of the backends that computed it in the block."""
-    operations = (
-        *("gated_delta_rule", "causal_conv", "window_attention", "decayed_sum"),
-        *("linear_branch", "window_branch", "trigger_gradient", "trigger_apply"),
-    )
-    modules = dict(ops.BACKENDS)
-    if ops.HAS_KERNELS and torch.cuda.is_available():
-        from nirvana.ops import cuda, triton_trigger
-
-        modules |= {"cuda": cuda, "triton": triton_trigger}
-    used: dict[str, list[str]] = {}
-    replaced = []
-
-    def recording(operation: str, backend: str, function: Callable) -> Callable:
-        def call(*arguments: Any, **more: Any) -> Any:
-            names = used.setdefault(operation, [])
-            if backend not in names:
-                names.append(backend)
-            return function(*arguments, **more)
-
-        return call
-
-    try:
-        for backend, module in modules.items():
-            for operation in operations:
-                function = getattr(module, operation, None)
-                if function is not None:
-                    replaced.append((module, operation, function))
-                    setattr(module, operation, recording(operation, backend, function))
-        yield used
-    finally:
-        for module, operation, function in replaced:
-            setattr(module, operation, function)

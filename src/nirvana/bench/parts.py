@@ -137,13 +137,13 @@ def _bypassed(model: nn.Module) -> Iterator[None]:
 def _prefill(model: nn.Module, name: str, options: "Options") -> Callable[[Tensor], object]:
     if name != OURS:
         return lambda tokens: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
-    from nirvana.model.decode import Decoder
+    from nirvana.generate.graph_decoder import Decoder
 
     return Decoder(model, compiled=options.compiled).prefill
 
 
 def _decoder_row(model: nn.Module, tokens: Tensor, options: "Options") -> Row:
-    from nirvana.model.decode import Decoder
+    from nirvana.generate.graph_decoder import Decoder
 
     decoder = Decoder(model, compiled=options.compiled)
     logits = decoder.prefill(tokens)
@@ -163,7 +163,7 @@ def _generate_row(model: Any, name: str, tokens: Tensor, options: "Options") -> 
     clock = _Clock()
     how = {}
     if name == OURS:
-        from nirvana.model.decode import Decoder
+        from nirvana.generate.graph_decoder import Decoder
 
         how["past_key_values"] = Decoder(model, compiled=options.compiled)
     model.generate(
