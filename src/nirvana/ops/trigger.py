@@ -23,9 +23,9 @@ def trigger_gradient(
 ) -> Tensor:
     """See `nirvana.ops.trigger_gradient`."""
     k, v = at_least_float32(k), at_least_float32(v)
-    gain, bias, shift = (x.to(k.dtype) for x in (gain, bias, shift))
     U = _project(k, weight)
     f, n, s = _apply(k, U, fast, gain, bias, shift)
+    gain, bias, shift = (x.to(k.dtype) for x in (gain, bias, shift))
     e = f - v
     u = F.linear(fast[..., 1, :], gain) * e
     if exact:
@@ -40,7 +40,6 @@ def trigger_apply(
 ) -> Tensor:
     """See `nirvana.ops.trigger_apply`."""
     x = at_least_float32(x)
-    gain, bias, shift = (y.to(x.dtype) for y in (gain, bias, shift))
     return _apply(x, _project(x, weight), fast, gain, bias, shift)[0]
 
 
@@ -55,6 +54,7 @@ def _apply(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """f(x; p) `[..., C]`, the normalised n `[..., C]` and its divisor s `[..., 1]`."""
     p_w, p_g, p_b, p_s = fast.unbind(-2)
+    gain, bias, shift = (y.to(x.dtype) for y in (gain, bias, shift))
     z = (U * p_w[..., None, :]).sum(-1) + F.linear(p_b, bias)
     variance, mean = torch.var_mean(z, dim=-1, correction=0, keepdim=True)
     s = (variance + TRIGGER_EPS).sqrt()
