@@ -30,35 +30,6 @@ def peak_flops(device: torch.device, precision: str) -> float:
     return next((flops for part, flops in PEAKS.items() if part in name), 0.0)
 
 
-def flops_per_token(model: nn.Module, config: NirvanaConfig, context_length: int) -> float:
-    """Floating-point operations of a forward and a backward pass for each token of a row, the
-    useful ones: what recomputation repeats is not counted.
-
-    Products with weights, 6 for each entry (the tied embedding counts once, as the head); the delta
-    rule, three products with the state; window attention, two products with the keys that a token
-    sees on average in a row that is one document; the Trigger, two products with the bank.
-    """
-    T, D, K = context_length, config.hidden_size, config.head_dim
-    weights = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 2
-        and not name.endswith(("conv_weight", "bank.gain", "bank.bias", "bank.shift"))
-        and (config.tie_word_embeddings or "embed_tokens" not in name)
-    )
-    weights += sum(p.numel() for n, p in model.named_parameters() if n.endswith("window_up"))
-    W = T if config.sliding_window is None else min(T, config.sliding_window)
-    seen = W - W * (W - 1) / (2 * T)
-    later = config.num_hidden_layers - config.num_prelude_layers
-    linear = config.num_prelude_layers if config.branches == "window" else config.num_hidden_layers
-    windows = 0 if config.branches == "linear" else later
-    triggers = later if config.has_trigger else 0
-    forward = 2 * weights
-    forward += linear * 6 * D * K + windows * 4 * seen * D
-    forward += triggers * 4 * config.task_dim**2 * config.bank_size
-    return 3.0 * forward
-
-
 def memory_bytes(
     model: nn.Module,
     config: NirvanaConfig,

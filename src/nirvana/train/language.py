@@ -17,7 +17,7 @@ from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.text import text_encoder
 from nirvana.train.config import LanguageConfig, load_config, to_dict
 from nirvana.train.data import PackedLoader, ReadAhead, TokenShards
-from nirvana.train.estimate import flops_per_token, memory_bytes, peak_flops
+from nirvana.train.estimate import memory_bytes, peak_flops
 from nirvana.train.export import export, model_config
 from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.parallel import make_mesh, parallelize
@@ -68,10 +68,11 @@ class LanguageTask(Task):
         self.units_per_step = data.context_length * data.batch_size * config.optim.accumulation
         self.architecture = model_config(config, self.tokenizer)
         with torch.device("meta" if device.type == "meta" else "cpu"):
-            self.model: nn.Module = NirvanaForCausalLM(self.architecture)
-        nn.Module.to(self.model, device)
-        per_token = flops_per_token(self.model, self.architecture, data.context_length)
-        self.flops_per_step = per_token * self.units_per_step
+            model = NirvanaForCausalLM(self.architecture)
+        nn.Module.to(model, device)
+        self.model: nn.Module = model
+        self.undecayed = model.no_weight_decay()
+        self.flops_per_step = model.flops_per_token(data.context_length) * self.units_per_step
 
     def prepare(self, world: World, compiled: bool) -> None:
         """Recompute, compile, shard."""
@@ -112,18 +113,18 @@ class LanguageTask(Task):
         if not self.architecture.has_trigger:
             return {}
         first = self._on_device({name: value[:1] for name, value in batch.items()})
-        reports = self.model(
+        traces = self.model(
             input_ids=first["input_ids"],
             position_ids=first["position_ids"],
             use_cache=False,
             output_trigger=True,
             logits_to_keep=1,
         ).trigger
-        gates = torch.stack([report.gates[..., 0].mean() for report in reports])
+        gates = torch.stack([trace.gates[..., 0].mean() for trace in traces])
         means = torch.stack(
             [
-                torch.stack([report.loss_before.mean() for report in reports]).mean(),
-                torch.stack([report.loss_after.mean() for report in reports]).mean(),
+                torch.stack([trace.loss_before.mean() for trace in traces]).mean(),
+                torch.stack([trace.loss_after.mean() for trace in traces]).mean(),
                 gates.mean(),
                 *gates,
             ]

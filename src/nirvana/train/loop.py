@@ -145,7 +145,7 @@ def _fit(
         log.say("note: compilation is for CUDA; this run is not compiled")
     task.prepare(world, run.compile and on_cuda)
     parameters = list(task.trainable())
-    optimizer = build_optimizer(parameters, optim)
+    optimizer = build_optimizer(parameters, optim, task.undecayed)
     trainer = Trainer(task, optim, run, parameters, optimizer, world)
     done = 0
     if resume:

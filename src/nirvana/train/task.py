@@ -1,7 +1,7 @@
 """What a training is about; language models and MRI specialists differ only in this."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ class Task(ABC):
         unit: what throughput counts, in the plural: "tokens", "samples".
         units_per_step: how many of them one optimiser step reads, in all processes together.
         flops_per_step: floating-point operations of a step, forward and backward; 0: not known.
+        undecayed: names of parameters that take no weight decay, beside biases, norms, embeddings
+            and whatever has fewer than two dimensions.
     """
 
     model: nn.Module
     unit: str
     units_per_step: int
     flops_per_step: float = 0.0
+    undecayed: Collection[str] = ()
 
     def prepare(self, world: World, compiled: bool) -> None:
         """Makes the model ready for the processes that train it; called once, before anything is

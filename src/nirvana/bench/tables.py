@@ -1,4 +1,4 @@
-"""How figures are shown."""
+"""Results as tables for a terminal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,14 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def rows_table(rows: list[dict[str, Any]]) -> Table:
-    """One line a row; a column that no row fills is left out."""
+    """Lays out rows as a table, one line each; columns without values are left out.
+
+    Args:
+        rows: of `nirvana.bench.run.measure`.
+
+    Returns:
+        the table.
+    """
     kept = [name for name in FORMATS if any(name in row for row in rows)]
     heads = [Column(FORMATS[name][0], justify="right") for name in kept]
     table = Table("part", "B x T", "model", *heads, Column("not measured", overflow="fold"))

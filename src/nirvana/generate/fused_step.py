@@ -1,4 +1,4 @@
-"""One token of one text through the model, by kernels made for that."""
+"""One token of one text through the model, by the kernels of `nirvana.ops.cuda.decode_step`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.ops import suits_kernels
+from nirvana.ops.dispatch import CONV_WIDTH, HEAD_DIMS
 
 
-class OneToken:
-    """A step of the model from token to logits that allocates nothing, for a graph to record.
+class FusedStep:
+    """A step from token to logits that allocates nothing, so that a CUDA graph can record it.
 
-    The window branch and the Trigger run beside the linear branch, each in a stream of its own.
+    The window branch and the Trigger run in parallel to the linear branch, each in a stream of its
+    own.
 
     Args:
         model: a `NirvanaForCausalLM` that `fits`.
-        states: of each layer, written in place: `conv`, `delta`, and where there is a Trigger
-            `memory`, `keys` and `values`, of the shapes in `nirvana.model.decode` with B = 1.
-        count: tokens read so far, `[1]`, int64; a ring's place for the token is count modulo its
-            length.
+        states: of each layer, written in place: `conv`, `delta`, and with a Trigger `memory`,
+            `keys` and `values`, of the shapes in `nirvana.generate.graph_decoder` with B = 1.
+        count: tokens read so far, `[1]`, int64; the token's slot in a ring buffer is count modulo
+            its number of slots.
     """
 
     def __init__(self, model: Any, states: Sequence[Any], count: Tensor) -> None:
@@ -34,7 +36,7 @@ class OneToken:
         rank = max(1, D // 8)
         sizes = {"h": D, "x": widest, "together": 2 * D + C, "a": D, "low": rank}
         sizes |= {"zeta": rank, "act": config.intermediate_size, "logits": config.vocab_size}
-        self.half = {name: weight.new_empty(size) for name, size in sizes.items()}
+        self.buffers = {name: weight.new_empty(size) for name, size in sizes.items()}
         self.mixed = weight.new_empty(4 * D, dtype=torch.float32)
         self.U = weight.new_empty(2, C * R, dtype=torch.float32)
         self.fast = weight.new_empty(4, R, dtype=torch.float32)
@@ -43,28 +45,37 @@ class OneToken:
         self.window = None
         keys = states[-1].keys
         if keys is not None:
-            from nirvana.ops import triton_step
+            from nirvana.ops.cuda import decode_step
 
-            self.window = triton_step.window_scratch(keys[0])
+            self.window = decode_step.window_scratch(keys[0])
         self.sides = [torch.cuda.Stream(weight.device) if weight.is_cuda else None for _ in "ab"]
         self.refresh()
 
     @staticmethod
     def fits(model: Any, batch: int) -> bool:
-        """Whether the kernels are for this model and number of texts."""
+        """Whether the kernels take a model.
+
+        Args:
+            model: a `NirvanaForCausalLM`.
+            batch: number of texts.
+
+        Returns:
+            True for one text and a half-precision model with Triggers on a GPU, whose linear layers
+            and embedding are plain.
+        """
         config: NirvanaConfig = model.config
-        sizes = config.head_dim in (32, 64, 128) and config.conv_size == 4
+        sizes = config.head_dim in HEAD_DIMS and config.conv_size == CONV_WIDTH
         plain = config.branches == "both" and config.trigger_step == "plain"
         gated = config.gate == "trigger" and config.rope_theta is None
-        # The kernels read weights; an adapter's or a quantised layer computes more than that.
-        bare = all(type(layer) is nn.Linear for layer in _products(model))
+        # The kernels read weights; an adapter or a quantised layer computes more than a product.
+        bare = all(type(layer) is nn.Linear for layer in _linear_layers(model))
         embedded = type(model.model.embed_tokens) is nn.Embedding
         fits = batch == 1 and sizes and plain and gated and bare and embedded
         return fits and suits_kernels(model.lm_head.weight)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Reads step sizes and decays again, which a recorded graph cannot."""
+        """Copies step sizes and decays to where a recorded graph reads them."""
         for rates, layer in zip(self.rates, self.model.model.layers, strict=True):
             if layer.updater.has_trigger:
                 trigger = layer.updater.trigger
@@ -73,26 +84,32 @@ class OneToken:
 
     @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:
-        """Logits `[1, vocab_size]` after token `[1, 1]`, overwritten by the next call; `count` is
-        left to the caller."""
-        from nirvana.ops import triton_step
+        """Reads one token; the caller increments `count`.
 
-        trunk, half = self.model.model, self.half
-        torch.index_select(trunk.embed_tokens.weight, 0, token[0], out=half["h"][None])
+        Args:
+            token: `[1, 1]`, int64.
+
+        Returns:
+            logits `[1, vocab_size]`, which the next call overwrites.
+        """
+        from nirvana.ops.cuda import decode_step
+
+        trunk, buffers = self.model.model, self.buffers
+        torch.index_select(trunk.embed_tokens.weight, 0, token[0], out=buffers["h"][None])
         for index in range(len(trunk.layers)):
             self._layer(index)
         norm, eps = trunk.norm.weight, self.config.rms_norm_eps
-        triton_step.product(self.model.lm_head.weight, half["h"], half["logits"], norm, eps)
-        return half["logits"][None]
+        decode_step.product(self.model.lm_head.weight, buffers["h"], buffers["logits"], norm, eps)
+        return buffers["logits"][None]
 
     def _layer(self, index: int) -> None:
         """`NirvanaBlock.forward`."""
-        from nirvana.ops import triton_step as ops
+        from nirvana.ops.cuda import decode_step
 
-        block, state, half = self.model.model.layers[index], self.states[index], self.half
-        updater, eps, h = block.updater, self.config.rms_norm_eps, half["h"]
-        x = half["x"][: sum(updater.sections)]
-        ops.product(updater.in_proj.weight, h, x, block.updater_norm.weight, eps)
+        block, state, buffers = self.model.model.layers[index], self.states[index], self.buffers
+        updater, eps, h = block.updater, self.config.rms_norm_eps, buffers["h"]
+        x = buffers["x"][: sum(updater.sections)]
+        decode_step.product(updater.in_proj.weight, h, x, block.updater_norm.weight, eps)
         if updater.has_trigger:
             self._window(updater, x, state)
             self._trigger(updater, x, state, index)
@@ -100,34 +117,38 @@ class OneToken:
         given = (x, state.conv[0], *weights, state.delta[0], updater.out_norm.weight, eps)
         given = (*given, updater.out_proj.weight, self.mixed)
         if updater.has_trigger:
-            together, zeta = half["together"], updater.zeta
-            ops.linear(*given, together[: h.numel()])
+            together, zeta = buffers["together"], updater.zeta
+            decode_step.linear(*given, together[: h.numel()])
             self._join()
-            ops.product(zeta[0].weight, together, half["zeta"], silu=True)
-            ops.blend(zeta[2].weight, half["zeta"], together, self.gates, h, updater.convex)
+            decode_step.product(zeta[0].weight, together, buffers["zeta"], silu=True)
+            decode_step.blend(
+                zeta[2].weight, buffers["zeta"], together, self.gates, h, updater.convex
+            )
         else:
-            ops.linear(*given, h, added=h)
+            decode_step.linear(*given, h, added=h)
         mlp = block.mlp
-        ops.swiglu(mlp.gate_up_proj.weight, h, block.mlp_norm.weight, eps, half["act"])
-        ops.product(mlp.down_proj.weight, half["act"], h, added=h)
+        decode_step.swiglu(mlp.gate_up_proj.weight, h, block.mlp_norm.weight, eps, buffers["act"])
+        decode_step.product(mlp.down_proj.weight, buffers["act"], h, added=h)
 
     def _window(self, updater: Any, x: Tensor, state: Any) -> None:
-        from nirvana.ops import triton_step as ops
+        from nirvana.ops.cuda import decode_step
 
         assert self.window is not None
-        half, D = self.half, self.config.hidden_size
+        buffers, D = self.buffers, self.config.hidden_size
         factors = x.split(updater.sections)[4]
-        with _beside(self.sides[0]):
+        with _on_stream(self.sides[0]):
             rings = state.keys[0], state.values[0], self.count
-            ops.window(x, factors, updater.window_up, *rings, self.window, half["a"])
-            ops.product(updater.window_out[0].weight, half["a"], half["low"])
-            ops.product(updater.window_out[1].weight, half["low"], half["together"][D : 2 * D])
+            decode_step.window(x, factors, updater.window_up, *rings, self.window, buffers["a"])
+            decode_step.product(updater.window_out[0].weight, buffers["a"], buffers["low"])
+            decode_step.product(
+                updater.window_out[1].weight, buffers["low"], buffers["together"][D : 2 * D]
+            )
 
     def _trigger(self, updater: Any, x: Tensor, state: Any, index: int) -> None:
-        from nirvana.ops import triton_step as ops
+        from nirvana.ops.cuda import decode_step
 
-        with _beside(self.sides[1]):
-            ops.trigger(
+        with _on_stream(self.sides[1]):
+            decode_step.trigger(
                 x.split(updater.sections)[5],
                 self.model.model.bank.parts(),
                 self.fast,
@@ -135,7 +156,7 @@ class OneToken:
                 self.rates[index],
                 updater.gate_proj.weight,
                 self.U,
-                self.half["together"][2 * self.config.hidden_size :],
+                self.buffers["together"][2 * self.config.hidden_size :],
                 self.gates,
                 start=index == self.config.num_prelude_layers,
                 exact=updater.trigger.exact,
@@ -147,8 +168,8 @@ class OneToken:
                 torch.cuda.current_stream(side.device).wait_stream(side)
 
 
-def _products(model: Any) -> Iterator[nn.Module]:
-    """The layers whose weights the kernels read."""
+def _linear_layers(model: Any) -> Iterator[nn.Module]:
+    """The linear layers whose weights the kernels read."""
     yield model.lm_head
     for layer in model.model.layers:
         updater = layer.updater
@@ -158,8 +179,8 @@ def _products(model: Any) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Inside the block work goes to `side`, after what the current stream has been given so far."""
+def _on_stream(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launches the block's work on `side`, after the work launched on the current stream so far."""
     if side is None:
         yield
         return

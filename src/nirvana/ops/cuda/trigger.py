@@ -1,8 +1,8 @@
 """The Trigger's two products with the bank, fused, forward and backward, for CUDA tensors.
 
-Nothing of size `[tokens, C, R]` exists: the backward computes all of it again from the inputs.
-Inside it is float32. bf16 tokens meet a bf16 bank on the tensor cores, which is exact, as sums are
-float32; only operands of the backward are rounded to bf16. Everything else follows
+Nothing of size `[tokens, C, R]` is stored: the backward recomputes it from the inputs. Arithmetic
+is float32. bf16 tokens and a bf16 bank are multiplied on the tensor cores, which is exact because
+sums are float32; only operands of the backward are rounded to bf16. Other dtypes follow
 `torch.set_float32_matmul_precision`. The operations take flat tokens: k, v, x `[N, C]`, fast
 `[N, 4, R]`, weight `[R, C, C]`.
 """
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from nirvana.ops.launch import LEAST, blocks, launch, padded
-from nirvana.ops.triton_kernels import (
+from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
+from nirvana.ops.cuda.trigger_kernels import (
     apply_backward,
     apply_forward,
     gradient_backward,
@@ -26,14 +26,14 @@ from nirvana.ops.triton_kernels import (
 BLOCK, WARPS, STAGES = 64, 4, 3
 """Tokens of a program, its warps, and the depth of its pipeline of loads."""
 WEIGHT_BLOCK, WEIGHT_RANK, WEIGHT_PARTS = 64, 4, 16
-"""The weight's gradient: tokens a step, matrices a program (fewer where they are wider than 64, as
-shared memory holds no more), parts that the tokens are cut into."""
+"""The weight's gradient: tokens a step, matrices a program (fewer where they are wider than 64,
+because of the size of shared memory), parts that the tokens are divided into."""
 WEIGHT_WARPS, WEIGHT_STAGES = 8, 2
 TUNING = (
     *("BLOCK", "WARPS", "STAGES"),
     *("WEIGHT_BLOCK", "WEIGHT_RANK", "WEIGHT_PARTS", "WEIGHT_WARPS", "WEIGHT_STAGES"),
 )
-"""What `benchmarks/trigger.py` can change, to try on another GPU."""
+"""The constants that `benchmarks/trigger.py` can change, to tune for another GPU."""
 
 
 def _blocks(x: Tensor) -> tuple[int]:
@@ -55,7 +55,7 @@ def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
 
 
 def _precision(x: Tensor, weight: Tensor) -> dict[str, Any]:
-    if _half(x, weight) and not knobs.runtime.interpret:  # which has no bf16 products
+    if _half(x, weight) and not knobs.runtime.interpret:  # the interpreter has no bf16 products
         return {"DOT": tl.bfloat16, "PRECISION": "tf32"}
     full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {"DOT": tl.float32, "PRECISION": "ieee" if full else "tf32"}
@@ -66,7 +66,7 @@ def _half(x: Tensor, weight: Tensor) -> bool:
 
 
 def _scratch(x: Tensor, weight: Tensor) -> Tensor:
-    """What the weight's gradient is made of, in the type in which it will be multiplied."""
+    """An operand of the weight's gradient, in the dtype in which it will be multiplied."""
     return torch.empty(
         x.shape, dtype=x.dtype if _half(x, weight) else torch.float32, device=x.device
     )
@@ -94,7 +94,7 @@ def _(x, fast, weight, gain, bias, shift):
 
 @torch.library.custom_op("nirvana::triggerapply_backward", mutates_args=())
 def _apply_gradients(
-    h_bar: Tensor,
+    dh: Tensor,
     x: Tensor,
     fast: Tensor,
     weight: Tensor,
@@ -102,20 +102,20 @@ def _apply_gradients(
     bias: Tensor,
     shift: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and fast, z_bar, and the parts of gain's, bias' and shift's."""
+    """Gradients of x and fast, dz, and the parts of gain's, bias' and shift's."""
     outputs = _apply_gradients_like(x, fast, weight, gain)
-    inputs = (h_bar, x, x.stride(0), fast, weight, gain, bias, shift)
+    inputs = (dh, x, x.stride(0), fast, weight, gain, bias, shift)
     launch(apply_backward, _blocks(x), *inputs, *outputs, x.shape[0], **_constants(x, weight))
     return outputs
 
 
 def _apply_gradients_like(x, fast, weight, gain):
-    x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return x_bar, torch.empty_like(fast), _scratch(x, weight), _bank_parts(x, gain)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, torch.empty_like(fast), _scratch(x, weight), _bank_parts(x, gain)
 
 
 @_apply_gradients.register_fake
-def _(h_bar, x, fast, weight, gain, bias, shift):
+def _(dh, x, fast, weight, gain, bias, shift):
     return _apply_gradients_like(x, fast, weight, gain)
 
 
@@ -144,7 +144,7 @@ def _(k, v, fast, weight, gain, bias, shift, exact):
 
 @torch.library.custom_op("nirvana::triggergradient_backward", mutates_args=())
 def _gradient_gradients(
-    a: Tensor,
+    dg: Tensor,
     k: Tensor,
     v: Tensor,
     fast: Tensor,
@@ -154,30 +154,31 @@ def _gradient_gradients(
     shift: Tensor,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, v and fast, then z_bar, dz, and the parts of gain's, bias' and shift's."""
+    """Gradients of k, v and fast, then dz, delta, and the parts of gain's, bias' and shift's."""
     outputs = _gradient_gradients_like(k, v, fast, weight, gain)
-    inputs = (a, k, k.stride(0), v, v.stride(0), fast, weight, gain, bias, shift)
+    inputs = (dg, k, k.stride(0), v, v.stride(0), fast, weight, gain, bias, shift)
     constants = {**_constants(k, weight), "EXACT": exact}
     launch(gradient_backward, _blocks(k), *inputs, *outputs, k.shape[0], **constants)
     return outputs
 
 
 def _gradient_gradients_like(k, v, fast, weight, gain):
-    k_bar, v_bar = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    z_bar, dz = _scratch(k, weight), _scratch(k, weight)
-    return k_bar, v_bar, torch.empty_like(fast), z_bar, dz, _bank_parts(k, gain)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    dz, delta = _scratch(k, weight), _scratch(k, weight)
+    return dk, dv, torch.empty_like(fast), dz, delta, _bank_parts(k, gain)
 
 
 @_gradient_gradients.register_fake
-def _(a, k, v, fast, weight, gain, bias, shift, exact):
+def _(dg, k, v, fast, weight, gain, bias, shift, exact):
     return _gradient_gradients_like(k, v, fast, weight, gain)
 
 
 @torch.library.custom_op("nirvana::triggerweight_backward", mutates_args=())
 def _weight_gradient(
-    x: Tensor, weight: Tensor, fast: Tensor, z_bar: Tensor, a: Tensor | None, dz: Tensor | None
+    x: Tensor, weight: Tensor, fast: Tensor, dz: Tensor, dg: Tensor | None, delta: Tensor | None
 ) -> Tensor:
-    """sum_t x_t (p_w[r] z_bar + a_w[r] dz)_t, `[R, C, C]`; a and dz go together, or are None."""
+    """sum_t x_t^T (p_w[r] dz + dg_w[r] delta)_t, `[R, C, C]`; dg and delta are both given or both
+    None."""
     R, C, _ = weight.shape
     parts = x.new_empty(WEIGHT_PARTS, R, C, C, dtype=torch.float32)
     width = padded(C, LEAST)
@@ -188,20 +189,20 @@ def _weight_gradient(
         "CP": width,
         "BLOCK": WEIGHT_BLOCK,
         "RANK": rank,
-        "TWO": a is not None,
+        "TWO": dg is not None,
         **_precision(x, weight),
         "num_warps": WEIGHT_WARPS,
         "num_stages": WEIGHT_STAGES,
     }
     steps = blocks(x.shape[0], WEIGHT_BLOCK * WEIGHT_PARTS)
     grid = (blocks(R, rank), WEIGHT_PARTS)
-    inputs = (x, x.stride(0), fast, z_bar, a, dz)
+    inputs = (x, x.stride(0), fast, dz, dg, delta)
     launch(weight_backward, grid, *inputs, parts, x.shape[0], steps, **constants)
     return parts.sum(0).to(weight.dtype)
 
 
 @_weight_gradient.register_fake
-def _(x, weight, fast, z_bar, a, dz):
+def _(x, weight, fast, dz, dg, delta):
     return torch.empty_like(weight)
 
 
@@ -214,27 +215,25 @@ def _bank_gradients(parts: Tensor, like: Tensor) -> list[Tensor]:
     return list(parts.sum(0).to(like.dtype).unbind(0))
 
 
-def _apply_autograd(ctx, h_bar):
+def _apply_autograd(ctx, dh):
     x, fast, weight, gain, bias, shift = ctx.saved_tensors
-    x_bar, fast_bar, z_bar, parts = _apply_gradients(
-        h_bar.contiguous(), x, fast, weight, gain, bias, shift
-    )
-    weight_bar = None
+    dx, dfast, dz, parts = _apply_gradients(dh.contiguous(), x, fast, weight, gain, bias, shift)
+    dweight = None
     if ctx.needs_input_grad[2]:
-        weight_bar = _weight_gradient(x, weight, fast, z_bar, None, None)
-    return x_bar, fast_bar, weight_bar, *_bank_gradients(parts, gain)
+        dweight = _weight_gradient(x, weight, fast, dz, None, None)
+    return dx, dfast, dweight, *_bank_gradients(parts, gain)
 
 
-def _gradient_autograd(ctx, a):
+def _gradient_autograd(ctx, dg):
     k, v, fast, weight, gain, bias, shift = ctx.saved_tensors
-    a = a.contiguous()
-    k_bar, v_bar, fast_bar, z_bar, dz, parts = _gradient_gradients(
-        a, k, v, fast, weight, gain, bias, shift, ctx.exact
+    dg = dg.contiguous()
+    dk, dv, dfast, dz, delta, parts = _gradient_gradients(
+        dg, k, v, fast, weight, gain, bias, shift, ctx.exact
     )
-    weight_bar = None
+    dweight = None
     if ctx.needs_input_grad[3]:
-        weight_bar = _weight_gradient(k, weight, fast, z_bar, a, dz)
-    return k_bar, v_bar, fast_bar, weight_bar, *_bank_gradients(parts, gain), None
+        dweight = _weight_gradient(k, weight, fast, dz, dg, delta)
+    return dk, dv, dfast, dweight, *_bank_gradients(parts, gain), None
 
 
 _apply.register_autograd(_apply_autograd, setup_context=_save)
@@ -244,16 +243,7 @@ _gradient.register_autograd(_gradient_autograd, setup_context=_save)
 def trigger_apply(
     x: Tensor, fast: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shift: Tensor
 ) -> Tensor:
-    """f(x; p).
-
-    Args:
-        x: `[..., C]`.
-        fast: p, `[..., 4, R]`.
-        weight: `[C, C, R]` (in, out, bank).
-        gain, bias, shift: `[C, R]`.
-
-    Returns: `[..., C]` in x's dtype.
-    """
+    """See `nirvana.ops.trigger_apply`; the result is in x's dtype."""
     bank = (_bank_first(weight, x), *(y.contiguous() for y in (gain, bias, shift)))
     return _apply(_rows(x), _tokens(fast), *bank).view(x.shape)
 
@@ -268,20 +258,14 @@ def trigger_gradient(
     shift: Tensor,
     exact: bool = True,
 ) -> Tensor:
-    """Gradient of 1/2 ||f(k; p) - v||^2 with respect to p, in closed form.
-
-    Args: as of `trigger_apply`; v `[..., C]`; exact=False leaves out the normalisation's own
-        derivative, as the released code does.
-
-    Returns: `[..., 4, R]`, float32.
-    """
+    """See `nirvana.ops.trigger_gradient`; the result is float32."""
     bank = (_bank_first(weight, k), *(y.contiguous() for y in (gain, bias, shift)))
     return _gradient(_rows(k), _rows(v), _tokens(fast), *bank, exact).view(fast.shape)
 
 
 def _bank_first(weight: Tensor, x: Tensor) -> Tensor:
-    """`[C, C, R]` to `[R, C, C]`, so that every matrix of the bank lies in one piece; in the dtype
-    of the tokens x, which a float32 master weight is not."""
+    """`[C, C, R]` to `[R, C, C]`, so that every matrix of the bank is contiguous; in the dtype of
+    the tokens x, which a float32 master weight does not have."""
     return weight.to(x.dtype).permute(2, 0, 1).contiguous()
 
 

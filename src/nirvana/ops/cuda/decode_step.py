@@ -1,9 +1,9 @@
-"""One token of one text through a layer, for CUDA tensors: what a decoded token costs is reading
-the weights once, and one short kernel after another.
+"""One token of one text through a layer, for CUDA tensors.
 
-States change in place: a barrier stands where lanes that hold the same number must all have read it
-before one of them writes. Vectors have no batch dimension; a token's in_proj product is laid out as
-`Updater.sections` says: q k v | gate | beta | alpha | low rank of q k v | task.
+The cost of a decoded token is that of reading the weights once, plus the launches of short kernels
+in sequence. States are updated in place; a barrier separates the reads of a value by several lanes
+from the write. Vectors have no batch dimension; the output of a token's in_proj has the layout of
+`Updater.sections`: q k v | gate | beta | alpha | low rank of q k v | task.
 """
 
 import torch
@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nirvana.ops.launch import blocks, launch, padded
+from nirvana.ops.cuda.launch import blocks, launch, padded
 
 UNIT_EPS = tl.constexpr(1e-6)
-"""Of the unit length of q and k, and of the Trigger's normalisation."""
+"""Epsilon of the unit length of q and k, and of the Trigger's normalisation."""
 KEYS = 64
-"""Places of the ring that a program of the attention reads."""
+"""Slots of the ring buffer that a program of the attention reads."""
 NEVER = tl.constexpr(-1e30)
-"""Stands for the largest score where there is none."""
+"""The largest score of a program that has none."""
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def mix_kernel(x, state, weight, mixed, H, K: tl.constexpr):
 def delta_kernel(
     x, mixed, A_log, dt_bias, state, o, H, K: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The gated delta rule for some columns of one head's state, which do without the others."""
+    """The gated delta rule for some columns of one head's state; columns are independent."""
     head = tl.program_id(0)
     D, i, j = H * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     places = state + head * K * K + i[:, None] * K + j[None, :]
@@ -117,7 +117,7 @@ def delta_kernel(
     v = tl.load(mixed + 2 * D + head * K + j)
     beta = tl.sigmoid(tl.load(x + 4 * D + head).to(tl.float32))
     step = tl.load(x + 4 * D + H + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    # Softplus; where 1 + exp(step) is 1 but for its last digits, exp(step) is all there is.
+    # Softplus. For small exp(step), log(1 + exp(step)) loses digits and exp(step) is exact enough.
     small, middle = tl.exp(step), tl.log(1 + tl.exp(tl.minimum(step, 20.0)))
     step = tl.where(step > 20, step, tl.where(step < -10, small, middle))
     S *= tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
@@ -152,8 +152,8 @@ def gated_rows_kernel(
 
 
 @triton.jit
-def move_kernel(
-    x, factors, up, q, keys, values, count, PLACES, D, RANK,
+def low_rank_kernel(
+    x, factors, up, q, keys, values, count, SLOTS, D, RANK,
     K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -162,8 +162,8 @@ def move_kernel(
     tile = tl.load(tile, (r < RANK)[:, None] & (c < D)[None, :], 0.0).to(tl.float32)
     factor = tl.load(factors + part * RANK + r, r < RANK, 0.0).to(tl.float32)
     y = tl.load(x + part * D + c, c < D, 0.0).to(tl.float32) + tl.sum(factor[:, None] * tile, 0)
-    place = (tl.load(count) % PLACES).to(tl.int32)
-    ring = ((c // K).to(tl.int64) * PLACES + place) * K + c % K
+    place = (tl.load(count) % SLOTS).to(tl.int32)
+    ring = ((c // K).to(tl.int64) * SLOTS + place) * K + c % K
     if part == 0:
         tl.store(q + c, y, c < D)
     elif part == 1:
@@ -174,12 +174,12 @@ def move_kernel(
 
 @triton.jit
 def attention_kernel(
-    q, keys, values, count, o, most, total, PLACES, scale, K: tl.constexpr, KEYS: tl.constexpr
+    q, keys, values, count, o, most, total, SLOTS, scale, K: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n, i = split * KEYS + tl.arange(0, KEYS), tl.arange(0, K)
-    real = (n < PLACES) & (n <= tl.load(count))
-    near = (head * PLACES + n)[:, None] * K + i[None, :]
+    real = (n < SLOTS) & (n <= tl.load(count))
+    near = (head * SLOTS + n)[:, None] * K + i[None, :]
     k = tl.load(keys + near, real[:, None], 0.0).to(tl.float32)
     v = tl.load(values + near, real[:, None], 0.0).to(tl.float32)
     score = tl.sum(k * tl.load(q + head * K + i).to(tl.float32)[None, :], 1) * scale
@@ -256,7 +256,7 @@ def trigger_kernel(
     else:
         p_w, p_g = tl.load(fast + r, some, 0.0), tl.load(fast + R + r, some, 0.0)
         p_b, p_s = tl.load(fast + 2 * R + r, some, 0.0), tl.load(fast + 3 * R + r, some, 0.0)
-    # The gradient at k: see `nirvana.model.trigger.trigger_gradient`.
+    # The gradient at k: see `nirvana.ops.trigger_gradient`.
     scale = tl.sum(gain * p_g[None, :], 1)
     n, s = _normalised(tl.sum(U_k * p_w[None, :] + bias * p_b[None, :], 1), C, real)
     e = tl.where(real, scale * n + tl.sum(shift * p_s[None, :], 1) + k - v, 0.0)
@@ -300,8 +300,17 @@ def product(
     added: Tensor | None = None,
     silu: bool = False,
 ) -> None:
-    """out `[N]` = weight `[N, K]` x `[K]`, where x is normalised first if `norm` `[K]` is given;
-    then SiLU, then plus `added` `[N]`, which may be `out`."""
+    """out = silu(weight norm(x)) + added, where norm, SiLU and sum are optional.
+
+    Args:
+        weight: `[N, K]`.
+        x: `[K]`.
+        out: `[N]`, written.
+        norm: `[K]`, the scale of an RMSNorm of x; None means none.
+        eps: of that norm.
+        added: `[N]`, may be `out`; None means zero.
+        silu: whether to apply SiLU.
+    """
     N, K = weight.shape
     columns, rows, warps = _tile(N, K)
     flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None, "SILU": silu}
@@ -311,7 +320,15 @@ def product(
 
 
 def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
-    """out `[F]` = silu(gate) * up of x `[K]`, normalised; weight `[2 F, K]`."""
+    """out = silu(gate) * up, for gate and up = weight norm(x).
+
+    Args:
+        weight: `[2 F, K]`.
+        x: `[K]`.
+        norm: `[K]`, the scale of the RMSNorm of x.
+        eps: of that norm.
+        out: `[F]`, written.
+    """
     N, K = out.numel(), weight.shape[1]
     columns = min(2048, padded(K))
     given = (weight, x, norm, out, N, eps)
@@ -321,7 +338,16 @@ def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> 
 def blend(
     weight: Tensor, x: Tensor, together: Tensor, gates: Tensor, h: Tensor, convex: bool
 ) -> None:
-    """h `[D]` += the interpolation of b and a, side by side in `together`, with zeta = weight x."""
+    """h += the interpolation of both branches, with zeta = weight x.
+
+    Args:
+        weight: `[D, rank]`.
+        x: `[rank]`.
+        together: `[2 D + C]`: b, a and h_task side by side.
+        gates: `[1]` t (convex), or `[2]` t and t'.
+        h: `[D]`, the residual stream, updated in place.
+        convex: whether the interpolation is convex.
+    """
     N, K = weight.shape
     columns, rows, warps = _tile(N, K)
     sizes = {"K": K, "COLUMNS": columns, "ROWS": rows, "num_warps": warps}
@@ -343,12 +369,21 @@ def linear(
     out: Tensor,
     added: Tensor | None = None,
 ) -> None:
-    """out `[D]`, the linear branch, plus `added` `[D]`, which may be `out`; conv_state `[3 D, 3]`
-    and state `[H, K, K]` move on by the token.
+    """out = the linear branch for one token + added; updates both states in place.
 
     Args:
-        norm, weight: of the norm of a head, `[K]`, and of the last product, `[D, D]`.
-        scratch: `[4 D]`, float32, written to.
+        x: the output of in_proj; q k v, gate, beta and alpha are read.
+        conv_state: `[3 D, 3]`, the last inputs of the convolution.
+        conv_weight: `[3 D, 4]`.
+        A_log: `[H]`.
+        dt_bias: `[H]`.
+        state: `[H, K, K]`, float32.
+        norm: `[K]`, the scale of the norm of a head.
+        eps: of that norm.
+        weight: `[D, D]`, of the output projection.
+        scratch: `[4 D]`, float32, overwritten.
+        out: `[D]`, written.
+        added: `[D]`, may be `out`; None means zero.
     """
     H, K, _ = state.shape
     D = H * K
@@ -372,30 +407,38 @@ def window(
     scratch: dict[str, Tensor],
     out: Tensor,
 ) -> None:
-    """out `[D]`, the window branch before its last products. The token's key and value go to place
-    `count` modulo the places of the rings keys and values `[H, places, K]`.
+    """out = the window branch for one token, before its output projection.
+
+    The token's key and value are written to slot `count` modulo the number of slots.
 
     Args:
-        scratch: of `window_scratch`.
+        x: the output of in_proj; q k v are read.
+        factors: `[3 r]`, the low-rank factors of q, k and v.
+        up: `[3, r, D]`.
+        keys: `[H, slots, K]`, a ring buffer.
+        values: `[H, slots, K]`, a ring buffer.
+        count: `[1]`, int64, tokens read before this one.
+        scratch: of `window_scratch`, overwritten.
+        out: `[D]`, written.
     """
-    H, places, K = keys.shape
+    H, slots, K = keys.shape
     _, rank, D = up.shape
     columns = 64
     sizes = {"K": K, "PADDED": padded(rank), "COLUMNS": columns}
-    given = (x, factors, up, scratch["q"], keys, values, count, places, D, rank)
-    launch(move_kernel, (blocks(D, columns), 3), *given, **sizes)
+    given = (x, factors, up, scratch["q"], keys, values, count, slots, D, rank)
+    launch(low_rank_kernel, (blocks(D, columns), 3), *given, **sizes)
     parts = (scratch["o"], scratch["most"], scratch["total"])
-    splits = blocks(places, KEYS)
-    given = (scratch["q"], keys, values, count, *parts, places, K**-0.5)
+    splits = blocks(slots, KEYS)
+    given = (scratch["q"], keys, values, count, *parts, slots, K**-0.5)
     launch(attention_kernel, (H, splits), *given, K=K, KEYS=KEYS)
     given = (*parts, out, splits)
     launch(combine_kernel, (H,), *given, K=K, PADDED=min(64, padded(splits)))
 
 
 def window_scratch(keys: Tensor) -> dict[str, Tensor]:
-    """What `window` wants to write to, for keys `[H, places, K]`."""
-    H, places, K = keys.shape
-    parts = torch.empty(H * blocks(places, KEYS), K + 2, dtype=torch.float32, device=keys.device)
+    """Allocates the scratch memory of `window`, for keys `[H, slots, K]`."""
+    H, slots, K = keys.shape
+    parts = torch.empty(H * blocks(slots, KEYS), K + 2, dtype=torch.float32, device=keys.device)
     o, most, total = parts.flatten().split([parts.shape[0] * n for n in (K, 1, 1)])
     return {"q": keys.new_empty(H * K), "o": o, "most": most, "total": total}
 
@@ -413,14 +456,20 @@ def trigger(
     start: bool,
     exact: bool,
 ) -> None:
-    """The Trigger's step: fast and memory `[4, R]` in place, h_task `[C]`, gates `[1 or 2]`.
+    """The Trigger's step for one token.
 
     Args:
-        task: `[3 C]`.
-        bank: weight, gain, bias, shift.
-        rates: `[2]`, step size and decay.
-        U: `[2, C R]`, float32, written to.
-        start: whether fast parameters begin here, as ones.
+        task: `[3 C]`, task query, key and value.
+        bank: weight `[C, C, R]`, gain, bias and shift `[C, R]`.
+        fast: `[4, R]`, float32, updated in place.
+        memory: `[4, R]`, float32, updated in place; None without memory.
+        rates: `[2]`, float32, step size and decay.
+        gate_weight: `[1 or 2, C]`.
+        U: `[2, C R]`, float32, overwritten.
+        h_task: `[C]`, written.
+        gates: `[2]`, float32, written: t, or t and t'.
+        start: whether this is the first layer with a Trigger, whose fast parameters are ones.
+        exact: as of `nirvana.ops.trigger_gradient`.
     """
     weight, gain, bias, shift = bank
     C, R = gain.shape
@@ -438,7 +487,7 @@ def trigger(
 
 
 def _tile(N: int, K: int) -> tuple[int, int, int]:
-    """Columns and rows of a program of a product, and its warps: the fastest of a few on an H200
+    """Columns, rows and warps of a program of a product: the fastest of a few settings on an H200
     for the sizes of the 1.3b preset."""
     if K <= 512:
         return padded(K), 8, 4

@@ -1,14 +1,13 @@
-"""The kernels for one token are the forward pass. They run in Triton's interpreter where there is
-no GPU."""
+"""The kernels for one token compute the forward pass; without a GPU, in Triton's interpreter."""
 
 from copy import deepcopy
 
 import pytest
 import torch
 
-from nirvana.model import one_token
-from nirvana.model.decode import Decoder
-from nirvana.model.one_token import OneToken
+from nirvana.generate import fused_step
+from nirvana.generate.fused_step import FusedStep
+from nirvana.generate.graph_decoder import Decoder
 
 pytest.importorskip("triton")
 from triton import knobs
@@ -41,13 +40,13 @@ def _where_triton_runs(device):
 
 
 def test_adapters_are_not_for_the_kernels(small_model, monkeypatch):
-    monkeypatch.setattr(one_token, "suits_kernels", lambda x: True)
+    monkeypatch.setattr(fused_step, "suits_kernels", lambda x: True)
     model = small_model(**SIZES)
-    assert OneToken.fits(model, 1)
-    assert not OneToken.fits(model, 2)
+    assert FusedStep.fits(model, 1)
+    assert not FusedStep.fits(model, 2)
     part = model.model.layers[1].updater
     part.in_proj = torch.nn.utils.parametrizations.weight_norm(part.in_proj)
-    assert not OneToken.fits(model, 1)
+    assert not FusedStep.fits(model, 1)
 
 
 @pytest.mark.parametrize("length", [1, 30], ids=lambda n: f"after {n}")
@@ -57,7 +56,7 @@ def test_tokens_by_kernels(small_model, kind, length):
     tokens = torch.randint(61, (1, length + 3))
     decoder = Decoder(model, compiled=False)
     decoder.prefill(tokens[:, :length])
-    one = OneToken(model, deepcopy(decoder.states), decoder.count.clone())
+    one = FusedStep(model, deepcopy(decoder.states), decoder.count.clone())
     for token in tokens[:, length:].split(1, dim=1):
         expected = decoder.step(token)
         actual = one(token)

@@ -1,9 +1,8 @@
-"""The laws of the whole model for random configurations, in float64."""
+"""Invariants of the whole model for random configurations, in float64."""
 
 import copy
 from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -59,8 +58,8 @@ def tokens_of(B: int, T: int, seed: int) -> torch.Tensor:
     return torch.randint(1, 61, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def law(**drawn):
-    """Runs a test for random configurations, seeds and what else it asks for."""
+def invariant(**drawn):
+    """Runs a test for random configurations and seeds, and for further arguments that are drawn."""
 
     def decorate(test):
         return EXAMPLES(given(fields=configurations(), seed=seeds, **drawn)(test))
@@ -73,7 +72,7 @@ def made(small_model, fields, seed):
     return small_model(**fields)
 
 
-@law(B=st.integers(1, 3), T=st.integers(1, 150), at=st.floats(0, 1, exclude_max=True))
+@invariant(B=st.integers(1, 3), T=st.integers(1, 150), at=st.floats(0, 1, exclude_max=True))
 @torch.no_grad()
 def test_causality(small_model, fields, seed, B, T, at):
     model, tokens, t = made(small_model, fields, seed), tokens_of(B, T, seed), int(at * T)
@@ -83,7 +82,7 @@ def test_causality(small_model, fields, seed, B, T, at):
     torch.testing.assert_close(after, model(tokens).logits[:, :t], rtol=0, atol=1e-11)
 
 
-@law(B=st.integers(1, 3), pieces=st.lists(st.sampled_from([1, 1, 2, 5, 17, 70]), max_size=8))
+@invariant(B=st.integers(1, 3), pieces=st.lists(st.sampled_from([1, 1, 2, 5, 17, 70]), max_size=8))
 @torch.no_grad()
 def test_reading_in_pieces_is_forward(small_model, fields, seed, B, pieces):
     pieces = [3, *pieces]
@@ -99,7 +98,7 @@ def test_reading_in_pieces_is_forward(small_model, fields, seed, B, pieces):
 lengths_of = st.lists(st.sampled_from([1, 2, 3, 13, 16, 66]), min_size=1, max_size=5)
 
 
-@law(lengths=lengths_of)
+@invariant(lengths=lengths_of)
 @torch.no_grad()
 def test_packed_is_separate(small_model, fields, seed, lengths):
     model, tokens = made(small_model, fields, seed), tokens_of(1, sum(lengths), seed)
@@ -109,7 +108,7 @@ def test_packed_is_separate(small_model, fields, seed, lengths):
     torch.testing.assert_close(packed, torch.cat(separate, dim=1))
 
 
-@law(lengths=lengths_of, left=st.booleans())
+@invariant(lengths=lengths_of, left=st.booleans())
 @torch.no_grad()
 def test_padding_is_no_padding(small_model, fields, seed, lengths, left):
     model, T = made(small_model, fields, seed), max(lengths)
@@ -123,7 +122,7 @@ def test_padding_is_no_padding(small_model, fields, seed, lengths, left):
         torch.testing.assert_close(logits[row : row + 1, span], alone)
 
 
-@law(B=st.integers(2, 4), T=st.integers(1, 80))
+@invariant(B=st.integers(2, 4), T=st.integers(1, 80))
 @torch.no_grad()
 def test_permuting_the_batch_permutes_the_result(small_model, fields, seed, B, T):
     model, tokens = made(small_model, fields, seed), tokens_of(B, T, seed)
@@ -131,7 +130,7 @@ def test_permuting_the_batch_permutes_the_result(small_model, fields, seed, B, T
     torch.testing.assert_close(model(tokens[order]).logits, model(tokens).logits[order])
 
 
-@law(T=st.integers(1, 100), cuts=st.lists(st.integers(1, 99), max_size=2, unique=True))
+@invariant(T=st.integers(1, 100), cuts=st.lists(st.integers(1, 99), max_size=2, unique=True))
 def test_chunked_is_reference(small_model, fields, seed, T, cuts):
     model, tokens = made(small_model, fields, seed), tokens_of(2, T, seed)
     borders = [0, *sorted(cut for cut in cuts if cut < T), T]
@@ -144,12 +143,11 @@ def test_chunked_is_reference(small_model, fields, seed, T, cuts):
         return logits.detach(), {n: p.grad for n, p in model.named_parameters()}
 
     chunked = logits_and_gradients()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_backend", lambda *_: ops.reference)
+    with ops.use_backend("reference"):
         torch.testing.assert_close(chunked, logits_and_gradients())
 
 
-@law(B=st.integers(1, 3), T=st.integers(1, 80))
+@invariant(B=st.integers(1, 3), T=st.integers(1, 80))
 @torch.no_grad()
 def test_a_step_size_of_zero_is_no_trigger(small_model, fields, seed, B, T):
     model, tokens = made(small_model, fields, seed), tokens_of(B, T, seed)

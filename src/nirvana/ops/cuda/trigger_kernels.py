@@ -1,26 +1,27 @@
-"""The Trigger's kernels, in Triton; `triton_trigger` makes operations of them.
+"""The Trigger's kernels, in Triton; `trigger` makes operations of them.
 
-A program holds a block of tokens and walks over the bank: for each r one product of its tokens with
-`weight[:, :, r]`, used at once and dropped. N tokens; CP and RP are C and R padded to powers of
-two, and padding holds zeros throughout. Products take operands of type DOT and sum in float32.
+A program holds a block of tokens and iterates over the bank: for each r one product of its tokens
+with `weight[:, :, r]`, used at once and discarded. N tokens; CP and RP are C and R padded to powers
+of two, and padding holds zeros throughout. Products take operands of type DOT and sum in float32.
 
-Backward of g = (g_w, g_g, g_b, g_s), for a = dL/dg and P(x) = x - mean(x) - n mean(x n), which is
-its own adjoint (bars are gradients, names are those of `trigger_gradient`, gamma = gain p_g):
+Backward of g = (g_w, g_g, g_b, g_s), for dg = dL/dg and P(x) = x - mean(x) - n mean(x n), which is
+its own adjoint (dx is the gradient of L with respect to x; delta, gamma, e, n, s, U_r are those of
+`nirvana.ops.trigger_gradient`, and u = gamma e):
 
-    dz_bar = sum_r a_w[r] U_r + bias a_b        xi = gain a_g
-    exact:      u_bar = P(dz_bar / s)     n_bar = -(dz_bar / s) mean(u n) - u mean(n dz_bar / s)
-    truncated:  u_bar = dz_bar / s        n_bar = 0
-    s_bar = -sum(dz_bar dz) / s
-    e_bar = xi n + shift a_s + gamma u_bar       k_bar = e_bar + ...       v_bar = -e_bar
-    n_bar = n_bar + xi e + gamma e_bar           gamma_bar = e u_bar + n e_bar
-    z_bar = P(n_bar) / s + n s_bar / C
+    ddelta = sum_r dg_w[r] U_r + bias dg_b        xi = gain dg_g
+    exact:      du = P(ddelta / s)     dn = -(ddelta / s) mean(u n) - u mean(n ddelta / s)
+    truncated:  du = ddelta / s        dn = 0
+    ds = -sum(ddelta delta) / s
+    de = xi n + shift dg_s + gamma du       dk = de + ...       dv = -de
+    dn += xi e + gamma de              dgamma = e du + n de
+    dz = P(dn) / s + n ds / C
 
-and with U_bar_r = p_w[r] z_bar + a_w[r] dz, the bank's share of the gradients:
+and with dU_r = p_w[r] dz + dg_w[r] delta, the bank's share of the gradients:
 
-    p_bar = (U_r . z_bar, gamma_bar gain, z_bar bias, e_bar shift)
-    k_bar = e_bar + sum_r U_bar_r weight_r^T     weight_bar_r = k^T U_bar_r
-    gain_bar = (e n)^T a_g + gamma_bar^T p_g     bias_bar = dz^T a_b + z_bar^T p_b
-    shift_bar = e^T a_s + e_bar^T p_s
+    dp = (U_r . dz, dgamma gain, dz bias, de shift)
+    dk = de + sum_r dU_r weight_r^T     dweight_r = k^T dU_r
+    dgain = (e n)^T dg_g + dgamma^T p_g     dbias = delta^T dg_b + dz^T p_b
+    dshift = e^T dg_s + de^T p_s
 """
 
 import triton
@@ -75,7 +76,7 @@ def _from_bank(ptr, p, t, N, C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr,
 @triton.jit
 def _to_bank(out, ptr, x, t, N, C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr,
              RP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The other way: x `[BLOCK, CP]` through gain, bias or shift, stored as `[tokens, R]`."""
+    """The transpose of `_from_bank`: x `[BLOCK, CP]` to `[tokens, R]`, stored."""
     bank = _load(ptr, tl.arange(0, CP), C, R, R, RP)
     _store(out, _dot(x, bank, tl.float32, PRECISION), t, N, 4 * R, R, RP)
 
@@ -83,8 +84,8 @@ def _to_bank(out, ptr, x, t, N, C: tl.constexpr, R: tl.constexpr, CP: tl.constex
 @triton.jit
 def _outer(x, ptr, t, N, R: tl.constexpr, RP: tl.constexpr, DOT: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
-    """p^T x, summed over the block, `[RP, CP]`. p is loaded transposed: the product of a transposed
-    register tile came out wrong in bf16 (Triton 3.6, sm_90)."""
+    """p^T x, summed over the block, `[RP, CP]`. p is loaded transposed: in Triton 3.6 the product
+    of a transposed register tile is wrong in bf16 on sm_90."""
     r = tl.arange(0, RP)[:, None]
     p = tl.load(ptr + t[None, :] * (4 * R) + r, (t[None, :] < N) & (r < R), 0.0)
     return _dot(p, x, DOT, PRECISION)
@@ -118,7 +119,7 @@ def _normalise(z, C: tl.constexpr, CP: tl.constexpr):
 
 @triton.jit
 def _project(x, n, C: tl.constexpr, CP: tl.constexpr):
-    """P(x): what the normalisation's derivative leaves of x, up to 1/s."""
+    """P(x): the derivative of the normalisation applied to x, times s."""
     return _only_real(x - _mean(x, C) - n * _mean(x * n, C), C, CP)
 
 
@@ -150,8 +151,8 @@ def apply_forward(
 
 @triton.jit
 def apply_backward(
-    h_bar_ptr, x_ptr, x_stride, fast, weight, gain, bias, shift,
-    x_bar_ptr, fast_bar, z_bar_ptr, bank_bar, N,
+    dh_ptr, x_ptr, x_stride, fast, weight, gain, bias, shift,
+    dx_ptr, dfast, dz_ptr, dbank, N,
     C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -159,29 +160,29 @@ def apply_backward(
     x = _load(x_ptr, t, N, x_stride, C, CP)
     z = _z(x, fast, weight, bias, t, N, C, R, CP, RP, DOT, PRECISION)
     n, s = _normalise(z, C, CP)
-    h_bar = _load(h_bar_ptr, t, N, C, C, CP).to(tl.float32)
-    gamma_bar = h_bar * n
+    dh = _load(dh_ptr, t, N, C, C, CP).to(tl.float32)
+    dgamma = dh * n
     gamma = _from_bank(gain, fast + R, t, N, C, R, CP, RP, PRECISION)
-    z_bar = _project(gamma * h_bar, n, C, CP) / s
-    _store(z_bar_ptr, z_bar, t, N, C, C, CP)
+    dz = _project(gamma * dh, n, C, CP) / s
+    _store(dz_ptr, dz, t, N, C, C, CP)
 
-    _to_bank(fast_bar + R, gain, gamma_bar, t, N, C, R, CP, RP, PRECISION)
-    _to_bank(fast_bar + 2 * R, bias, z_bar, t, N, C, R, CP, RP, PRECISION)
-    _to_bank(fast_bar + 3 * R, shift, h_bar, t, N, C, R, CP, RP, PRECISION)
-    bank_bar += tl.program_id(0) * (3 * C * R)
-    gain_bar = _outer(gamma_bar, fast + R, t, N, R, RP, DOT, PRECISION)
-    _store_transposed(bank_bar, gain_bar, C, R, CP, RP)
-    bias_bar = _outer(z_bar, fast + 2 * R, t, N, R, RP, DOT, PRECISION)
-    _store_transposed(bank_bar + C * R, bias_bar, C, R, CP, RP)
-    shift_bar = _outer(h_bar, fast + 3 * R, t, N, R, RP, DOT, PRECISION)
-    _store_transposed(bank_bar + 2 * C * R, shift_bar, C, R, CP, RP)
+    _to_bank(dfast + R, gain, dgamma, t, N, C, R, CP, RP, PRECISION)
+    _to_bank(dfast + 2 * R, bias, dz, t, N, C, R, CP, RP, PRECISION)
+    _to_bank(dfast + 3 * R, shift, dh, t, N, C, R, CP, RP, PRECISION)
+    dbank += tl.program_id(0) * (3 * C * R)
+    dgain = _outer(dgamma, fast + R, t, N, R, RP, DOT, PRECISION)
+    _store_transposed(dbank, dgain, C, R, CP, RP)
+    dbias = _outer(dz, fast + 2 * R, t, N, R, RP, DOT, PRECISION)
+    _store_transposed(dbank + C * R, dbias, C, R, CP, RP)
+    dshift = _outer(dh, fast + 3 * R, t, N, R, RP, DOT, PRECISION)
+    _store_transposed(dbank + 2 * C * R, dshift, C, R, CP, RP)
 
-    x_bar = h_bar
+    dx = dh
     for r in range(R):
-        V = _dot(z_bar, tl.trans(_weight(weight, r, C, CP)), DOT, PRECISION)
-        _store_column(fast_bar, tl.sum(x.to(tl.float32) * V, 1), t, N, r, R)
-        x_bar += V * _column(fast, t, N, r, R)
-    _store(x_bar_ptr, x_bar, t, N, C, C, CP)
+        V = _dot(dz, tl.trans(_weight(weight, r, C, CP)), DOT, PRECISION)
+        _store_column(dfast, tl.sum(x.to(tl.float32) * V, 1), t, N, r, R)
+        dx += V * _column(fast, t, N, r, R)
+    _store(dx_ptr, dx, t, N, C, C, CP)
 
 
 @triton.jit
@@ -198,34 +199,34 @@ def gradient_forward(
     v = _load(v_ptr, t, N, v_stride, C, CP)
     e = gamma * n + (k.to(tl.float32) - v.to(tl.float32))
     e += _from_bank(shift, fast + 3 * R, t, N, C, R, CP, RP, PRECISION)
-    dz = gamma * e
+    delta = gamma * e
     if EXACT:
-        dz = _project(dz, n, C, CP)
-    dz = dz / s
+        delta = _project(delta, n, C, CP)
+    delta = delta / s
 
     _to_bank(g + R, gain, e * n, t, N, C, R, CP, RP, PRECISION)
-    _to_bank(g + 2 * R, bias, dz, t, N, C, R, CP, RP, PRECISION)
+    _to_bank(g + 2 * R, bias, delta, t, N, C, R, CP, RP, PRECISION)
     _to_bank(g + 3 * R, shift, e, t, N, C, R, CP, RP, PRECISION)
     for r in range(R):
         U = _dot(k, _weight(weight, r, C, CP), DOT, PRECISION)
-        _store_column(g, tl.sum(U * dz, 1), t, N, r, R)
+        _store_column(g, tl.sum(U * delta, 1), t, N, r, R)
 
 
 @triton.jit
 def gradient_backward(
-    a, k_ptr, k_stride, v_ptr, v_stride, fast, weight, gain, bias, shift,
-    k_bar_ptr, v_bar_ptr, fast_bar, z_bar_ptr, dz_ptr, bank_bar, N,
+    dg, k_ptr, k_stride, v_ptr, v_stride, fast, weight, gain, bias, shift,
+    dk_ptr, dv_ptr, dfast, dz_ptr, delta_ptr, dbank, N,
     C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = _load(k_ptr, t, N, k_stride, C, CP)
     z = _from_bank(bias, fast + 2 * R, t, N, C, R, CP, RP, PRECISION)
-    dz_bar = _from_bank(bias, a + 2 * R, t, N, C, R, CP, RP, PRECISION)
+    ddelta = _from_bank(bias, dg + 2 * R, t, N, C, R, CP, RP, PRECISION)
     for r in range(R):
         U = _dot(k, _weight(weight, r, C, CP), DOT, PRECISION)
         z += U * _column(fast, t, N, r, R)
-        dz_bar += U * _column(a, t, N, r, R)
+        ddelta += U * _column(dg, t, N, r, R)
 
     n, s = _normalise(z, C, CP)
     gamma = _from_bank(gain, fast + R, t, N, C, R, CP, RP, PRECISION)
@@ -233,47 +234,47 @@ def gradient_backward(
     e = gamma * n + (k.to(tl.float32) - v.to(tl.float32))
     e += _from_bank(shift, fast + 3 * R, t, N, C, R, CP, RP, PRECISION)
     u = gamma * e
-    w_bar = dz_bar / s
+    dprojected = ddelta / s
     if EXACT:
-        dz = _project(u, n, C, CP) / s
-        u_bar = _project(w_bar, n, C, CP)
-        n_bar = -(w_bar * _mean(u * n, C) + u * _mean(w_bar * n, C))
+        delta = _project(u, n, C, CP) / s
+        du = _project(dprojected, n, C, CP)
+        dn = -(dprojected * _mean(u * n, C) + u * _mean(dprojected * n, C))
     else:
-        dz = u / s
-        u_bar = w_bar
-        n_bar = tl.zeros_like(u)
-    xi = _from_bank(gain, a + R, t, N, C, R, CP, RP, PRECISION)
-    e_bar = xi * n + gamma * u_bar
-    e_bar += _from_bank(shift, a + 3 * R, t, N, C, R, CP, RP, PRECISION)
-    n_bar += xi * e + gamma * e_bar
-    gamma_bar = e * u_bar + n * e_bar
-    z_bar = _project(n_bar, n, C, CP) / s - n * (_mean(dz_bar * dz, C) / s)
-    _store(v_bar_ptr, -e_bar, t, N, C, C, CP)
-    _store(z_bar_ptr, z_bar, t, N, C, C, CP)
+        delta = u / s
+        du = dprojected
+        dn = tl.zeros_like(u)
+    xi = _from_bank(gain, dg + R, t, N, C, R, CP, RP, PRECISION)
+    de = xi * n + gamma * du
+    de += _from_bank(shift, dg + 3 * R, t, N, C, R, CP, RP, PRECISION)
+    dn += xi * e + gamma * de
+    dgamma = e * du + n * de
+    dz = _project(dn, n, C, CP) / s - n * (_mean(ddelta * delta, C) / s)
+    _store(dv_ptr, -de, t, N, C, C, CP)
     _store(dz_ptr, dz, t, N, C, C, CP)
+    _store(delta_ptr, delta, t, N, C, C, CP)
 
-    _to_bank(fast_bar + R, gain, gamma_bar, t, N, C, R, CP, RP, PRECISION)
-    _to_bank(fast_bar + 2 * R, bias, z_bar, t, N, C, R, CP, RP, PRECISION)
-    _to_bank(fast_bar + 3 * R, shift, e_bar, t, N, C, R, CP, RP, PRECISION)
-    bank_bar += tl.program_id(0) * (3 * C * R)
-    gain_bar = _outer(gamma_bar, fast + R, t, N, R, RP, DOT, PRECISION)
-    gain_bar += _outer(e * n, a + R, t, N, R, RP, DOT, PRECISION)
-    _store_transposed(bank_bar, gain_bar, C, R, CP, RP)
-    bias_bar = _outer(z_bar, fast + 2 * R, t, N, R, RP, DOT, PRECISION)
-    bias_bar += _outer(dz, a + 2 * R, t, N, R, RP, DOT, PRECISION)
-    _store_transposed(bank_bar + C * R, bias_bar, C, R, CP, RP)
-    shift_bar = _outer(e_bar, fast + 3 * R, t, N, R, RP, DOT, PRECISION)
-    shift_bar += _outer(e, a + 3 * R, t, N, R, RP, DOT, PRECISION)
-    _store_transposed(bank_bar + 2 * C * R, shift_bar, C, R, CP, RP)
+    _to_bank(dfast + R, gain, dgamma, t, N, C, R, CP, RP, PRECISION)
+    _to_bank(dfast + 2 * R, bias, dz, t, N, C, R, CP, RP, PRECISION)
+    _to_bank(dfast + 3 * R, shift, de, t, N, C, R, CP, RP, PRECISION)
+    dbank += tl.program_id(0) * (3 * C * R)
+    dgain = _outer(dgamma, fast + R, t, N, R, RP, DOT, PRECISION)
+    dgain += _outer(e * n, dg + R, t, N, R, RP, DOT, PRECISION)
+    _store_transposed(dbank, dgain, C, R, CP, RP)
+    dbias = _outer(dz, fast + 2 * R, t, N, R, RP, DOT, PRECISION)
+    dbias += _outer(delta, dg + 2 * R, t, N, R, RP, DOT, PRECISION)
+    _store_transposed(dbank + C * R, dbias, C, R, CP, RP)
+    dshift = _outer(de, fast + 3 * R, t, N, R, RP, DOT, PRECISION)
+    dshift += _outer(e, dg + 3 * R, t, N, R, RP, DOT, PRECISION)
+    _store_transposed(dbank + 2 * C * R, dshift, C, R, CP, RP)
 
-    k_bar = e_bar
+    dk = de
     for r in range(R):
         W = _weight(weight, r, C, CP)
         U = _dot(k, W, DOT, PRECISION)
-        _store_column(fast_bar, tl.sum(U * z_bar, 1), t, N, r, R)
-        U_bar = z_bar * _column(fast, t, N, r, R) + dz * _column(a, t, N, r, R)
-        k_bar += _dot(U_bar, tl.trans(W), DOT, PRECISION)
-    _store(k_bar_ptr, k_bar, t, N, C, C, CP)
+        _store_column(dfast, tl.sum(U * dz, 1), t, N, r, R)
+        dU = dz * _column(fast, t, N, r, R) + delta * _column(dg, t, N, r, R)
+        dk += _dot(dU, tl.trans(W), DOT, PRECISION)
+    _store(dk_ptr, dk, t, N, C, C, CP)
 
 
 @triton.jit
@@ -287,21 +288,21 @@ def _mixed(p, y, t, N, first, R: tl.constexpr, RANK: tl.constexpr):
 
 @triton.jit
 def weight_backward(
-    x_ptr, x_stride, fast, z_bar_ptr, a, dz_ptr, parts, N, steps,
+    x_ptr, x_stride, fast, dz_ptr, dg, delta_ptr, parts, N, steps,
     C: tl.constexpr, R: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
     TWO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x^T (p_w[r] z_bar + a_w[r] dz) for RANK matrices r, over the tokens of one part."""
+    """x^T (p_w[r] dz + dg_w[r] delta) for RANK matrices r, over the tokens of one part."""
     first = tl.program_id(0) * RANK
     part = tl.program_id(1)
     total = tl.zeros((CP, RANK * CP), tl.float32)
     for step in range(steps):
         t = (part * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        U_bar = _mixed(fast, _load(z_bar_ptr, t, N, C, C, CP), t, N, first, R, RANK)
+        dU = _mixed(fast, _load(dz_ptr, t, N, C, C, CP), t, N, first, R, RANK)
         if TWO:
-            U_bar += _mixed(a, _load(dz_ptr, t, N, C, C, CP), t, N, first, R, RANK)
+            dU += _mixed(dg, _load(delta_ptr, t, N, C, C, CP), t, N, first, R, RANK)
         x = _load(x_ptr, t, N, x_stride, C, CP)
-        total += _dot(tl.trans(x), U_bar, DOT, PRECISION)
+        total += _dot(tl.trans(x), dU, DOT, PRECISION)
     i = tl.arange(0, CP)[:, None]
     o = tl.arange(0, RANK * CP)[None, :]
     r, o = first + o // CP, o % CP

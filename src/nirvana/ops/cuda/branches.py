@@ -1,9 +1,10 @@
 """The two branches of the Updater on half-precision CUDA tensors, as operations that compile.
 
-Each keeps little for its backward and computes the rest again: the linear branch its inputs, the
-decays' sums and the chunks' small inverses, but no convolved q, k, v; the window branch its inputs
-and output, but no moved q, k, v. The gated delta rule itself is fla-core's, through flash-qla where
-that is installed and fits; it wants rows laid end to end, with `cu_seqlens` between them.
+Each saves little for its backward and recomputes the rest: the linear branch saves its inputs, the
+sums of the decays and the small inverses of the chunks, but not the convolved q, k, v; the window
+branch saves its inputs and output, but not q, k, v with their low-rank terms. The gated delta rule
+itself is fla-core's, or flash-qla's where that is installed and takes the call; both take rows laid
+end to end, with `cu_seqlens` between them.
 """
 
 from functools import lru_cache
@@ -13,21 +14,19 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from nirvana.ops import attention, triton_conv, triton_low_rank
+from nirvana.ops.chunked import last_inputs
+from nirvana.ops.cuda import attention, conv
+from nirvana.ops.cuda.low_rank import add_low_rank
 
 HAS_FLASH_QLA = find_spec("flash_qla") is not None
-FREE = (torch.Tag.flexible_layout,)
-"""Slices of a larger product reach an operation as they lie, without a copy."""
+FLEXIBLE_LAYOUT = (torch.Tag.flexible_layout,)
+"""Tag of operations that take strided slices of a larger product, so that none is copied."""
 CHUNK = 64
 """Tokens of a chunk in both libraries."""
 
 
-HEAD_DIMS = (32, 64, 128)
-"""Sizes of a head that the attention and the delta rule here take."""
-
-
 def _rows(x: Tensor) -> Tensor:
-    """x `[B, T, D]` itself if its tokens lie at equal distances, each in one piece; else a copy."""
+    """x `[B, T, D]` itself if its tokens have one stride and are contiguous each; else a copy."""
     even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
     return x if even or (x.shape[0] == 1 and x.stride(2) == 1) else x.contiguous()
 
@@ -37,8 +36,8 @@ def _rows(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _equal_rows(B: int, T: int, device: torch.device) -> Tensor:
-    """One tensor for one shape: the libraries remember a tensor's lengths by its identity, and
-    read them from the device only once."""
+    """`cu_seqlens` of B rows of T tokens. One tensor for one shape: the libraries cache a tensor's
+    lengths by its identity, and so copy them from the device only once."""
     return torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
 
 
@@ -53,9 +52,19 @@ def _flash_qla_fits(q: Tensor) -> bool:
 def _delta_forward(
     qkv: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor | None, borders: Tensor, final: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """o, sums of log_alpha within chunks, inverses of the chunks, and the documents' last states.
+    """The gated delta rule of N tokens in rows laid end to end.
 
-    Args: qkv `[3, 1, N, H, K]`, log_alpha and beta `[1, N, H]`.
+    Args:
+        qkv: `[3, 1, N, H, K]`.
+        log_alpha: `[1, N, H]`.
+        beta: `[1, N, H]`.
+        state: `[rows, H, K, K]`, or None.
+        borders: `[documents + 1]`, where documents start and end.
+        final: whether to return the last states.
+
+    Returns:
+        o `[1, N, H, K]`, sums of log_alpha within chunks, inverses of the chunks' matrices, and
+        the last state of every document (None unless `final`).
     """
     q, k, v = qkv.unbind(0)
     scale = q.shape[-1] ** -0.5
@@ -74,7 +83,7 @@ def _delta_forward(
 
 
 def _delta_backward(
-    o_bar: Tensor,
+    do: Tensor,
     qkv: Tensor,
     beta: Tensor,
     sums: Tensor,
@@ -82,25 +91,27 @@ def _delta_backward(
     state: Tensor | None,
     borders: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, `[1, N, H, K]`, log_alpha and beta."""
+    """Gradients of q, k and v, each `[1, N, H, K]`, and of log_alpha and beta, `[1, N, H]`."""
     q, k, v = qkv.unbind(0)
     scale = q.shape[-1] ** -0.5
     if _flash_qla_fits(q):
         chunk = import_module("flash_qla.ops.gated_delta_rule.chunk")
-        q_bar, k_bar, v_bar, beta_bar, alpha_bar, _ = chunk.chunk_gated_delta_rule_bwd(
-            q, k, v, sums, beta, inverse, o_bar, None, scale, state, borders
+        dq, dk, dv, dbeta, dalpha, _ = chunk.chunk_gated_delta_rule_bwd(
+            q, k, v, sums, beta, inverse, do, None, scale, state, borders
         )
     else:
         chunk = import_module("fla.ops.gated_delta_rule.chunk")
         places = import_module("fla.ops.utils.index").prepare_chunk_indices(borders, CHUNK)
-        q_bar, k_bar, v_bar, beta_bar, alpha_bar, *_ = chunk.chunk_gated_delta_rule_bwd(
-            q, k, v, sums, beta, inverse, scale, state, o_bar, None, False, borders, None, places
+        dq, dk, dv, dbeta, dalpha, *_ = chunk.chunk_gated_delta_rule_bwd(
+            q, k, v, sums, beta, inverse, scale, state, do, None, False, borders, None, places
         )
-    bars = (bar.to(q.dtype).contiguous() for bar in (q_bar, k_bar, v_bar))
-    return *bars, alpha_bar.float(), beta_bar.float()
+    grads = (grad.to(q.dtype).contiguous() for grad in (dq, dk, dv))
+    return *grads, dalpha.float(), dbeta.float()
 
 
-@torch.library.custom_op("nirvana::linear_branch", mutates_args=(), device_types="cuda", tags=FREE)
+@torch.library.custom_op(
+    "nirvana::linear_branch", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
+)
 def _linear(
     qkv: Tensor,
     conv_weight: Tensor,
@@ -113,19 +124,19 @@ def _linear(
     cu_seqlens: Tensor | None,
     final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, last states (empty unless `final`), and what the backward wants: sums and inverses."""
+    """o, last states (empty unless `final`), and for the backward the sums and inverses."""
     B, T, D3 = qkv.shape
     H = D3 // (3 * head_dim)
     borders = _equal_rows(B, T, qkv.device) if cu_seqlens is None else cu_seqlens
     qkv, conv_weight = _rows(qkv), conv_weight.contiguous()
-    mixed = triton_conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
+    mixed = conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
     rows = mixed.view(3, 1, B * T, H, head_dim)
     log_alpha, beta = (x.contiguous().view(1, B * T, H) for x in (log_alpha, beta))
     with torch.cuda.device_of(qkv):
         o, sums, inverse, last = _delta_forward(rows, log_alpha, beta, state, borders, final)
     if last is None:
         last = sums.new_empty(0)
-    elif cu_seqlens is not None:  # of every document: a row's last one ends where the row does
+    elif cu_seqlens is not None:  # one state per document: take that of each row's last document
         ends = torch.arange(1, B + 1, dtype=torch.int32, device=qkv.device) * T
         last = last[torch.searchsorted(borders, ends) - 1]
     return o.view(B, T, H, head_dim), last, sums, inverse
@@ -153,10 +164,10 @@ def _(
 
 
 @torch.library.custom_op(
-    "nirvana::linear_branch_gradients", mutates_args=(), device_types="cuda", tags=FREE
+    "nirvana::linear_branch_gradients", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
 )
 def _linear_gradients(
-    o_bar: Tensor,
+    do: Tensor,
     qkv: Tensor,
     conv_weight: Tensor,
     beta: Tensor,
@@ -173,10 +184,10 @@ def _linear_gradients(
     H = D3 // (3 * head_dim)
     borders = _equal_rows(B, T, qkv.device) if cu_seqlens is None else cu_seqlens
     qkv, conv_weight = _rows(qkv), conv_weight.contiguous()
-    mixed = triton_conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
+    mixed = conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
     with torch.cuda.device_of(qkv):
-        q_bar, k_bar, v_bar, alpha_bar, beta_bar = _delta_backward(
-            o_bar.contiguous().view(1, B * T, H, head_dim),
+        dq, dk, dv, dalpha, dbeta = _delta_backward(
+            do.contiguous().view(1, B * T, H, head_dim),
             mixed.view(3, 1, B * T, H, head_dim),
             beta.contiguous().view(1, B * T, H),
             sums,
@@ -184,15 +195,13 @@ def _linear_gradients(
             state,
             borders,
         )
-    qkv_bar, weight_bar = triton_conv.backward(
-        (q_bar, k_bar, v_bar), qkv, conv_weight, head_dim, conv_state, segments
-    )
-    return qkv_bar, weight_bar, alpha_bar.view(B, T, H), beta_bar.view(B, T, H)
+    dqkv, dweight = conv.backward((dq, dk, dv), qkv, conv_weight, head_dim, conv_state, segments)
+    return dqkv, dweight, dalpha.view(B, T, H), dbeta.view(B, T, H)
 
 
 @_linear_gradients.register_fake
 def _(
-    o_bar,
+    do,
     qkv,
     conv_weight,
     beta,
@@ -204,9 +213,9 @@ def _(
     sums,
     inverse,
 ):
-    alpha_bar, beta_bar = (beta.new_empty(beta.shape, dtype=torch.float32) for _ in range(2))
-    weight_bar = conv_weight.new_empty(conv_weight.shape, dtype=torch.float32)
-    return qkv.new_empty(qkv.shape), weight_bar, alpha_bar, beta_bar
+    dalpha, dbeta = (beta.new_empty(beta.shape, dtype=torch.float32) for _ in range(2))
+    dweight = conv_weight.new_empty(conv_weight.shape, dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), dweight, dalpha, dbeta
 
 
 def _linear_save(ctx, inputs, output):
@@ -218,10 +227,12 @@ def _linear_save(ctx, inputs, output):
     )
 
 
-def _linear_autograd(ctx, o_bar, *_):
-    qkv, conv_weight, beta, conv_state, state, segments, cu_seqlens, *kept = ctx.saved_tensors
-    bars = _linear_gradients(
-        o_bar,
+def _linear_autograd(ctx, do, *_):
+    qkv, conv_weight, beta, conv_state, state, segments, cu_seqlens, sums, inverse = (
+        ctx.saved_tensors
+    )
+    grads = _linear_gradients(
+        do,
         qkv,
         conv_weight,
         beta,
@@ -230,9 +241,10 @@ def _linear_autograd(ctx, o_bar, *_):
         state,
         segments,
         cu_seqlens,
-        *kept,
+        sums,
+        inverse,
     )
-    return *bars, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 _linear.register_autograd(_linear_autograd, setup_context=_linear_save)
@@ -249,8 +261,9 @@ def linear_branch(
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
     final: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `nirvana.ops.linear_branch`; the states are not differentiable."""
+    width = conv_weight.shape[1]
     o, last, _, _ = _linear(
         qkv,
         conv_weight.float(),
@@ -263,7 +276,8 @@ def linear_branch(
         cu_seqlens,
         final,
     )
-    return o, last if final else None
+    recent = last_inputs(qkv, width, conv_state, segments) if final else None
+    return o, recent, last if final else None
 
 
 # The window branch.
@@ -279,7 +293,9 @@ def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
 
 
-@torch.library.custom_op("nirvana::window_branch", mutates_args=(), device_types="cuda", tags=FREE)
+@torch.library.custom_op(
+    "nirvana::window_branch", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
+)
 def _window(
     qkv: Tensor,
     low_rank: Tensor,
@@ -288,8 +304,7 @@ def _window(
     window: int | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    moved = triton_low_rank.move(_rows(qkv), _rows(low_rank), up.contiguous())
-    q, k, v = _heads(moved, head_dim)
+    q, k, v = _heads(add_low_rank(_rows(qkv), _rows(low_rank), up.contiguous()), head_dim)
     return attention.forward(q, k, v, window, cu_seqlens)
 
 
@@ -301,10 +316,10 @@ def _(qkv, low_rank, up, head_dim, window, cu_seqlens):
 
 
 @torch.library.custom_op(
-    "nirvana::window_branch_gradients", mutates_args=(), device_types="cuda", tags=FREE
+    "nirvana::window_branch_gradients", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
 )
 def _window_gradients(
-    o_bar: Tensor,
+    do: Tensor,
     qkv: Tensor,
     low_rank: Tensor,
     up: Tensor,
@@ -315,18 +330,17 @@ def _window_gradients(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, low_rank and up."""
-    moved = triton_low_rank.move(_rows(qkv), _rows(low_rank), up.contiguous())
-    q, k, v = _heads(moved, head_dim)
-    bars = attention.backward(o_bar.contiguous(), q, k, v, o, lse, window, cu_seqlens)
-    bars = bars.flatten(2)
-    low_rank_bar = torch.bmm(_parts(bars), up.mT).transpose(0, 1).reshape(low_rank.shape)
-    return bars, low_rank_bar, torch.bmm(_parts(low_rank).mT, _parts(bars))
+    q, k, v = _heads(add_low_rank(_rows(qkv), _rows(low_rank), up.contiguous()), head_dim)
+    grads = attention.backward(do.contiguous(), q, k, v, o, lse, window, cu_seqlens)
+    grads = grads.flatten(2)
+    dlow_rank = torch.bmm(_parts(grads), up.mT).transpose(0, 1).reshape(low_rank.shape)
+    return grads, dlow_rank, torch.bmm(_parts(low_rank).mT, _parts(grads))
 
 
 @_window_gradients.register_fake
-def _(o_bar, qkv, low_rank, up, head_dim, window, cu_seqlens, o, lse):
-    qkv_bar = qkv.new_empty(qkv.shape)
-    return qkv_bar, low_rank.new_empty(low_rank.shape), torch.empty_like(up)
+def _(do, qkv, low_rank, up, head_dim, window, cu_seqlens, o, lse):
+    dqkv = qkv.new_empty(qkv.shape)
+    return dqkv, low_rank.new_empty(low_rank.shape), torch.empty_like(up)
 
 
 def _window_save(ctx, inputs, output):
@@ -336,10 +350,10 @@ def _window_save(ctx, inputs, output):
     ctx.save_for_backward(qkv, low_rank, up, cu_seqlens, o, lse)
 
 
-def _window_autograd(ctx, o_bar, _):
+def _window_autograd(ctx, do, _):
     qkv, low_rank, up, cu_seqlens, o, lse = ctx.saved_tensors
-    bars = _window_gradients(o_bar, qkv, low_rank, up, ctx.head_dim, ctx.window, cu_seqlens, o, lse)
-    return *bars, None, None, None
+    grads = _window_gradients(do, qkv, low_rank, up, ctx.head_dim, ctx.window, cu_seqlens, o, lse)
+    return *grads, None, None, None
 
 
 _window.register_autograd(_window_autograd, setup_context=_window_save)
@@ -351,9 +365,10 @@ def window_branch(
     up: Tensor,
     head_dim: int,
     window: int | None,
+    segments: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """See `nirvana.ops.window_branch`."""
+    """See `nirvana.ops.window_branch`; the kernels read the borders from `cu_seqlens`."""
     return _window(qkv, low_rank, up.to(qkv.dtype), head_dim, window, cu_seqlens)[0]
 
 
@@ -373,7 +388,7 @@ def _(q, k, v, window, cu_seqlens):
     "nirvana::window_attention_gradients", mutates_args=(), device_types="cuda"
 )
 def _attention_gradients(
-    o_bar: Tensor,
+    do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -382,11 +397,11 @@ def _attention_gradients(
     window: int | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return attention.backward(o_bar.contiguous(), q, k, v, o, lse, window, cu_seqlens)
+    return attention.backward(do.contiguous(), q, k, v, o, lse, window, cu_seqlens)
 
 
 @_attention_gradients.register_fake
-def _(o_bar, q, k, v, o, lse, window, cu_seqlens):
+def _(do, q, k, v, o, lse, window, cu_seqlens):
     B, T, H, K = q.shape
     return q.new_empty(B, T, 3, H, K)
 
@@ -398,17 +413,22 @@ def _attention_save(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, cu_seqlens, o, lse)
 
 
-def _attention_autograd(ctx, o_bar, _):
+def _attention_autograd(ctx, do, _):
     q, k, v, cu_seqlens, o, lse = ctx.saved_tensors
-    bars = _attention_gradients(o_bar, q, k, v, o, lse, ctx.window, cu_seqlens)
-    return *bars.unbind(2), None, None
+    grads = _attention_gradients(do, q, k, v, o, lse, ctx.window, cu_seqlens)
+    return *grads.unbind(2), None, None
 
 
 _attention.register_autograd(_attention_autograd, setup_context=_attention_save)
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """See `nirvana.ops.window_attention`."""
+    """See `nirvana.ops.window_attention`; the kernels read the borders from `cu_seqlens`."""
     return _attention(q, k, v, window, cu_seqlens)[0]

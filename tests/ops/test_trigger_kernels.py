@@ -1,4 +1,4 @@
-"""The Trigger's kernels against PyTorch and autograd: values, gradients, and what compiles.
+"""The Trigger's kernels against the definitions: values, gradients, and compilation.
 
 On a machine without a GPU they run in Triton's interpreter (see conftest.py); on one with a GPU
 they run there, and the interpreter's variants skip.
@@ -7,19 +7,18 @@ they run there, and the interpreter's variants skip.
 import pytest
 import torch
 
-from nirvana import NirvanaConfig, NirvanaForCausalLM, preset
-from nirvana.model import trigger as pytorch
-from nirvana.model.trigger import WeightBank
-from nirvana.ops import decayed_sum
+from nirvana import NirvanaForCausalLM, preset
+from nirvana.ops import decayed_sum, dispatch, reference
 
-triton_trigger = pytest.importorskip("nirvana.ops.triton_trigger")
+pytest.importorskip("triton")
+from nirvana.ops.cuda import trigger as kernels
 
 SIZES = [(3, 23, 8, 4), (1, 70, 13, 5), (2, 2, 32, 17), (1, 20, 100, 3)]  # B, T, C, R
 
 
 @pytest.fixture(autouse=True)
 def _where_triton_runs(device):
-    if device == "cpu" and not triton_trigger.knobs.runtime.interpret:
+    if device == "cpu" and not kernels.knobs.runtime.interpret:
         pytest.skip("Triton is compiled for the GPU here")
 
 
@@ -50,28 +49,16 @@ def step(gradient, apply, qkv, fast, lr, decay, segments, **bank):
 
 def kernel_step(inputs, exact=True, segments=None):
     def gradient(k, v, fast, **bank):
-        return triton_trigger.trigger_gradient(k, v, fast, **bank, exact=exact)
+        return kernels.trigger_gradient(k, v, fast, **bank, exact=exact)
 
-    return step(gradient, triton_trigger.trigger_apply, **inputs, segments=segments)
+    return step(gradient, kernels.trigger_apply, **inputs, segments=segments)
 
 
-def pytorch_step(inputs, exact=True, segments=None):
-    def as_bank(weight, **vectors):
-        bank = WeightBank(NirvanaConfig(task_dim=weight.shape[0], bank_size=weight.shape[2]))
-        for name in ("weight", "gain", "bias", "shift"):
-            delattr(bank, name)
-        bank.weight = weight  # no Parameter: gradients are to reach what was handed in
-        bank.gain, bank.bias, bank.shift = (vectors[x] for x in ("gain", "bias", "shift"))
-        return bank
-
+def reference_step(inputs, exact=True, segments=None):
     def gradient(k, v, fast, **bank):
-        return pytorch.trigger_gradient(k, v, fast, as_bank(**bank), exact)
+        return reference.trigger_gradient(k, v, fast, **bank, exact=exact)
 
-    def apply(q, fast, **bank):
-        bank = as_bank(**bank)
-        return pytorch._apply(q, bank.project(q), fast, bank)[0]
-
-    return step(gradient, apply, **inputs, segments=segments)
+    return step(gradient, reference.trigger_apply, **inputs, segments=segments)
 
 
 def relative_errors(actual, expected):
@@ -101,12 +88,12 @@ def values_and_gradients(run, inputs, exact, segments, dtype):
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_pytorch_in_float64(size, dtype, tolerance, exact, memory):
+def test_equals_the_definition_in_float64(size, dtype, tolerance, exact, memory):
     inputs = make_inputs(*size, dtype)
     B, T, _, _ = size
     segments = torch.randint(0, 2, (B, T)).cumsum(1) if memory else None
     actual = values_and_gradients(kernel_step, inputs, exact, segments, None)
-    expected = values_and_gradients(pytorch_step, inputs, exact, segments, torch.float64)
+    expected = values_and_gradients(reference_step, inputs, exact, segments, torch.float64)
     assert actual.keys() == expected.keys() >= {"qkv", "fast", "weight", "gain", "bias", "lr"}
     assert ("decay" in actual) == memory
     assert actual["h"].dtype == actual["qkv"].dtype == actual["weight"].dtype == dtype
@@ -119,7 +106,7 @@ def test_bf16_tokens_meet_a_float32_bank():
     inputs = make_inputs(1, 20, 8, 4)
     inputs["qkv"] = inputs["qkv"].bfloat16()
     actual = values_and_gradients(kernel_step, inputs, True, None, None)
-    expected = values_and_gradients(pytorch_step, inputs, True, None, torch.float64)
+    expected = values_and_gradients(reference_step, inputs, True, None, torch.float64)
     errors = relative_errors(actual, expected)
     assert actual["weight"].dtype == torch.float32
     assert max(errors.values()) < 1e-2, errors
@@ -136,10 +123,10 @@ def test_a_frozen_bank_gets_no_gradient():
 
 
 def test_more_tokens_than_one_program_of_the_weights_gradient_takes():
-    tokens = triton_trigger.WEIGHT_BLOCK * triton_trigger.WEIGHT_PARTS + 3
+    tokens = kernels.WEIGHT_BLOCK * kernels.WEIGHT_PARTS + 3
     inputs = make_inputs(1, tokens, 4, 2)
     actual = values_and_gradients(kernel_step, inputs, True, None, None)
-    expected = values_and_gradients(pytorch_step, inputs, True, None, torch.float64)
+    expected = values_and_gradients(reference_step, inputs, True, None, torch.float64)
     errors = relative_errors(actual, expected)
     assert max(errors.values()) < 1e-5, errors
 
@@ -173,25 +160,26 @@ def test_is_a_proper_operation(name):
     bank = [inputs["weight"].detach().permute(2, 0, 1).contiguous().requires_grad_()]
     bank += [inputs[x] for x in ("gain", "bias", "shift")]
     if name == "gradient":
-        torch.library.opcheck(triton_trigger._gradient, (k, v, fast, *bank, True))
+        torch.library.opcheck(kernels._gradient, (k, v, fast, *bank, True))
     elif name == "apply":
-        torch.library.opcheck(triton_trigger._apply, (q, fast.requires_grad_(), *bank))
+        torch.library.opcheck(kernels._apply, (q, fast.requires_grad_(), *bank))
     else:
         q, k, v = (x.detach().contiguous() for x in (q, k, v))
         args = (q, bank[0].detach(), fast, k, fast, v)
-        torch.library.opcheck(triton_trigger._weight_gradient, args)
+        torch.library.opcheck(kernels._weight_gradient, args)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("task_dim", [128, 129])
-def test_task_vectors_that_are_too_wide_for_the_kernels_are_pytorchs(task_dim):
+def test_task_vectors_too_wide_for_the_kernels_are_computed_by_pytorch(task_dim):
     """Both learn, one with the kernels."""
     config = preset("tiny", task_dim=task_dim, bank_size=4, num_hidden_layers=3, vocab_size=64)
     model = NirvanaForCausalLM(config).to("cuda", torch.bfloat16)
     ids = torch.randint(64, (1, 40), device="cuda")
     model(ids, labels=ids).loss.backward()
     assert model.model.bank.weight.grad.isfinite().all()
-    assert pytorch.fused(torch.empty(1, 40, task_dim, dtype=torch.bfloat16, device="cuda")) == (
-        task_dim <= pytorch.WIDEST
-    )
+    with dispatch.recorded_backends() as used, torch.no_grad():
+        model(ids)
+    name = "cuda" if task_dim <= dispatch.MAX_TASK_DIM else "chunked"
+    assert used["trigger_gradient"] == used["trigger_apply"] == [name]

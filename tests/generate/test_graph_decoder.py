@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from nirvana.model import decode
-from nirvana.model.decode import Decoder
+from nirvana.generate import graph_decoder
+from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.trigger import without_trigger
 
 NEW = 20
@@ -14,7 +14,7 @@ NEW = 20
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", 10)
+    monkeypatch.setattr(graph_decoder, "PREFILL_CHUNK", 10)
 
 
 def tokens_of(B, T):

@@ -1,7 +1,7 @@
 """silu(gate) * up for gate and up side by side, and its gradient in one pass, for CUDA tensors.
 
-A compiler makes the gradient's two halves by masks, each lane computing both: 1.6 times the time
-that reading and writing takes.
+A compiler selects the gradient's two halves with masks, so every lane computes both: 1.6 times the
+time of the memory traffic alone.
 """
 
 import torch
@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nirvana.ops.launch import blocks, launch
+from nirvana.ops.cuda.launch import blocks, launch
 
 COLUMNS = 1024
-"""Of a program, which takes one row."""
+"""Columns of a program, which takes one row."""
 
 
 @triton.jit
@@ -25,16 +25,16 @@ def swiglu_kernel(x, out, F, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def swiglu_gradient_kernel(bar, x, x_bar, F, COLUMNS: tl.constexpr):
+def swiglu_gradient_kernel(dy_ptr, x, dx, F, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     gate = tl.load(x + row * (2 * F) + c, c < F, 0.0).to(tl.float32)
     up = tl.load(x + row * (2 * F) + F + c, c < F, 0.0).to(tl.float32)
-    y_bar = tl.load(bar + row * F + c, c < F, 0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + row * F + c, c < F, 0.0).to(tl.float32)
     sigma = tl.sigmoid(gate)
-    gate_bar = y_bar * up * sigma * (1 + gate * (1 - sigma))
-    tl.store(x_bar + row * (2 * F) + c, gate_bar, c < F)
-    tl.store(x_bar + row * (2 * F) + F + c, y_bar * gate * sigma, c < F)
+    dgate = dy * up * sigma * (1 + gate * (1 - sigma))
+    tl.store(dx + row * (2 * F) + c, dgate, c < F)
+    tl.store(dx + row * (2 * F) + F + c, dy * gate * sigma, c < F)
 
 
 @torch.library.custom_op("nirvana::swiglu", mutates_args=())
@@ -51,16 +51,16 @@ def _(x):
 
 
 @torch.library.custom_op("nirvana::swiglu_gradient", mutates_args=())
-def _gradient(bar: Tensor, x: Tensor) -> Tensor:
-    N, F = bar.shape
-    x_bar = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    given = (bar.contiguous(), x.contiguous(), x_bar, F)
+def _gradient(dy: Tensor, x: Tensor) -> Tensor:
+    N, F = dy.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    given = (dy.contiguous(), x.contiguous(), dx, F)
     launch(swiglu_gradient_kernel, (N, blocks(F, COLUMNS)), *given, COLUMNS=COLUMNS)
-    return x_bar
+    return dx
 
 
 @_gradient.register_fake
-def _(bar, x):
+def _(dy, x):
     return x.new_empty(x.shape)
 
 
@@ -68,8 +68,8 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, bar):
-    return _gradient(bar, *ctx.saved_tensors)
+def _autograd(ctx, dy):
+    return _gradient(dy, *ctx.saved_tensors)
 
 
 _swiglu.register_autograd(_autograd, setup_context=_save)

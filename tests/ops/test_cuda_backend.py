@@ -1,12 +1,12 @@
 """The kernels for half precision on a GPU against the definitions in float64: values, gradients,
-borders, and the laws of a model in bf16. Skips without a GPU."""
+borders, and the invariants of a model in bf16. Skips without a GPU."""
 
 import pytest
 import torch
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM, ops
-from nirvana.model import decode
-from nirvana.model.decode import Decoder
+from nirvana.generate import graph_decoder
+from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.masks import create_masks
 from nirvana.model.nirvana import compile_blocks
 
@@ -47,14 +47,15 @@ def relative(actual, expected):
 def compare(operation, inputs, **more):
     """The outputs and the gradients of a random sum of them, bf16 kernels against float64."""
     outcomes = []
-    for backend, dtype in ((None, None), ("reference", torch.float64)):
+    for backend, dtype in (("cuda", None), ("reference", torch.float64)):
         given = {
             name: x
             if x is None
             else x.detach().to(dtype or x.dtype).requires_grad_("state" not in name)
             for name, x in inputs.items()
         }
-        outputs = operation(**given, **more, backend=backend)
+        with ops.use_backend(backend):
+            outputs = operation(**given, **more)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.manual_seed(1)
         weights = [torch.randn(outputs[0].shape)]
@@ -122,7 +123,8 @@ def test_window_attention_over_the_past(queries, past):
     k, v = (torch.randn(2, past + queries, 2, 128, dtype=torch.bfloat16) for _ in range(2))
     with torch.no_grad():
         fast = ops.window_attention(q, k, v, 100)
-        exact = ops.window_attention(*(x.double() for x in (q, k, v)), 100, backend="reference")
+        with ops.use_backend("reference"):
+            exact = ops.window_attention(*(x.double() for x in (q, k, v)), 100)
     assert relative(fast, exact) < TOLERANCE
 
 
@@ -194,7 +196,7 @@ def test_prefill_and_decode_are_forward(n):
 
 
 def test_one_graph_a_token_is_the_forward_pass(monkeypatch):
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", 64)
+    monkeypatch.setattr(graph_decoder, "PREFILL_CHUNK", 64)
     model = make_model().eval()
     tokens = torch.randint(97, (2, 200))
     torch.set_default_device(None)  # its mode is in the way of the compiler
@@ -224,7 +226,7 @@ def test_gradients_of_a_compiled_model_are_those_of_float32_on_the_cpu():
 
 
 def test_operations_are_proper():
-    from nirvana.ops import cuda
+    from nirvana.ops.cuda import branches
 
     B, T, H, K = 1, 70, 2, 128
     inputs = linear_inputs(B, T, H, K, False)
@@ -234,9 +236,9 @@ def test_operations_are_proper():
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     arguments = (qkv, weight, alpha, beta, K, None, None, None, None, False)
-    torch.library.opcheck(cuda._linear, arguments, test_utils=checks)
+    torch.library.opcheck(branches._linear, arguments, test_utils=checks)
     low_rank, up = torch.randn(B, T, 48).bfloat16(), torch.randn(3, 16, H * K).bfloat16()
     arguments = (qkv, low_rank, up, K, 30, None)
-    torch.library.opcheck(cuda._window, arguments, test_utils=checks)
+    torch.library.opcheck(branches._window, arguments, test_utils=checks)
     q, k, v = (torch.randn(B, T, H, K).bfloat16().requires_grad_() for _ in range(3))
-    torch.library.opcheck(cuda._attention, (q, k, v, 30, None), test_utils=checks)
+    torch.library.opcheck(branches._attention, (q, k, v, 30, None), test_utils=checks)
