@@ -29,9 +29,10 @@ from recipe import configuration, overrides, write_shards
 from torch.cuda import nccl
 
 from nirvana import ops
+from nirvana.config import load_config
 from nirvana.errors import InputError, script
 from nirvana.files import writable_json, write_json
-from nirvana.train.config import LanguageConfig, load_config
+from nirvana.train.config import LanguageConfig
 
 PROGRAM = Path(__file__).with_name("measured.py")
 COUNTS = (1, 2, 4, 8)

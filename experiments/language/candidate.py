@@ -16,12 +16,13 @@ import numpy as np
 from arms import DOMAINS
 from common import CANDIDATES, append_result, trained_tokens
 
+from nirvana.config import load_config
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import read_files
 from nirvana.files import check_outputs
 from nirvana.model.assets import load_language_model
-from nirvana.train.config import LanguageConfig, load_config
-from nirvana.train.world import choose_device
+from nirvana.train.config import LanguageConfig
 
 
 def main() -> None:

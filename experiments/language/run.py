@@ -26,9 +26,9 @@ from common import FOLDER, RESULTS, append_result, load_data, read_results
 from study import run
 
 from nirvana.bench.measure import environment
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.train.world import choose_device
 
 SEEDS = (0, 1, 2)
 

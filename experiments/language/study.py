@@ -14,12 +14,14 @@ from arms import PEERS, SETTINGS, Budget, fields_of
 from probe import look
 from torch import Tensor
 
-from nirvana.evaluate.batched import read_rows
-from nirvana.train.config import LanguageConfig, from_dict
+from nirvana.config import from_dict
+from nirvana.device import peak_memory
+from nirvana.evaluate.likelihood import TokenLikelihoods, token_log_likelihoods
+from nirvana.train.config import LanguageConfig
+from nirvana.train.distributed import ProcessContext
 from nirvana.train.language import LanguageTask
 from nirvana.train.optim import build_optimizer
-from nirvana.train.step import Trainer, peak_memory
-from nirvana.train.world import World
+from nirvana.train.trainer import Trainer
 
 REPORTS = 25  # of the loss and the speed, in a training
 
@@ -52,7 +54,7 @@ def run(
     if device.type == "cuda":
         gc.collect()  # of the run before
         torch.cuda.reset_peak_memory_stats(device)
-    trainer, figures = train(task, config, World(device), compiled, say)
+    trainer, figures = train(task, config, ProcessContext(device), compiled, say)
     trained = time.perf_counter()
     model: Any = task.model.eval()
     # Scored texts come in shapes of their own: what is compiled would be compiled again for each.
@@ -102,7 +104,7 @@ def configuration(
 def train(
     task: LanguageTask,
     config: LanguageConfig,
-    world: World,
+    world: ProcessContext,
     compiled: bool,
     say: Callable[[str], None],
 ) -> tuple[Trainer, dict[str, Any]]:
@@ -117,7 +119,7 @@ def train(
     for step in range(steps):
         trainer.step(step, [task.batch(step, 0)])
         if (step + 1) % every == 0 or step + 1 == steps:
-            line = trainer.report(step + 1)
+            line = trainer.metrics(step + 1)
             losses.append([step + 1, line["loss"] and round(line["loss"], 4)])
             rates.append(line["tokens_per_second"])
             say(f"step {step + 1}/{steps} loss {line['loss']} {rates[-1]:,.0f} tokens/s")
@@ -138,7 +140,7 @@ def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str
     edges = evaluation["edges"]
     for split, domains in evaluation["text"].items():
         documents = [document for each in domains.values() for document in each]
-        read = iter(read_rows(model, [each["tokens"] for each in documents], batch_tokens))
+        read = iter(_scores(model, [each["tokens"] for each in documents], batch_tokens))
         found["text"][split] = {
             domain: {
                 "bits": [_ranges(next(read)[0], edges) for _ in each],
@@ -147,7 +149,7 @@ def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str
             for domain, each in domains.items()
         }
     questions = [question for each in evaluation["tasks"].values() for question in each]
-    read = iter(read_rows(model, [r for q in questions for r in q["rows"]], batch_tokens))
+    read = iter(_scores(model, [r for q in questions for r in q["rows"]], batch_tokens))
     for name, each in evaluation["tasks"].items():
         points = [_point(question, [next(read) for _ in question["rows"]]) for question in each]
         choices = [len(question["rows"]) for question in each]
@@ -158,12 +160,17 @@ def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str
             else 0,
         }
     problems = [problem for each in evaluation["recall"].values() for problem in each]
-    read = iter(read_rows(model, [each["tokens"] for each in problems], batch_tokens))
+    read = iter(_scores(model, [each["tokens"] for each in problems], batch_tokens))
     for name, each in evaluation["recall"].items():
         answered = [_recall(problem, *next(read)) for problem in each]
         points, bits = zip(*answered, strict=True)
         found["recall"][name] = {"points": list(points), "bits": list(bits)}
     return found
+
+
+def _scores(model: Any, rows: Sequence[Sequence[int]], batch_tokens: int) -> list[TokenLikelihoods]:
+    """Scores rows in batches of `batch_tokens` tokens, whatever their number."""
+    return token_log_likelihoods(model, rows, batch_size=len(rows), batch_tokens=batch_tokens)
 
 
 def _ranges(costs: Tensor, edges: Sequence[int]) -> list[float]:

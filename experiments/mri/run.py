@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from nirvana.config import to_dict
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
 from nirvana.mri.baselines import l1_wavelet, sense, zero_filled
@@ -36,9 +37,9 @@ from nirvana.mri.settings import MriConfig, MriDataSection, StageSection
 from nirvana.mri.simulate import Simulation, simulate_scan
 from nirvana.mri.toolbox import bart_pics
 from nirvana.mri.train import ReconstructionTask
-from nirvana.train.config import OptimConfig, RunConfig, to_dict
+from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.distributed import init_distributed
 from nirvana.train.loop import fit
-from nirvana.train.world import join
 
 sys.path.insert(0, str(Path(__file__).parent))
 from arms import ARMS, CLASSICAL, tiny
@@ -123,7 +124,7 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
     """The trained codec, and facts about its training."""
     names = [name for name in archive.files if name.startswith("train/")]
     config = configuration(options, options.steps or 1000)
-    with join(options.device) as world:
+    with init_distributed(options.device) as world:
         torch.manual_seed(options.seed)
         pool = SlicePool([torch.from_numpy(archive[name]) for name in names], world.device)
         task = ReconstructionTask(config, world.device, pool)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, check_outputs, write_json
 from nirvana.mri.codec import CodecConfig
@@ -35,7 +36,6 @@ from nirvana.mri.report.train import ReportConfig, ReportSection, train_reporter
 from nirvana.mri.simulate import Simulation
 from nirvana.seeds import mixed_seed
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.world import choose_device
 
 SEEN, UNSEEN = (0, 1, 2, 3), (4, 5)
 assert sorted(SEEN + UNSEEN) == list(range(len(WORDINGS)))

@@ -114,8 +114,8 @@ def test_from_text_to_report(run, study, data, tmp_path, capsys, monkeypatch):
         assert ("trigger" in line) == (line["arm"] == "nirvana")
         assert line["losses"][-1][1] < line["losses"][0][1]
     # The same text through the package's own evaluation.
+    from nirvana.data.documents import read_documents
     from nirvana.model.assets import load_language_model
-    from nirvana.text import read_documents
 
     model, tokenizer = load_language_model(tmp_path / "models" / "nirvana-B-0")
     texts = list(read_documents(data / "text/law/test.jsonl.xz"))

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from nirvana import InputError
+from nirvana.config import load_config
 from nirvana.mri.measured import ScanPool, cut
 from nirvana.mri.physics import Sampling, fft2c, ifft2c, rss
 from nirvana.mri.settings import MriConfig
 from nirvana.mri.train import train
-from nirvana.train.config import load_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mri-fastmri.toml"
 SMALL = [

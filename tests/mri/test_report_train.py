@@ -40,7 +40,7 @@ from nirvana.mri.report.train import (
 from nirvana.mri.simulate import Simulation
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.world import World
+from nirvana.train.distributed import ProcessContext
 
 
 def scan_of(count: int) -> tuple[torch.Tensor, ...]:
@@ -190,7 +190,7 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     assert any(not torch.equal(before[name], trained[name]) for name in trained)
     with torch.no_grad():
         task.learner.codec.specialist.start.fill_(2.0)  # as of a backbone with louder words
-    task.prepare(World(torch.device("cpu")), compiled=False)
+    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
     after = task.learner.codec.encoder.state_dict()
     assert all(torch.equal(after[name], trained[name]) for name in trained)
     assert (task.learner.codec.specialist.start == 2.0).all()
@@ -205,7 +205,7 @@ def test_a_training_begins_with_a_codec(tmp_path):
     trained = load_reporter(folder).model
     task = ReportTask(config_of(tmp_path, "run", 4, start=str(folder)), torch.device("cpu"))
     own = task.learner.codec.specialist.start.detach().clone()
-    task.prepare(World(torch.device("cpu")), compiled=False)
+    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
     for part in ("encoder", "sensitivities", "encoder_cascades"):
         wanted = getattr(trained, part).state_dict()
         found = getattr(task.learner.codec, part).state_dict()
@@ -225,7 +225,7 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     longer = config_of(tmp_path, "run", 4, start=str(folder))
     longer = replace(longer, codec=replace(first.codec, encoder_cascades=3))
     task = ReportTask(longer, torch.device("cpu"))
-    task.prepare(World(torch.device("cpu")), compiled=False)
+    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
     grown = task.learner.codec
     for name, value in trained.encoder_cascades.state_dict().items():
         assert torch.equal(grown.encoder_cascades.state_dict()[name], value)
@@ -235,7 +235,9 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
     kept = replace(longer, data=replace(longer.data, keep_image=True))
     with pytest.raises(InputError, match=r"another encoder: codec.encoder_cascades.1"):
-        ReportTask(kept, torch.device("cpu")).prepare(World(torch.device("cpu")), compiled=False)
+        ReportTask(kept, torch.device("cpu")).prepare(
+            ProcessContext(torch.device("cpu")), compiled=False
+        )
     assert train_reporter(longer).finished
 
 

@@ -410,8 +410,8 @@ def _masked(scan: "Scan", mask: "Tensor") -> "Tensor":
 
 
 def _load(codec: str, device: str) -> Any:
+    from nirvana.device import choose_device
     from nirvana.mri.model import load_codec
-    from nirvana.train.world import choose_device
 
     return load_codec(codec, choose_device(device))
 

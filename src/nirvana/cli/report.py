@@ -71,13 +71,13 @@ def report(
     A fully sampled scan is undersampled first; of an image volume a scan is simulated, unless it is
     a reconstruction (--image). Research software, not for diagnosis.
     """
+    from nirvana.device import choose_device
     from nirvana.model.assets import packaged
     from nirvana.mri.io import files_of
     from nirvana.mri.report.encode import view_of
     from nirvana.mri.report.figure import report_panel
     from nirvana.mri.report.place import find_brain, place, readable
     from nirvana.mri.report.reporter import DISCLAIMER, load_reporter
-    from nirvana.train.world import choose_device
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nirvana.config import from_dict, to_dict
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder
 from nirvana.model.assets import resolve
@@ -41,7 +42,6 @@ from nirvana.mri.physics import (
     to_columns,
     to_middle,
 )
-from nirvana.train.config import from_dict, to_dict
 
 
 class Seen(NamedTuple):

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nirvana.config import require
 from nirvana.mri.codec import CodecConfig
 from nirvana.mri.physics import MaskKind, Sampling
 from nirvana.mri.report.targets import PROMPT
 from nirvana.mri.simulate import Simulation
-from nirvana.train.config import OptimConfig, ParallelConfig, RunConfig, require
+from nirvana.train.config import OptimConfig, ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nirvana.config import load_config, to_dict
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.model.backbone import backbone_folder, fingerprint, load_backbone
@@ -34,11 +35,10 @@ from nirvana.mri.report.targets import ReportTargets, report_entropy
 from nirvana.mri.settings import MriConfig
 from nirvana.mri.simulate import simulate_scan
 from nirvana.train import checkpoint
-from nirvana.train.config import load_config, to_dict
+from nirvana.train.distributed import ProcessContext, init_distributed
 from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.parallel import shard
 from nirvana.train.task import Task
-from nirvana.train.world import World, join
 
 ENCODER = ("sensitivities.", "encoder_cascades.", "encoder.", "specialist.")
 
@@ -149,7 +149,7 @@ class ReconstructionTask(Task):
                     rows.setdefault(prefix + name, []).append(scores[name])
         return {name: float(np.mean(values)) for name, values in rows.items()}
 
-    def prepare(self, world: World, compiled: bool) -> None:
+    def prepare(self, world: ProcessContext, compiled: bool) -> None:
         """In several processes cuts codec and backbone into parts (FSDP2). Compiled: captures a
         CUDA graph for every shape of batch when it first comes, for a step is thousands of small
         kernels, and launching them takes longer than running them; not of steps that read reports.
@@ -268,7 +268,7 @@ def train(
     data, weights = config.data, [config.codec.weights, config.stage.initial or None]
     files = [*expand(data.train), *expand(data.valid), data.reports or None]
     check_run(config.run.out, config_path, [*files, *weights])
-    with join(config.run.device) as world:
+    with init_distributed(config.run.device) as world:
         torch.manual_seed(config.run.seed)
         task = ReconstructionTask(config, world.device)
         return fit(

@@ -14,19 +14,16 @@ by `chunked`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nirvana.device import HAS_KERNELS
 from nirvana.ops import chunked, reference
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
-
-HAS_KERNELS = find_spec("fla") is not None and find_spec("triton") is not None
-"""Whether `cuda` can be imported; it is, when it is first needed."""
 
 UNIT_EPS = 1e-6
 """Inside the root of the normalisation of q and k along a head."""

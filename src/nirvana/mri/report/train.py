@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nirvana.config import require, to_dict
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.model.assets import resolve
@@ -29,10 +30,10 @@ from nirvana.mri.report.score import auc
 from nirvana.mri.report.targets import ReportTargets
 from nirvana.mri.simulate import Simulation
 from nirvana.train.checkpoint import latest, restore
-from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
+from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.distributed import ProcessContext, init_distributed
 from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.task import Task
-from nirvana.train.world import World, join
 
 AROUND = "codec.specialist."  # parameters around the tokens
 CASCADES = "codec.encoder_cascades."
@@ -143,7 +144,7 @@ class ReportTask(Task):
             if p.requires_grad and not name.startswith(later)
         )
 
-    def prepare(self, world: World, compiled: bool) -> None:
+    def prepare(self, world: ProcessContext, compiled: bool) -> None:
         """Begins with another encoder, if one is given; not with what surrounds its tokens, which
         must be as loud as this backbone's words."""
         super().prepare(world, compiled)
@@ -285,7 +286,7 @@ def train_reporter(config: ReportConfig, resume: bool = False) -> Outcome:
     """
     read = [config.data.heads, config.data.start or None, config.codec.weights]
     check_run(config.run.out, None, read)
-    with join(config.run.device) as world:
+    with init_distributed(config.run.device) as world:
         torch.manual_seed(config.run.seed)
         task = ReportTask(config, world.device)
         return fit(task, config.optim, config.run, to_dict(config), resume, world)
