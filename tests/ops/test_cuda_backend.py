@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM, ops
+from nirvana.device import HAS_KERNELS
 from nirvana.generate import graph_decoder
 from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.masks import create_masks
@@ -13,7 +14,7 @@ from nirvana.model.nirvana import compile_blocks
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
-    pytest.mark.skipif(not ops.HAS_KERNELS, reason="needs fla-core and Triton"),
+    pytest.mark.skipif(not HAS_KERNELS, reason="needs fla-core and Triton"),
 ]
 TOLERANCE = 2e-2
 SIZES = [(2, 131, 2, 128), (1, 517, 3, 64), (2, 512, 2, 128)]  # B, T, H, K

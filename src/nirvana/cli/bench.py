@@ -45,7 +45,7 @@ def bench(
     from nirvana.bench.peers import OURS
     from nirvana.bench.run import Options, measure
     from nirvana.bench.tables import rows_table
-    from nirvana.train.world import choose_device
+    from nirvana.device import choose_device
 
     for name, value in (("context", context), ("new-tokens", new_tokens), ("steps", steps)):
         if value < 1:

@@ -18,12 +18,11 @@ Two arguments separate packed samples within a row:
 from torch import Tensor
 
 from nirvana.ops import dispatch
-from nirvana.ops.dispatch import BACKENDS, HAS_KERNELS, suits_kernels, use_backend
+from nirvana.ops.dispatch import BACKENDS, suits_kernels, use_backend
 from nirvana.ops.precision import at_least_float32, in_autocast, no_autocast
 
 __all__ = [
     "BACKENDS",
-    "HAS_KERNELS",
     "MIN_LOG_ALPHA",
     "add_low_rank",
     "at_least_float32",

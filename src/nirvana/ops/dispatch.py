@@ -8,12 +8,12 @@ in the package chooses. `use_backend` overrides the choice, for tests.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nirvana.device import HAS_KERNELS
 from nirvana.ops import chunked, reference
 
 BACKENDS = ("reference", "chunked", "cuda")
@@ -28,8 +28,6 @@ KERNELS = (
     "linear_cross_entropy",
 )
 """The operations that `cuda` has kernels for."""
-HAS_KERNELS = find_spec("fla") is not None and find_spec("triton") is not None
-"""Whether the packages of `cuda` are installed; they are imported when first needed."""
 HEAD_DIMS = (32, 64, 128)
 """Head sizes K that the kernels of both branches take."""
 CONV_WIDTH = 4

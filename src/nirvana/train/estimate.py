@@ -1,11 +1,11 @@
-"""What a training will take: parameters, floating-point operations, memory, time."""
+"""Estimates of what a training needs: floating-point operations, peak throughput, memory."""
 
 import torch
 from torch import nn
 
 from nirvana.model.config import NirvanaConfig
 
-# Dense bf16 matrix products, FLOP/s, as the makers state them; by a part of the device's name.
+# FLOP/s of dense bf16 matrix products from the data sheets, by a part of the device's name.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -23,7 +23,15 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """The device's bf16 FLOP/s; 0 where it is not known, or not what the run computes in."""
+    """Returns the peak throughput of a device.
+
+    Args:
+        device: any device.
+        precision: `run.precision`.
+
+    Returns:
+        bf16 FLOP/s; 0 for an unknown device, and for a run that does not compute in bf16.
+    """
     if device.type != "cuda" or precision != "bf16":
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -37,18 +45,20 @@ def memory_bytes(
     parts: int = 1,
     recompute: int = 0,
 ) -> dict[str, float]:
-    """Bytes that a training takes on each device, about.
+    """Estimates the memory of a training on each device.
 
     Args:
+        model: of `config`, also on the meta device.
+        config: sizes of the model.
         tokens: of a micro batch.
-        parts: processes over which the state is cut.
+        parts: processes over which the state is sharded.
         recompute: every n-th block is recomputed; 0: none.
 
     Returns:
-        "state": float32 weights, gradients and two moments, 16 bytes a parameter;
-        "activations": in bfloat16 what the blocks keep for the backward pass, about 12 D + 2 F
-        numbers a token and layer (F: SwiGLU), and of a recomputed block its input alone; and the
-        logits and their gradient.
+        Bytes. "state": float32 weights, gradients and two moments, 16 bytes a parameter.
+        "activations": bfloat16 tensors that the blocks keep for the backward pass, about 12 D + 2 F
+        numbers per token and layer (F: width of SwiGLU), for a recomputed block its input only; and
+        the logits with their gradient.
     """
     D, F = config.hidden_size, config.intermediate_size or 0
     kept, whole = 4 * D + 16 * config.bank_size, 2 * (12 * D + 2 * F)

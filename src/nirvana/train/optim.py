@@ -1,4 +1,4 @@
-"""AdamW, what it decays, and its learning rate as a function of the step."""
+"""AdamW, the parameters it decays, and the learning rate schedule."""
 
 import math
 import re
@@ -24,20 +24,21 @@ def build_optimizer(
     config: OptimConfig,
     undecayed: Collection[str] = (),
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters: groups with and without weight decay, each of either parameters
-    that are cut over processes or whole ones, which no kernel of the fused form takes together.
+    """Builds AdamW over named parameters.
 
-    On CUDA in its fused form, which can leave a step out under a tensor's control (`found_inf`),
-    without a synchronisation of the host. Not on the CPU: there that form rounds the last few
-    entries of a tensor differently, so that the result would depend on how parameters are cut.
+    The groups separate parameters with weight decay from those without, and sharded parameters from
+    whole ones, which the fused kernels do not accept together. On CUDA the fused form is used,
+    which can skip a step depending on a tensor (`found_inf`), without synchronisation. On the CPU
+    it is not: there it rounds the last few entries of a tensor differently, so that the result
+    would depend on the sharding.
 
     Args:
-        parameters: pairs of a name and a parameter.
-        config: of the optimiser.
+        parameters: the trained parameters by name.
+        config: learning rate, betas, epsilon and weight decay.
         undecayed: names that take no weight decay, beside those that `is_decayed` leaves out.
 
     Returns:
-        the optimiser.
+        The optimiser, without state.
     """
     named = list(parameters)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -58,11 +59,15 @@ def build_optimizer(
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
-    """The learning rate of an update: linear warm-up, then a cosine down to `min_lr`.
+    """Computes the learning rate of a step: linear warm-up, then a cosine down to `min_lr`.
 
     Args:
-        step: which update, 0..steps-1.
-        steps: updates of the whole run; the last has `min_lr`.
+        step: 0 to steps - 1.
+        config: `lr`, `min_lr` and `warmup_steps`.
+        steps: steps of the whole run; the last one has `min_lr`.
+
+    Returns:
+        The learning rate, from above 0 to `lr`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

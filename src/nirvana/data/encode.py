@@ -1,7 +1,7 @@
-"""Documents to parts of token shards: in several processes, and each part once.
+"""Encoding documents to parts of token shards, in several processes.
 
-The sources are grouped, in their order, into jobs; each job becomes a folder that appears when it
-is whole. What is there from an interrupted call is not done again.
+The sources are grouped, in order, into jobs. Each job writes one folder, which appears once it is
+complete. Parts that an interrupted call has finished are not encoded again.
 """
 
 import json
@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from nirvana.data.tokenizer import load_tokenizer
+from nirvana.data.documents import read_documents
+from nirvana.data.hub import is_hub
+from nirvana.data.tokenizer import load_tokenizer, text_encoder
 from nirvana.errors import InputError
 from nirvana.files import publish_folder, sha256, write_json
-from nirvana.hub import is_hub
-from nirvana.text import read_documents, text_encoder
 
 BATCH_CHARACTERS = 2**22  # text encoded at a time
-FILE_TOKENS = 2**28  # a token file is closed once it holds so many
-JOB_BYTES = 2**26  # small files are encoded together up to so many
+FILE_TOKENS = 2**28  # a token file is closed once it holds this many
+JOB_BYTES = 2**26  # small files are encoded together up to this size
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,21 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Bytes of its files; 1 for a part of a hub's data set, whose size is not known."""
+        """Bytes of the files; 1 for each part of a hub data set, whose size is unknown."""
         return sum(1 if is_hub(s) else Path(s).stat().st_size for s in self.sources)
 
 
 def make_jobs(sources: Sequence[str], folder: Path, tokenizer: Path) -> list[Job]:
-    """Groups sources, in order; the same sources always make the same groups."""
+    """Groups sources into jobs, in order; the same sources always give the same jobs.
+
+    Args:
+        sources: see `nirvana.data.documents.expand_sources`.
+        folder: the parts are written into it.
+        tokenizer: folder of the tokenizer.
+
+    Returns:
+        The jobs, `part-00000` first.
+    """
     groups: list[list[str]] = []
     size = JOB_BYTES
     for source in sources:
@@ -59,11 +68,12 @@ def make_jobs(sources: Sequence[str], folder: Path, tokenizer: Path) -> list[Job
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, advance: Callable[[int], None]) -> None:
-    """Does the jobs whose part is not there yet.
+    """Runs the jobs whose part does not exist yet.
 
     Args:
-        workers: processes; each encodes with its share of the cores.
-        advance: told the size of every finished job.
+        jobs: see `make_jobs`.
+        workers: processes; each encodes with an equal part of the cores.
+        advance: called with the size of every finished job.
 
     Raises:
         InputError: for a source that cannot be read or holds no document.
@@ -93,8 +103,17 @@ def run_jobs(jobs: Sequence[Job], workers: int, advance: Callable[[int], None]) 
 
 
 def encode(job: Job) -> None:
-    """Writes one part: `tokens-*.bin`, `starts.npy` (int64 [documents], tokens before each one in
-    the part), `bytes.npy` (int64 [documents]) and `part.json`."""
+    """Encodes one job and writes its part.
+
+    The folder holds `tokens-*.bin`, `starts.npy` (int64 [documents], number of tokens of the part
+    before each document), `bytes.npy` (int64 [documents]) and `part.json`.
+
+    Args:
+        job: sources, tokenizer and folder.
+
+    Raises:
+        InputError: for a source that cannot be read or holds no document.
+    """
     tokenizer = load_tokenizer(job.tokenizer)
     encode_texts = text_encoder(tokenizer)
     dtype = np.dtype(token_dtype(len(tokenizer)))
@@ -126,7 +145,11 @@ def encode(job: Job) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a part is there and undamaged."""
+    """Returns whether a part exists and all its files have the recorded SHA-256.
+
+    Args:
+        folder: of the part.
+    """
     try:
         part = json.loads((folder / "part.json").read_text(encoding="utf-8"))
         return all(sha256(folder / name) == value for name, value in part["sha256"].items())
@@ -135,12 +158,19 @@ def is_whole(folder: Path) -> bool:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Two bytes a token where they are enough."""
+    """Returns the NumPy type of stored tokens.
+
+    Args:
+        vocab_size: size of the vocabulary.
+
+    Returns:
+        "<u2" for up to 65536 tokens, else "<u4".
+    """
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 def _encode_elsewhere(job: Job) -> list[str]:
-    """`encode` in a process of its own; returns the warnings, for the user's process to show."""
+    """Runs `encode` in a worker process; returns its warnings, which the main process prints."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         encode(job)

@@ -13,12 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from nirvana.data.tokenizer import load_tokenizer
+from nirvana.data import encode
+from nirvana.data.documents import read_documents
+from nirvana.data.shards import TokenShards, tokenize
+from nirvana.data.tokenizer import (
+    SPECIAL_TOKENS,
+    load_tokenizer,
+    split_text,
+    text_encoder,
+    train_tokenizer,
+)
 from nirvana.errors import InputError
-from nirvana.text import read_documents, split_text, text_encoder
-from nirvana.train import encode
-from nirvana.train.data import TokenShards
-from nirvana.train.tokenize import SPECIAL_TOKENS, tokenize, train_tokenizer
 
 TEXTS = [
     "The cat sat on the mat.\n\n  And the dog?\tIt sat, too.\r\n",
@@ -93,7 +98,7 @@ def test_same_files_give_the_same_bytes(corpus, tmp_path):
 
 def test_several_token_files(corpus, tmp_path, monkeypatch):
     tokenize([corpus], tmp_path / "one", None, 300)
-    monkeypatch.setattr("nirvana.train.encode.FILE_TOKENS", 30)
+    monkeypatch.setattr("nirvana.data.encode.FILE_TOKENS", 30)
     tokenize([corpus], tmp_path / "many", tmp_path / "one")
     one, many = TokenShards(tmp_path / "one"), TokenShards(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("tokens-*.bin"))) > 1
@@ -205,7 +210,7 @@ def content(folder):
 
 
 def test_workers_change_nothing(many, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("nirvana.train.encode.JOB_BYTES", 1)
+    monkeypatch.setattr("nirvana.data.encode.JOB_BYTES", 1)
     place = Path(tokenizer.name_or_path)
     tokenize(many, tmp_path / "one", place)
     tokenize(many, tmp_path / "two", place, workers=2)
@@ -217,7 +222,7 @@ def test_workers_change_nothing(many, tokenizer, tmp_path, monkeypatch):
 
 
 def test_interrupted_work_is_not_done_again(many, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("nirvana.train.encode.JOB_BYTES", 1)
+    monkeypatch.setattr("nirvana.data.encode.JOB_BYTES", 1)
     place = Path(tokenizer.name_or_path)
     tokenize(many, tmp_path / "whole", place)
     original, seen = encode.encode, []
@@ -242,7 +247,7 @@ def test_interrupted_work_is_not_done_again(many, tokenizer, tmp_path, monkeypat
 
 
 def test_finished_parts_of_other_input_are_not_used(many, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("nirvana.train.encode.JOB_BYTES", 1)
+    monkeypatch.setattr("nirvana.data.encode.JOB_BYTES", 1)
     place = Path(tokenizer.name_or_path)
     many[3].write_bytes(b"{")
     with pytest.raises(InputError, match=r"3\.jsonl, line 1: not JSON"):

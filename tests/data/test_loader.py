@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nirvana.data.loader import IGNORE, PERIOD, PackedLoader, ReadAhead
 from nirvana.errors import InputError
-from nirvana.train.data import IGNORE, PERIOD, PackedLoader, ReadAhead
 
 EOS = 1
 

@@ -1,31 +1,48 @@
-"""Documents out of text files, and texts to tokens."""
+"""Documents from text files and data sets of the hub, read as streams."""
 
 import io
 import json
 import lzma
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from tokenizers import Tokenizer
-
+from nirvana.data.hub import is_hub, read_hub, split_source
 from nirvana.errors import InputError
-from nirvana.hub import is_hub, read_hub
 
 KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
-PIECE_CHARACTERS = 2**12  # longer texts are encoded in pieces: short ones go three times faster
-NORMALIZED_PIECE_CHARACTERS = 2**20
-_PACKED = (".xz", ".gz", ".zst")
-PACKED_BYTES = 2**13  # unpacked at a time: a little, for it may be a thousand times as much text
+_COMPRESSED = (".xz", ".gz", ".zst")
+COMPRESSED_BYTES = 2**13  # decompressed at a time: the text may be a thousand times as long
 TEXT_BYTES = 2**16
 GZIP = 16 + zlib.MAX_WBITS  # a gzip stream, whose checksum and length zlib compares
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Size of a set of documents."""
+
+    documents: int = 0
+    bytes: int = 0  # of UTF-8 text
+    tokens: int = 0  # BOS and EOS included
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.documents + other.documents, self.bytes + other.bytes, self.tokens + other.tokens
+        )
+
+
 def kind_of(path: str | Path) -> str:
-    """The kind of a source, by its name: "txt", "jsonl", "parquet" or "hub".
+    """Determines the kind of a source from its name.
+
+    Args:
+        path: a file, or a data set of the hub.
+
+    Returns:
+        "txt", "jsonl", "parquet" or "hub".
 
     Raises:
         InputError: when the file does not exist or is of no known kind.
@@ -35,11 +52,11 @@ def kind_of(path: str | Path) -> str:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    packed = path.suffix in _PACKED
-    suffix = Path(path.stem).suffix if packed else path.suffix
+    compressed = path.suffix in _COMPRESSED
+    suffix = Path(path.stem).suffix if compressed else path.suffix
     kinds = (
         {".txt": "txt", ".jsonl": "jsonl"}
-        if packed
+        if compressed
         else {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
     )
     if suffix not in kinds:
@@ -48,11 +65,17 @@ def kind_of(path: str | Path) -> str:
 
 
 def read_documents(path: str | Path) -> Iterator[str]:
-    """The documents of a file in their order, read as a stream.
+    """Yields the documents of a file in order.
 
     A .txt file is one document; a .jsonl file has one on each line, in the field "text"; a
-    .parquet file has a column "text", as has a data set of the hub (`nirvana.hub`). Documents of
-    nothing but white space are left out; a warning counts them at the end of the file.
+    .parquet file has a column "text", as has a data set of the hub (`nirvana.data.hub`). Documents
+    of white space alone are skipped; a warning states their number at the end of the file.
+
+    Args:
+        path: a file, or a data set of the hub.
+
+    Yields:
+        The text of each document, not empty, valid Unicode.
 
     Raises:
         InputError: for an unknown or damaged file, or a record without text.
@@ -76,17 +99,23 @@ def read_documents(path: str | Path) -> Iterator[str]:
             raise InputError(f"{where}: not valid Unicode: {error}") from None
         found += 1
         yield text
-    if empty and found:  # a file without any text is an error, which the caller tells
+    if empty and found:  # a file without any text is an error, raised by the caller
         warnings.warn(
             f"{path}: empty documents left out: {len(empty)}, the first is {empty[0]}", stacklevel=1
         )
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of each line of a .jsonl file (also .xz, .gz, .zst), read as a stream.
+    """Yields the records of a .jsonl file (also .xz, .gz, .zst).
+
+    Args:
+        path: the file.
+
+    Yields:
+        File and line number for error messages, and the JSON object of the line.
 
     Raises:
-        InputError: for a damaged file, or a line that is no JSON object.
+        InputError: for a damaged file, or a line that is not a JSON object.
     """
     with _open(Path(path)) as lines:
         for number, line in enumerate(lines, start=1):
@@ -102,82 +131,50 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, record
 
 
-def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """A function from texts to their tokens as in training: no BOS or EOS, nothing special.
+def expand_sources(sources: Iterable[str | Path]) -> list[str]:
+    """Replaces every data set of the hub by its parts, after checking that every file exists.
 
     Args:
-        tokenizer: a fast transformers tokenizer; stays as it is.
+        sources: text files and data sets of the hub.
+
+    Returns:
+        Files and parts of data sets, in order.
+
+    Raises:
+        InputError: for no source, a missing file, one of unknown kind, or a data set that cannot be
+            opened.
     """
-    backend, size = _plain_backend(tokenizer)
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        pieces = [list(split_text(text, size)) for text in texts]
-        flat = [piece for each in pieces for piece in each]
-        encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
-        return [[token for _ in each for token in next(encoded).ids] for each in pieces]
-
-    return encode
+    parts: list[str] = []
+    for source in sources:
+        kind_of(source)
+        parts += split_source(str(source)) if is_hub(source) else [str(source)]
+    if not parts:
+        raise InputError("no text file given")
+    return parts
 
 
-def aligned_encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[int]]]:
-    """A function from a text to its tokens, those of `text_encoder`, and each token's share of the
-    text's UTF-8 bytes.
-
-    The shares sum to the bytes of the text. A character that several tokens spell counts at the
-    first of them; what a tokenizer leaves out counts at the token that follows it.
+def count_documents(sources: Iterable[str]) -> dict[str, Counts]:
+    """Reads every source once and counts its documents and bytes.
 
     Args:
-        tokenizer: a fast transformers tokenizer; stays as it is.
+        sources: see `expand_sources`.
+
+    Returns:
+        Source -> counts, without tokens.
+
+    Raises:
+        InputError: see `read_documents`; and for a file without a document.
     """
-    backend, size = _plain_backend(tokenizer)
-
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        ids: list[int] = []
-        sizes: list[int] = []
-        left = 0  # bytes that no token covers yet
-        for piece in split_text(text, size):
-            encoding = backend.encode(piece, add_special_tokens=False)
-            done = 0  # characters of this piece that are counted
-            for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                end = max(end, done)
-                ids.append(token)
-                sizes.append(left + len(piece[done:end].encode("utf-8")))
-                done, left = end, 0
-            left += len(piece[done:].encode("utf-8"))
-        if sizes:
-            sizes[-1] += left
-        return ids, sizes
-
-    return encode
-
-
-def _plain_backend(tokenizer: Any) -> tuple[Tokenizer, int]:
-    """A copy of a tokenizer that reads everything as text, and the size of its pieces."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    # A normalizer may treat the beginning of each piece as that of a text: few pieces, then.
-    size = PIECE_CHARACTERS if backend.normalizer is None else NORMALIZED_PIECE_CHARACTERS
-    return backend, size
-
-
-def split_text(text: str, size: int) -> Iterator[str]:
-    """Cuts a long text into pieces of at most `size` characters that join to the text.
-
-    A cut falls before the last single space between two other characters, where a byte-level
-    tokenizer begins a new word anyway, so that the tokens stay the same; only a piece without any
-    such space is cut at its end.
-    """
-    start = 0
-    while len(text) - start > size:
-        cut = text.rfind(" ", start + 1, start + size)
-        while cut > 0 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
-            cut = text.rfind(" ", start + 1, cut)
-        cut = cut if cut > 0 else start + size
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+    counts = {}
+    for source in sources:
+        documents = size = 0
+        for text in read_documents(source):
+            documents += 1
+            size += len(text.encode("utf-8"))
+        if documents == 0 and not is_hub(source):
+            raise InputError(f"{source}: holds no document")
+        counts[source] = Counts(documents, size)
+    return counts
 
 
 def _txt(path: Path) -> Iterator[tuple[str, Any]]:
@@ -212,14 +209,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: not a readable parquet file of UTF-8 text: {reason}") from None
 
 
-class _Unpacked(io.RawIOBase):
-    """The content of a packed file of one or more streams, each of which must be whole.
+class _Decompressed(io.RawIOBase):
+    """The content of a compressed file of one or more streams, each of which must be complete.
 
-    The readers of `zstandard` and `lzma` take a file that was cut off, or garbage behind a stream,
-    for its end.
+    The readers of `zstandard` and `lzma` treat a truncated file, or garbage behind a stream, as the
+    end of the file.
 
     Args:
-        file: the packed bytes.
+        file: the compressed bytes.
         make: a new decompressor, with `decompress`, `eof` and `unused_data`, for each stream.
         padding: a byte that may be repeated between and behind streams; empty for none.
     """
@@ -227,8 +224,8 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, file: BinaryIO, make: Callable[[], Any], padding: bytes = b"") -> None:
         self._file, self._make, self._padding = file, make, padding
         self._stream = make()
-        self._fresh = True  # nothing of this stream was read yet
-        self._packed, self._text = b"", memoryview(b"")
+        self._fresh = True  # no byte of this stream has been read
+        self._compressed, self._text = b"", memoryview(b"")
         self._streams = 0
 
     def readable(self) -> bool:
@@ -236,18 +233,18 @@ class _Unpacked(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._text:
-            if not self._packed:
-                self._packed = self._file.read(PACKED_BYTES)
+            if not self._compressed:
+                self._compressed = self._file.read(COMPRESSED_BYTES)
             if self._fresh and self._streams and self._padding:
-                self._packed = self._packed.lstrip(self._padding) or self._more_than_padding()
-            if not self._packed:
+                self._compressed = self._compressed.lstrip(self._padding) or self._skip_padding()
+            if not self._compressed:
                 if self._fresh and self._streams:
                     return 0
-                raise EOFError("the packed data end too early")
-            self._text = memoryview(self._stream.decompress(self._packed))
-            self._packed, self._fresh = b"", False
+                raise EOFError("the compressed data end too early")
+            self._text = memoryview(self._stream.decompress(self._compressed))
+            self._compressed, self._fresh = b"", False
             if self._stream.eof:
-                self._packed = self._stream.unused_data
+                self._compressed = self._stream.unused_data
                 self._stream, self._fresh = self._make(), True
                 self._streams += 1
         size = min(len(buffer), len(self._text))
@@ -255,11 +252,11 @@ class _Unpacked(io.RawIOBase):
         self._text = self._text[size:]
         return size
 
-    def _more_than_padding(self) -> bytes:
-        """What follows padding that fills all that was read."""
-        while packed := self._file.read(PACKED_BYTES):
-            if packed := packed.lstrip(self._padding):
-                return packed
+    def _skip_padding(self) -> bytes:
+        """Skips padding that fills a whole read; returns the bytes after it."""
+        while compressed := self._file.read(COMPRESSED_BYTES):
+            if compressed := compressed.lstrip(self._padding):
+                return compressed
         return b""
 
     def close(self) -> None:
@@ -267,8 +264,8 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _unpacker(path: Path) -> tuple[Callable[[], Any], bytes, type[Exception]]:
-    """What unpacks a file of this name, the padding that its format allows, and its error."""
+def _decompressor(path: Path) -> tuple[Callable[[], Any], bytes, type[Exception]]:
+    """A maker of decompressors for this suffix, the format's padding byte, and its exception."""
     if path.suffix == ".xz":
         return lzma.LZMADecompressor, b"\0", lzma.LZMAError
     if path.suffix == ".gz":
@@ -282,15 +279,15 @@ def _unpacker(path: Path) -> tuple[Callable[[], Any], bytes, type[Exception]]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[TextIO]:
-    """A text file as UTF-8 with its line ends untouched, unpacked while it is read."""
+    """Opens a text file as UTF-8, line ends unchanged, and decompresses it while it is read."""
     damaged: tuple[type[Exception], ...] = (EOFError, OSError, UnicodeDecodeError)
     try:
         with ExitStack() as opened:
             stream: Any = opened.enter_context(open(path, "rb"))
-            if path.suffix in _PACKED:
-                make, padding, error_of_format = _unpacker(path)
+            if path.suffix in _COMPRESSED:
+                make, padding, error_of_format = _decompressor(path)
                 damaged += (error_of_format,)
-                stream = io.BufferedReader(_Unpacked(stream, make, padding), TEXT_BYTES)
+                stream = io.BufferedReader(_Decompressed(stream, make, padding), TEXT_BYTES)
             yield opened.enter_context(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"))
     except damaged as error:
         raise InputError(f"{path}: not a readable UTF-8 text file: {error}") from None

@@ -1,8 +1,8 @@
-"""Documents out of data sets of the Hugging Face hub, through `datasets`.
+"""Documents from data sets of the Hugging Face hub, through `datasets`.
 
-A source is written `hub:NAME[@REVISION][:CONFIGURATION[:SPLIT]]`, the split being "train" unless it
-says otherwise: `hub:HuggingFaceFW/fineweb-edu:sample-10BT`. NAME may also be a local folder that
-`datasets` can read. The data set's files are read as a stream, nothing of it is executed.
+A source is written `hub:NAME[@REVISION][:CONFIGURATION[:SPLIT]]`, as in
+`hub:HuggingFaceFW/fineweb-edu:sample-10BT`; the default split is "train". NAME may also be a local
+folder that `datasets` can read. The files are streamed; no code of a data set is executed.
 """
 
 from collections.abc import Iterator
@@ -15,20 +15,35 @@ PREFIX = "hub:"
 
 
 def is_hub(source: object) -> bool:
-    """Whether a source is a data set of the hub, or a part of one."""
+    """Returns whether a source is a data set of the hub, or a part of one."""
     return str(source).startswith(PREFIX)
 
 
 def local_path(source: str | Path) -> Path:
-    """What a source names on the disk: a file, or of `hub:NAME` the folder NAME, if it is one."""
+    """Returns the path that a source may name on the disk.
+
+    Args:
+        source: a file, or `hub:NAME...`.
+
+    Returns:
+        The file, or NAME as a folder, which need not exist.
+
+    Raises:
+        InputError: for a source that starts with `hub:` and has another form.
+    """
     if not is_hub(source):
         return Path(source)
     return Path(_names(str(source))[0])
 
 
 def split_source(source: str) -> list[str]:
-    """The parts of a data set, one for each file that it streams from, in their order; each is a
-    source again.
+    """Splits a data set into parts that can be read independently.
+
+    Args:
+        source: `hub:NAME...`.
+
+    Returns:
+        One source for each file that the data set streams from, in order.
 
     Raises:
         InputError: for a data set that cannot be found or read.
@@ -38,7 +53,13 @@ def split_source(source: str) -> list[str]:
 
 
 def read_hub(source: str) -> Iterator[tuple[str, Any]]:
-    """(where, text) of every record of a data set or of one of its parts.
+    """Yields the texts of a data set or of one of its parts.
+
+    Args:
+        source: `hub:NAME...`, or an item of `split_source`.
+
+    Yields:
+        Source and record number for error messages, and the field "text", of any type.
 
     Raises:
         InputError: for a data set that cannot be read, or has no column "text".
@@ -78,7 +99,7 @@ def _load(source: str) -> Any:
 
 
 def _names(source: str) -> tuple[str, str, str, str]:
-    """Name, revision, configuration and split of a source; empty where it does not give one."""
+    """Name, revision, configuration and split of a source; "" for each that is not given."""
     name, configuration, split, *rest = [*source.removeprefix(PREFIX).split(":"), "", ""]
     if not name or any(rest):
         raise InputError(f"{source}: must be hub:NAME[@REVISION][:CONFIGURATION[:SPLIT]]")
