@@ -231,7 +231,6 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
         before, after = (model.encode_kspace(*scan_of(2)) for model in (trained, grown))
     assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
     kept = replace(longer, data=replace(longer.data, freeze_frontend=True))
-    cpu = torch.device("cpu")
     with pytest.raises(InputError, match=r"another encoder: codec.encoder_cascades.1"):
         ReportTask(kept, torch.device("cpu")).prepare(
             ProcessContext(torch.device("cpu")), compiled=False
