@@ -38,8 +38,8 @@ class Inductor(nn.Module):
                     return seen[at + size]
         return 0
 
-    def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=0):
-        past = past_key_values or []
+    def forward(self, input_ids, cache=None, use_cache=True, logits_to_keep=0):
+        past = cache or []
         new = input_ids[0].tolist()
         seen = past + new
         kept = min(logits_to_keep, len(new)) or len(new)
@@ -47,7 +47,7 @@ class Inductor(nn.Module):
         for place in range(kept):
             stop = len(seen) - kept + place + 1
             logits[0, place, self.next(seen[:stop])] = 50.0
-        return SimpleNamespace(logits=logits, past_key_values=seen)
+        return SimpleNamespace(logits=logits, cache=seen)
 
 
 class Guesser(nn.Module):
@@ -58,11 +58,11 @@ class Guesser(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.choices = torch.tensor(choices)
 
-    def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=0):
+    def forward(self, input_ids, cache=None, use_cache=True, logits_to_keep=0):
         kept = min(logits_to_keep, input_ids.shape[1]) or input_ids.shape[1]
         logits = torch.full((1, kept, VOCABULARY), -100.0)
         logits[0, :, self.choices] = torch.rand(kept, len(self.choices))
-        return SimpleNamespace(logits=logits, past_key_values=None)
+        return SimpleNamespace(logits=logits, cache=None)
 
 
 @pytest.fixture
