@@ -13,7 +13,8 @@ from transformers.processing_utils import transformers_module
 import nirvana
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
 from nirvana._auto import MODELS
-from nirvana.model.assets import load_language_model, resolve
+from nirvana.model.assets import load_language_model
+from nirvana.packaged import resolve
 
 
 def python(code: str) -> str:

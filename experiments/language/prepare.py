@@ -28,7 +28,7 @@ from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import make_niah
 from nirvana.evaluate.tasks import TASKS, answer_tokens, answers, task_file
 from nirvana.files import atomic_file, check_outputs, sha256
-from nirvana.model.assets import resolve
+from nirvana.packaged import resolve
 from nirvana.text import aligned_encoder, read_documents, text_encoder
 from nirvana.train.tokenize import tokenize
 

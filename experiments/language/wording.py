@@ -74,7 +74,7 @@ validation text only; test text then says what it is worth.
 CANDIDATES = """
 ## The packaged model
 
-`tiny` (5.8 M parameters, `configs/tiny.toml`: step size and decay of the Trigger learned) beside
+`tiny` (5.8 M parameters, configuration `tiny`: step size and decay of the Trigger learned) beside
 other recipes that were trained on as many tokens: bits per byte of the whole validation
 files, every document from a fresh state; documents alone are drawn. The one with the lower mean
 ships.

@@ -135,7 +135,7 @@ def test_wrong_input_is_refused_and_nothing_written(
     arguments: tuple[str, ...], words: str, codec: Path, volume: Path, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "array.npy", np.ones((2, 32, 32), np.float32))
-    from nirvana.model.assets import resolve
+    from nirvana.packaged import resolve
 
     folder = str(resolve("codec", "MRI codec"))
     places = {"VOLUME": str(volume), "FOLDER": folder, "ARRAY": str(tmp_path / "array.npy")}

@@ -14,9 +14,10 @@ from nirvana.mri.measured import ScanPool, cut
 from nirvana.mri.physics import Sampling, fft2c, ifft2c, rss
 from nirvana.mri.settings import MriConfig
 from nirvana.mri.train import train
+from nirvana.packaged import packaged_config
 from nirvana.train.config import load_config
 
-CONFIG = Path(__file__).parents[2] / "configs" / "mri-fastmri.toml"
+CONFIG = packaged_config("mri-fastmri")
 SMALL = [
     *("--codec.weights", "default"),
     *("--codec.sensitivity_features", "[2, 2, 2, 2, 2, 2]"),

@@ -12,7 +12,6 @@ from report_codec import small_backbone, small_config
 from report_heads import drawn_heads
 
 from nirvana import InputError
-from nirvana.model.assets import resolve
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.io import Scan
 from nirvana.mri.lesions import SEQUENCES, TYPES, LesionSettings
@@ -32,6 +31,7 @@ from nirvana.mri.report.samples import Scanner, report_batch
 from nirvana.mri.report.targets import report_entropy
 from nirvana.mri.simulate import Simulation
 from nirvana.ops.cross_entropy import IGNORE
+from nirvana.packaged import resolve
 
 SCANNER = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
 MASS = Facts(True, 2, "mass", "left", "frontal", 12, "hyperintense")

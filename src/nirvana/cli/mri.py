@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nirvana.cli.console import SEEDS, JsonOption, output
+from nirvana.cli.config import ConfigArgument
+from nirvana.cli.console import SEEDS, DeviceOption, JsonOption, output
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder, write_json
+from nirvana.progress import ProgressLines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +43,6 @@ SenseOption = Annotated[bool, typer.Option(help="Reconstruct with ESPIRiT + SENS
 BartOption = Annotated[
     bool, typer.Option("--bart", help="Also with BART's program, which must be installed.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 CoilsOption = Annotated[int, typer.Option(help="Number of simulated coils.")]
 NoiseOption = Annotated[
     float | None,
@@ -95,9 +95,9 @@ def reconstruct(
     undersampled already the mask is found, and the mask options have no say. Of an image volume
     a scan is simulated. A folder's scans get a folder each in --out.
     """
-    from nirvana.model.assets import resolve
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import files_of, find_scans
+    from nirvana.packaged import resolve
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")
@@ -267,11 +267,11 @@ def evaluate(
 
     Several codecs are called by the names of their folders, and compared with the first.
     """
-    from nirvana.model.assets import resolve
     from nirvana.mri import evaluate as ev
     from nirvana.mri.io import files_of, find_scans
     from nirvana.mri.physics import require_calibration
     from nirvana.mri.toolbox import program
+    from nirvana.packaged import resolve
 
     if slices < 0:
         raise InputError(f"--slices {slices} must be 0 (all) or more")
@@ -319,7 +319,7 @@ def evaluate(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     ctx: typer.Context,
-    config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
+    config: ConfigArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
     accept_changes: Annotated[
         bool,
@@ -473,7 +473,7 @@ def comparison(
 
 def progress_bars() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    return ProgressLines(*columns, TimeRemainingColumn())
 
 
 def draw_middle(

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nirvana.cli.console import SEEDS
+from nirvana.cli.console import SEEDS, DeviceOption
 from nirvana.cli.mri import (
     FORMATS,
     AccelerationOption,
     CenterOption,
     CoilsOption,
-    DeviceOption,
     KindOption,
     NoiseOption,
     Prepared,
@@ -71,12 +70,12 @@ def report(
     A fully sampled scan is undersampled first; of an image volume a scan is simulated, unless it is
     a reconstruction (--image). Research software, not for diagnosis.
     """
-    from nirvana.model.assets import packaged
     from nirvana.mri.io import files_of
     from nirvana.mri.report.encode import view_of
     from nirvana.mri.report.figure import report_panel
     from nirvana.mri.report.place import find_brain, place, readable
     from nirvana.mri.report.reporter import DISCLAIMER, load_reporter
+    from nirvana.packaged import packaged
     from nirvana.train.world import choose_device
 
     if batch_size < 1:

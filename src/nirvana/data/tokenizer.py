@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nirvana.errors import InputError
+from nirvana.packaged import local_or_packaged
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -18,7 +19,8 @@ BOS_AND_EOS = ("bos_token", "eos_token")
 
 
 def tokenizer_folder(path: str | Path) -> Path:
-    """The folder with `tokenizer.json`: `path` itself, or `path/tokenizer` of token shards.
+    """The folder with `tokenizer.json`: `path` itself, or `path/tokenizer` of token shards, or the
+    packaged checkpoint called `path`.
 
     Raises:
         InputError: when there is none.
@@ -26,6 +28,9 @@ def tokenizer_folder(path: str | Path) -> Path:
     for folder in (Path(path), Path(path) / "tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
+    packaged_folder = local_or_packaged(path, "tokenizer.json")
+    if packaged_folder != Path(path):
+        return packaged_folder
     raise InputError(f"{path}: not a tokenizer: it has no tokenizer.json")
 
 

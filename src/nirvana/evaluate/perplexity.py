@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
+from nirvana.progress import ProgressLines
 from nirvana.text import aligned_encoder, kind_of, read_documents
 
 PIECE_TOKENS = 2048  # read at a time; the state is carried from piece to piece
@@ -223,7 +223,7 @@ def read_files(
             raise InputError(f"{path}: holds no document")
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
     scores: dict[str, FileScore] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with ProgressLines(*columns, disable=not progress) as bar:
         for name, path in files.items():
             task = bar.add_task(name)
             found = scores[name] = FileScore()

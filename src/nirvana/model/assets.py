@@ -1,6 +1,5 @@
-"""Where model names lead: a folder of the user's, or a checkpoint that ships with the package."""
+"""Loading language models: from a folder, or under the name of a packaged checkpoint."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,7 @@ from transformers.utils import logging
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.model.nirvana import NirvanaForCausalLM
-
-PACKAGED = {"tiny": "language model", "codec": "MRI codec", "reporter": "MRI reporter"}
-
-
-def packaged(name: str) -> Path:
-    """The folder of a packaged checkpoint, whatever a folder of the user's is called."""
-    return Path(str(resources.files("nirvana") / "assets" / name))
-
-
-def resolve(name: str | Path, kind: str = "language model") -> Path:
-    """The folder that `name` means: an existing folder, or a packaged checkpoint's name.
-
-    Args:
-        kind: one of the values of `PACKAGED`; also what the error calls it.
-
-    Raises:
-        InputError: for a name that is neither, or a folder without a configuration or weights.
-    """
-    folder = Path(name)
-    if PACKAGED.get(str(name)) == kind and not folder.is_dir():
-        folder = packaged(str(name))
-    elif not folder.exists():
-        names = [each for each, of_kind in PACKAGED.items() if of_kind == kind]
-        raise InputError(f"no {kind} {str(name)!r}: give a folder, or {' or '.join(names)}")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no {kind}: it has no config.json")
-    if not any(folder.glob("model*.safetensors")):
-        raise InputError(f"{folder} holds no {kind}: it has no weights (model.safetensors)")
-    return folder
+from nirvana.packaged import resolve
 
 
 def load_language_model(

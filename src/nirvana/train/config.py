@@ -11,14 +11,17 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nirvana.errors import InputError
-from nirvana.model.config import preset
+
+if TYPE_CHECKING:
+    import torch
+
+# torch and transformers are imported where they are first needed: everything but [model] is checked
+# before, so that a wrong setting is refused at once.
 
 T = TypeVar("T")
 
@@ -69,14 +72,18 @@ class RunConfig:
     most_skipped: int = 5  # steps in a row without a finite loss and gradient that end the run
     wandb: bool = False  # also log to Weights & Biases, which must be installed
 
-    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+    def autocast_dtype(self, device: "torch.device") -> "torch.dtype | None":
         """What products are rounded to on a device, as `precision` asks; None without autocast."""
+        import torch
+
         rounds = self.precision == "bf16" and device.type == "cuda"
         return torch.bfloat16 if rounds else None
 
     @property
-    def export_dtype(self) -> torch.dtype:
+    def export_dtype(self) -> "torch.dtype":
         """`export_precision` as PyTorch calls it."""
+        import torch
+
         return torch.bfloat16 if self.export_precision == "bf16" else torch.float32
 
     def __post_init__(self) -> None:
@@ -116,6 +123,8 @@ class ModelSection:
     fields: dict[str, Any] = field(default_factory=dict, metadata=REST)
 
     def __post_init__(self) -> None:
+        from nirvana.model.config import preset
+
         preset(self.preset, **self.fields)  # wrong settings show before any data is looked at
 
 
@@ -163,9 +172,9 @@ class LanguageConfig:
 
     data: DataSection
     run: RunConfig
-    model: ModelSection = field(default_factory=ModelSection)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelSection = field(default_factory=ModelSection)
 
 
 def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
@@ -257,32 +266,46 @@ def _place(tree: dict[str, Any], keys: list[str], value: _Text) -> None:
 def from_dict(kind: type[T], tree: Any, where: str) -> T:
     """Plain data, as `to_dict` gives it, as the dataclass `kind`; `where` names it in errors.
 
+    The names of all keys are checked before any value, and values in the order of the fields.
+
     Raises:
         InputError: see `load_config`.
     """
+    _check_keys(kind, tree, where)
+    hints = typing.get_type_hints(kind)
+    named, extra = _named_fields(kind)
+    values: dict[str, Any] = {}
+    for key, item in named.items():
+        path = f"{where}.{key}" if where else key
+        if key in tree:
+            values[key] = _convert(hints[key], tree[key], path)
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise InputError(f"configuration: {path} is missing")
+    if extra is not None:
+        prefix = f"{where}." if where else ""
+        others = {key: value for key, value in tree.items() if key not in named}
+        values[extra] = {key: _convert(Any, value, prefix + key) for key, value in others.items()}
+    return kind(**values)
+
+
+def _named_fields(kind: Any) -> tuple[dict[str, Field[Any]], str | None]:
+    """The fields of a dataclass by name, and the name of the field that takes all other keys."""
+    named = {item.name: item for item in fields(kind) if not item.metadata.get("rest")}
+    return named, next((i.name for i in fields(kind) if i.metadata.get("rest")), None)
+
+
+def _check_keys(kind: Any, tree: Any, where: str) -> None:
+    """Refuses keys, at any depth, that `kind` does not have."""
     if not isinstance(tree, Mapping):
         raise InputError(f"configuration: {where} = {tree!r} must be a section, [{where}]")
     hints = typing.get_type_hints(kind)
-    items = fields(kind)  # type: ignore[arg-type]  (T is any dataclass)
-    named = {item.name: item for item in items if not item.metadata.get("rest")}
-    extra = next((item.name for item in items if item.metadata.get("rest")), None)
-    values: dict[str, Any] = {}
-    others: dict[str, Any] = {}
+    named, extra = _named_fields(kind)
     for key, value in tree.items():
         path = f"{where}.{key}" if where else key
-        if key in named:
-            values[key] = _convert(hints[key], value, path)
-        elif extra is not None:
-            others[key] = _convert(Any, value, path)
-        else:
+        if key not in named and extra is None:
             raise InputError(_unknown(path, where, named))
-    if extra is not None:
-        values[extra] = others
-    for key, item in named.items():
-        path = f"{where}.{key}" if where else key
-        if key not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise InputError(f"configuration: {path} is missing")
-    return kind(**values)
+        if key in named and is_dataclass(hints[key]):
+            _check_keys(hints[key], value, path)
 
 
 def _unknown(path: str, where: str, known: Mapping[str, Any]) -> str:

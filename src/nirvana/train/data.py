@@ -21,13 +21,15 @@ from torch import Tensor
 
 from nirvana.errors import InputError
 from nirvana.files import sha256
+from nirvana.packaged import local_or_packaged
 
 IGNORE = -100  # the label of a position that is not trained on
 PERIOD = 4096  # rows over which the shares of the sources are exact
 
 
 class TokenShards:
-    """The documents in a folder written by `nirvana.train.tokenize.tokenize`.
+    """The documents in a folder written by `nirvana.train.tokenize.tokenize`, or in packaged token
+    shards (`quickstart/train`, `quickstart/valid`).
 
     Attributes:
         folder: where they lie.
@@ -42,7 +44,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_or_packaged(folder, "meta.json")
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
+from nirvana.progress import INTERVAL
 
 
 class MetricsLog:
@@ -46,6 +48,7 @@ class MetricsLog:
         self._board_folder = folder / "tensorboard"
         self._steps, self._unit = steps, unit
         self._console = Console(stderr=True, highlight=False)
+        self._last_line: float | None = None  # when a line was last printed after a step
         self._take = say or (lambda text: self._console.print(text, markup=False, soft_wrap=True))
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
@@ -85,7 +88,7 @@ class MetricsLog:
                 self._run.finish()
 
     def say(self, text: str) -> None:
-        """Tells the user something."""
+        """Prints a message."""
         if self._active:
             self._take(text)
 
@@ -112,8 +115,20 @@ class MetricsLog:
             self._run.log(dict(_flat(line)), step=line["step"])
         self._progress.update(self._bar, completed=line["step"])
         self.status(self._describe(line))
+        self._last_line = time.monotonic()
         if not self._console.is_terminal or "valid" in line:
             self.say(self._describe(line))
+
+    def advance(self, step: int) -> None:
+        """Shows that a step is done: moves the bar, or prints a plain line after the first step and
+        when the last line is `INTERVAL` seconds old. Nothing here waits for the device."""
+        if not self._active:
+            return
+        self._progress.update(self._bar, completed=step)
+        last = self._last_line
+        if not self._console.is_terminal and (last is None or time.monotonic() - last >= INTERVAL):
+            self._last_line = time.monotonic()
+            self.say(f"step {step}/{self._steps}")
 
     def status(self, text: str) -> None:
         """Replaces the text of the progress line."""

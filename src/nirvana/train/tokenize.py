@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nirvana.data.tokenizer import (
@@ -23,6 +22,7 @@ from nirvana.data.tokenizer import (
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder, sha256, write_json
 from nirvana.hub import is_hub, local_path, split_source
+from nirvana.progress import ProgressLines
 from nirvana.text import PIECE_CHARACTERS, kind_of, read_documents, split_text
 from nirvana.train import encode
 
@@ -272,7 +272,7 @@ def _short(source: str) -> str:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    with ProgressLines(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("tokenizing, bytes", total=total)
         yield lambda amount: progress.advance(task, amount)
