@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint types imports docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nirvana demo --out out/demo
@@ -13,10 +13,23 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
 
+# A fast test or two of every room, in less than two minutes.
+quick: export OMP_NUM_THREADS = 1
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m quick
+
 lint: $(VENV)/.test
-	$(BIN)/ruff format --check src tests examples experiments
-	$(BIN)/ruff check src tests examples experiments
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test
 	$(BIN)/pyright
+
+imports: $(VENV)/.test
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.test
+	$(BIN)/python -m pytest -n 0 tests/test_docs.py
 
 clean:
 	rm -rf $(VENV) out

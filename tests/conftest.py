@@ -1,4 +1,4 @@
-"""What all tests share: small models, real-data paths, determinism."""
+"""What all tests share: small models, the folder of real data, determinism, the quick selection."""
 
 import os
 from pathlib import Path
@@ -62,9 +62,10 @@ def small_model():
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of real data; tests that need it skip where it is absent."""
-    default = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("NIRVANA_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set NIRVANA_DATA")
+    """The folder of real data, `NIRVANA_DATA`; without it, tests that need it are skipped."""
+    name = os.environ.get("NIRVANA_DATA")
+    if not name:
+        pytest.skip("needs real data: set NIRVANA_DATA to their folder")
+    folder = Path(name)
+    assert folder.is_dir(), f"NIRVANA_DATA={name} is no folder"
     return folder

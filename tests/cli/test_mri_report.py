@@ -1,7 +1,6 @@
 """`nirvana mri report` with a small codec that never learned: what it writes, what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import nibabel
@@ -11,9 +10,7 @@ import torch
 from nibabel.testing import data_path
 from typer.testing import CliRunner, Result
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "mri"))
-from report_codec import small_backbone, small_config
-
+from helpers.report_codec import small_backbone, small_config
 from nirvana import InputError
 from nirvana.cli import mri, report
 from nirvana.model.backbone import load_backbone

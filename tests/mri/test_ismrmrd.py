@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from ismrmrd_files import (
+
+from helpers.ismrmrd_files import (
     CALIBRATION,
     COILS,
     NOISE,
@@ -24,7 +25,6 @@ from ismrmrd_files import (
     records,
     write,
 )
-
 from nirvana.errors import InputError
 from nirvana.mri.io import read_scan
 from nirvana.mri.physics import fft2c, find_mask, ifft2c, rss

@@ -7,9 +7,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from report_heads import drawn_heads
 from scipy import ndimage
 
+from helpers.report_heads import drawn_heads
 from nirvana import InputError
 from nirvana.mri import lesions
 from nirvana.mri.io import read_spacing, read_volume

@@ -6,9 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from report_codec import small_backbone
-from report_heads import drawn_heads
 
+from helpers.report_codec import small_backbone
+from helpers.report_heads import drawn_heads
 from nirvana import InputError
 from nirvana.mri.report.heads import save_heads
 from nirvana.mri.report.score import best_threshold

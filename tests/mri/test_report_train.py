@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from report_codec import small_config
-from report_heads import drawn_heads
 
+from helpers.report_codec import small_config
+from helpers.report_heads import drawn_heads
 from nirvana import InputError
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.graphs import capture_training

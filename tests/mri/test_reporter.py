@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from report_codec import small_backbone, small_config
-from report_heads import drawn_heads
 
+from helpers.report_codec import small_backbone, small_config
+from helpers.report_heads import drawn_heads
 from nirvana import InputError
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.io import Scan

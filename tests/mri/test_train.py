@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import HELPERS
 from nirvana import InputError
 from nirvana.mri.data import SlicePool, micro_batch_generator, simulate_batch
 from nirvana.mri.model import load_codec
@@ -229,7 +230,7 @@ def test_two_processes_compute_what_one_computes(config, tmp_path):
     settings = ["--run.steps", "2", "--optim.accumulation", "2", "--run.compile", "false"]
     settings += ["--run.device", "cpu"]
     train(config("nirvana", "alone"), settings)
-    program = Path(__file__).with_name("train_codec.py")
+    program = HELPERS / "train_codec.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", str(program), str(config("nirvana", "together")), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -5,12 +5,12 @@ import importlib
 import unittest
 from unittest import mock
 
-import library_tests
 import pytest
 import torch
-from library_tests import MODEL_TESTS, PACKAGE, TRAINING_TESTS
 from transformers.models.auto import modeling_auto
 
+from helpers import library_tests
+from helpers.library_tests import MODEL_TESTS, PACKAGE, TRAINING_TESTS
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.model.nirvana import NirvanaModel
 

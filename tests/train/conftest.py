@@ -1,8 +1,5 @@
 """Token shards made from numbers, so that every token tells where it comes from."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,9 +7,6 @@ from nirvana.files import sha256, write_json
 from nirvana.train.data import TokenShards
 
 BOS, EOS = 0, 1
-
-# For `stand_in`, which is both a module of these tests and a program that they start.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def write_shards(folder, lengths, first=2, vocab_size=60000):

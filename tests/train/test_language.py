@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from stand_in import stop
 
+from helpers.stand_in import stop
 from nirvana.errors import InputError
 from nirvana.train.config import LanguageConfig, load_config
 from nirvana.train.export import export
