@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def peak_bytes(rule: Callable, T: int) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward_backward(rule, inputs)
     # Every allocation (+) and release (-); the summary by operation has only their net sums.
-    recorded = profiler.profiler.kineto_results.events()
+    recorded: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [e for e in recorded if e.name() == "[memory]"]
     changes.sort(key=lambda e: e.start_ns())
     return max(accumulate(e.nbytes() for e in changes))
@@ -105,7 +106,9 @@ def peak_bytes(rule: Callable, T: int) -> int:
 def tokens_per_second(threads: int, runs: int = 7) -> float:
     """Plain `generate` of the packaged model, greedy, batch 1."""
     torch.set_num_threads(threads)
-    model, tokenizer = load_language_model("tiny", torch.device("cpu"))
+    loaded = load_language_model("tiny", torch.device("cpu"))
+    model: Any = loaded[0]
+    tokenizer = loaded[1]
     text = (
         "The patients were randomly assigned to two groups of equal size, and the outcome was " * 2
     )

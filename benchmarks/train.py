@@ -13,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from recipe import configuration, overrides, write_shards
@@ -46,7 +47,7 @@ def main() -> None:
         with atomic_file(options.out / "metrics.jsonl") as file:
             shutil.copyfile(folder / "run/metrics.jsonl", file)
         config = json.loads((folder / "run/config.json").read_text())
-    summary = summarize(options.out / "metrics.jsonl", options.steps)
+    summary: dict[str, Any] = summarize(options.out / "metrics.jsonl", options.steps)
     cuda = torch.cuda.is_available() and config["run"]["device"] != "cpu"
     summary["device"] = torch.cuda.get_device_name() if cuda else "cpu"
     summary["torch"] = torch.__version__

@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 
+TESTS = Path(__file__).parent
+
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 48,
@@ -25,6 +27,36 @@ SMALL = {
     "trigger_lr": 0.2,
     "trigger_decay": 0.8,
 }
+
+
+QUICK = (
+    "cli/test_outputs.py",
+    "data/test_tokenizer.py",
+    "evaluate/test_compare.py",
+    "evaluate/test_perplexity.py",
+    "model/test_trigger.py",
+    "mri/test_loss.py",
+    "mri/test_metrics.py",
+    "mri/test_physics.py",
+    "mri/test_report_grammar.py",
+    "ops/test_ops.py",
+    "test_docs.py",
+    "test_files.py",
+    "train/test_config.py",
+    "train/test_data.py",
+    "train/test_optim.py",
+)
+"""Files whose tests are all marked `quick`, for `make quick`: fast ones of every room."""
+
+
+def pytest_collection_modifyitems(items):
+    missing = [name for name in QUICK if not (TESTS / name).is_file()]
+    if missing:
+        raise pytest.UsageError(f"QUICK in {__file__} names no test files: {', '.join(missing)}")
+    quick = {TESTS / name for name in QUICK}
+    for item in items:
+        if item.path in quick and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(autouse=True)

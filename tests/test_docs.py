@@ -73,7 +73,6 @@ def is_setting(command: Any, option: str) -> bool:
     return bool(command.context_settings.get("ignore_unknown_options")) and "." in option
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere(name):
     page = NAMES[name]
@@ -89,7 +88,6 @@ def test_links_lead_somewhere(name):
             )
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_exist(name):
     for line in commands(NAMES[name].read_text(encoding="utf-8")):
@@ -97,7 +95,6 @@ def test_commands_exist(name):
         assert reason is None, f"nirvana {line}: {reason}"
 
 
-@pytest.mark.quick
 def test_named_configurations_and_settings_exist():
     """`nirvana train NAME --section.key value` in the documentation is accepted as written."""
     checked = 0
@@ -114,7 +111,6 @@ def test_named_configurations_and_settings_exist():
     assert checked > 5
 
 
-@pytest.mark.quick
 def test_wrong_commands_are_found():
     """The checks above can fail."""
     page = "    nirvana trian tiny\n    nirvana eval tiny --date FILE   # no such option\n"

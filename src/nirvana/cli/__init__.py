@@ -96,7 +96,7 @@ def main() -> None:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        code = _refuse(f"this command needs {error.name}: pip install 'nirvana[{extra}]'")
+        code = _refuse(f"this needs {error.name}: pip install 'nirvana[{extra}]'")
     except UsageError as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if message.startswith("Usage:"):  # the help of a group that was called without a command

@@ -6,7 +6,6 @@ checkpoint is those two numbers, and any number of processes can share its work.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +69,7 @@ class TokenShards:
             raise InputError(f"{folder}: damaged token shards: files of the wrong size")
         self._file_starts = np.cumsum([0, *sizes])
         self._handles: dict[int, BinaryIO] = {}
+        self._lock = Lock()
         sums = json.dumps(self._sums, sort_keys=True)
         self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
 
@@ -97,9 +97,11 @@ class TokenShards:
         path = self.folder / self._names[file]
         size = self._dtype.itemsize
         try:
-            if file not in self._handles:
-                self._handles[file] = open(path, "rb", buffering=0)  # noqa: SIM115  (stays open)
-            data = os.pread(self._handles[file].fileno(), (stop - start) * size, start * size)
+            with self._lock:  # threads share the handles, and not every system has os.pread
+                if file not in self._handles:
+                    self._handles[file] = open(path, "rb", buffering=0)  # noqa: SIM115  (stays open)
+                self._handles[file].seek(start * size)
+                data = self._handles[file].read((stop - start) * size)
         except OSError as error:
             raise InputError(f"{path}: can no longer be read: {error.strerror}") from None
         if len(data) != (stop - start) * size:
