@@ -39,14 +39,15 @@ def resolve(name: str | Path, kind: str = "language model") -> Path:
     return folder
 
 
-def local_or_packaged(path: str | Path, file: str) -> Path:
-    """The folder `path` if it exists, else the packaged folder of that name if it holds `file`,
-    else `path` again, which the caller refuses in its own words."""
-    packaged_folder = packaged(str(path))
-    inside = not Path(path).is_absolute() and ".." not in Path(path).parts
-    if inside and not Path(path).exists() and (packaged_folder / file).is_file():
-        return packaged_folder
-    return Path(path)
+def local_or_packaged(path: str | Path) -> Path:
+    """The folder `path`; if it does not exist, the packaged folder of that name, if there is one.
+
+    Args:
+        path: a folder of the user's, or a name such as `tiny` or `quickstart/train`.
+    """
+    path = Path(path)
+    named = not path.exists() and not path.is_absolute() and ".." not in path.parts
+    return packaged(str(path)) if named and packaged(str(path)).is_dir() else path
 
 
 def config_names() -> list[str]:

@@ -32,7 +32,7 @@ def convert(
             raise InputError(f"--window {window} must be a number of tokens, or none")
         size = int(window)
     if reverse:
-        source = local_or_packaged(source, "config.json")
+        source = local_or_packaged(source)
 
     from nirvana.model.convert import convert as convert_folder
 

@@ -19,18 +19,16 @@ BOS_AND_EOS = ("bos_token", "eos_token")
 
 
 def tokenizer_folder(path: str | Path) -> Path:
-    """The folder with `tokenizer.json`: `path` itself, or `path/tokenizer` of token shards, or the
-    packaged checkpoint called `path`.
+    """The folder with `tokenizer.json`: `path` itself, or `path/tokenizer` of token shards; `path`
+    may be the name of a packaged model.
 
     Raises:
         InputError: when there is none.
     """
-    for folder in (Path(path), Path(path) / "tokenizer"):
+    found = local_or_packaged(path)
+    for folder in (found, found / "tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
-    packaged_folder = local_or_packaged(path, "tokenizer.json")
-    if packaged_folder != Path(path):
-        return packaged_folder
     raise InputError(f"{path}: not a tokenizer: it has no tokenizer.json")
 
 

@@ -43,7 +43,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = local_or_packaged(folder, "meta.json")
+        self.folder = local_or_packaged(folder)
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
