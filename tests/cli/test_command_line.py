@@ -37,7 +37,7 @@ def start(
         input=stdin.encode() if isinstance(stdin, str) else stdin,
         capture_output=True,
         env={**os.environ, "COLUMNS": "80", **environment},
-        timeout=120,
+        timeout=240,
     )
     return subprocess.CompletedProcess(
         done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -197,7 +197,8 @@ def test_packaged_names_stand_for_tokenizers_and_shards(tmp_path, monkeypatch):
 def test_quickstart(tmp_path):
     """Trains at once with what ships: progress from the first step, and a model that generates."""
     out = tmp_path / "run"
-    few = ["--run.steps", 12, "--run.log_interval", 6, "--data.valid_documents", 1]
+    few = ["--run.steps", 12, "--run.log_interval", 6, "--data.context_length", 64]
+    few += ["--data.valid_documents", 1, "--data.sample_prompts", "[]"]
     done = start("train", "quickstart", "--run.out", out, *few)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0] == "step 1/12"
