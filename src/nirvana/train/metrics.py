@@ -48,6 +48,7 @@ class MetricsLog:
         self._board_folder = folder / "tensorboard"
         self._steps, self._unit = steps, unit
         self._console = Console(stderr=True, highlight=False)
+        self._last_line: float | None = None  # when a line was last printed after a step
         self._notify = notify or (
             lambda text: self._console.print(text, markup=False, soft_wrap=True)
         )
