@@ -11,9 +11,9 @@ import numpy as np
 
 from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
+from nirvana.packaged import config_names, packaged, packaged_config
 
-ROOT = Path(__file__).parents[1]
-TOKENIZER = ROOT / "src/nirvana/assets/tiny"
+TOKENIZER = packaged("tiny")
 
 
 def configuration(preset: str) -> Path:
@@ -22,11 +22,9 @@ def configuration(preset: str) -> Path:
     Raises:
         InputError: naming the presets that have one.
     """
-    path = ROOT / "configs" / f"{preset}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml")))
-        raise InputError(f"--preset {preset}: known are {known}")
-    return path
+    if preset not in config_names():
+        raise InputError(f"--preset {preset}: known are {', '.join(config_names())}")
+    return packaged_config(preset)
 
 
 def write_shards(folder: Path, documents: int = 4000) -> Path:

@@ -7,7 +7,7 @@ each GPU, FSDP2. N GPUs have to pass a gate first: the losses of one process tha
 N micro batches a step, and, from a checkpoint written on N and resumed on N / 2, those of the run
 that went on. Without it there is no figure of N. One GPU is always measured, since
 efficiency is against it. `OUT/summary.json` is written after each count. Whatever else is given
-overrides a setting of `configs/PRESET.toml`.
+overrides a setting of the packaged configuration PRESET.
 """
 
 import argparse
@@ -364,7 +364,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description="Times training on several GPUs of one host.")
     add = parser.add_argument
     add("--gpus", type=numbers, default=[1, 2], help="counts, of 1, 2, 4 and 8; default 1,2")
-    add("--preset", default="1.3b", help="its file in configs/ is trained; default 1.3b")
+    add("--preset", default="1.3b", help="packaged configuration to train; default 1.3b")
     add("--batch-size", type=int, default=4, help="rows of a micro batch; default 4")
     add("--steps", type=int, default=40, help="steps, the last three quarters timed; default 40")
     add("--gate", type=int, default=20, help="steps whose losses must agree; default 20")

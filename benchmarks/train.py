@@ -4,7 +4,7 @@
 
 OUT gets `metrics.jsonl` of the run and `summary.json`: median tokens per second, MFU and peak
 memory, without the first tenth of the steps, in which blocks are compiled. Whatever else is given
-overrides a setting of `configs/PRESET.toml`.
+overrides a setting of the packaged configuration PRESET.
 """
 
 import argparse

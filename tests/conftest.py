@@ -1,4 +1,4 @@
-"""What all tests share: small models, real-data paths, determinism."""
+"""What all tests share: small models, the folder of real data, determinism, the quick selection."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 
+TESTS = Path(__file__).parent
+
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 48,
@@ -25,6 +27,37 @@ SMALL = {
     "trigger_lr": 0.2,
     "trigger_decay": 0.8,
 }
+
+
+QUICK = (
+    "cli/test_outputs.py",
+    "data/test_loader.py",
+    "data/test_tokenizer.py",
+    "evaluate/test_compare.py",
+    "evaluate/test_perplexity.py",
+    "model/test_trigger.py",
+    "mri/evaluate/test_metrics.py",
+    "mri/physics/test_physics.py",
+    "mri/reports/test_grammar.py",
+    "mri/train/test_loss.py",
+    "ops/test_ops.py",
+    "test_docs.py",
+    "test_files.py",
+    "test_statistics.py",
+    "train/test_config.py",
+    "train/test_optim.py",
+)
+"""Files whose tests are all marked `quick`, for `make quick`: fast ones of every room."""
+
+
+def pytest_collection_modifyitems(items):
+    missing = [name for name in QUICK if not (TESTS / name).is_file()]
+    if missing:
+        raise pytest.UsageError(f"QUICK in {__file__} names no test files: {', '.join(missing)}")
+    quick = {TESTS / name for name in QUICK}
+    for item in items:
+        if item.path in quick and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +95,10 @@ def small_model():
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of real data; tests that need it skip where it is absent."""
-    default = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("NIRVANA_DATA", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set NIRVANA_DATA")
+    """The folder of real data, `NIRVANA_DATA`; without it, tests that need it are skipped."""
+    name = os.environ.get("NIRVANA_DATA")
+    if not name:
+        pytest.skip("needs real data: set NIRVANA_DATA to their folder")
+    folder = Path(name)
+    assert folder.is_dir(), f"NIRVANA_DATA={name} is no folder"
     return folder

@@ -12,7 +12,8 @@ import urllib.request
 import pytest
 
 from nirvana.evaluate.perplexity import score_files
-from nirvana.model.assets import load_language_model, resolve
+from nirvana.model.assets import load_language_model
+from nirvana.packaged import resolve
 
 LAUNCH = [sys.executable, "-m", "nirvana.launch"]
 TINY = str(resolve("tiny"))

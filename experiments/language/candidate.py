@@ -1,6 +1,6 @@
 """Compares the model of another recipe with the packaged `tiny` on the validation text.
 
-    nirvana train configs/tiny.toml --run.out runs/bank-8 --model.bank_size 8 ...
+    nirvana train tiny --run.out runs/bank-8 --model.bank_size 8 ...
     python -m experiments.language.candidate runs/bank-8 --data DATA
 
 RUN is the folder of a training on as many tokens as the packaged model's; DATA holds
@@ -24,6 +24,7 @@ from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import read_files
 from nirvana.files import check_outputs
 from nirvana.model.assets import load_language_model
+from nirvana.packaged import packaged_config
 from nirvana.train.config import LanguageConfig
 
 
@@ -60,8 +61,7 @@ def compare_with_packaged(run: Path, data: Path, limit: int | None, device: Any)
         InputError: for an unfinished run, or one of another number of tokens.
     """
     config, packaged = (
-        load_config(LanguageConfig, path)
-        for path in (run / "config.json", Path(__file__).parents[2] / "configs" / "tiny.toml")
+        load_config(LanguageConfig, path) for path in (run / "config.json", packaged_config("tiny"))
     )
     tokens, wanted = trained_tokens(config), trained_tokens(packaged)
     if tokens != wanted:

@@ -29,7 +29,7 @@ from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import make_niah
 from nirvana.evaluate.tasks import TASKS, answer_tokens, answers, task_file
 from nirvana.files import atomic_file, check_outputs, sha256
-from nirvana.model.assets import resolve
+from nirvana.packaged import resolve
 
 EDGES = (1, 256, 1024, 2048, 8192)  # tokens where a range of positions ends and the next begins
 VALID_DOCUMENTS = 32  # of a domain

@@ -76,10 +76,11 @@ entries here.
 CANDIDATES = """
 ## The packaged model against another recipe
 
-`tiny` (5.8 M parameters, `configs/tiny.toml`) and the recipe that this study had suggested, trained
-on as many tokens with one seed each, so no intervals. Bits per byte of the whole validation files;
-the model with the lower mean ships. The packaged model's card also has a column "Trigger off". That
-model was trained with the Trigger, so the column is no evidence that training with it helps.
+`tiny` (5.8 M parameters, configuration `tiny`) and the recipe that this study had suggested,
+trained on as many tokens with one seed each, so no intervals. Bits per byte of the whole validation
+files; the model with the lower mean ships. The packaged model's card also has a column "Trigger
+off". That model was trained with the Trigger, so the column is no evidence that training with it
+helps.
 """
 
 COST = """

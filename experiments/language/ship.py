@@ -2,7 +2,7 @@
 
     python -m experiments.language.ship RUN --data DATA --out FOLDER
 
-RUN is the folder of a training by `nirvana train configs/tiny.toml`, whose settings may have been
+RUN is the folder of a training by `nirvana train tiny`, whose settings may have been
 overridden; DATA holds `text/<domain>/test.jsonl.xz`. The card's figures are measured
 here. `src/nirvana/assets/tiny` is replaced by hand: the packaged MRI codec and reporter are trained
 on exactly the model that lies there, and must be trained anew with it.
@@ -74,7 +74,7 @@ state reset between them, AdamW, learning rate {optim.lr:g} to {optim.min_lr:g},
 of warm-up, weight decay {optim.weight_decay:g}, seed {seed}, {precision} autocast. Last training
 loss: {loss:.3f} nats a token.
 
-    nirvana train configs/tiny.toml {overrides}
+    nirvana train tiny {overrides}
 
 ## Figures
 

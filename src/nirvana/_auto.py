@@ -1,8 +1,8 @@
-"""Registers the models with transformers without importing what they need.
+"""Registers the models with transformers without importing transformers or torch.
 
-transformers' modelling code takes two seconds to import, and its modules import each other in
-circles, the Auto classes among them. So the models are entered by name when somebody imports the
-Auto classes, and imported when somebody looks up the class.
+Both take seconds to import, and transformers' modules import each other in circles, the Auto
+classes among them. So each part of the registration runs when the module that it changes is
+imported, and the model classes are imported when somebody looks them up.
 """
 
 import importlib
@@ -10,14 +10,11 @@ import sys
 from collections import UserDict
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from transformers import AutoConfig
-
-from nirvana.model.config import NirvanaConfig
-
+CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 AUTO_MODULE = "transformers.models.auto.modeling_auto"
 MODEL_MODULE = "nirvana.model.nirvana"
 MODELS = {"AutoModel": "NirvanaModel", "AutoModelForCausalLM": "NirvanaForCausalLM"}
@@ -25,33 +22,37 @@ MODELS = {"AutoModel": "NirvanaModel", "AutoModelForCausalLM": "NirvanaForCausal
 
 
 def register() -> None:
-    """Enters the configuration and the models wherever the library looks for its own."""
-    AutoConfig.register(NirvanaConfig.model_type, NirvanaConfig, exist_ok=True)
-    # Pipelines, the server and TRL take `getattr(transformers, config.architectures[0])`. The
-    # library runs its `__init__` twice, so that some modules hold another `transformers` than
-    # `sys.modules` does. These share their class and nothing else.
-    for name in MODELS.values():
-        setattr(type(sys.modules["transformers"]), name, _LazyClass(name))
+    """Enters the configuration and the models wherever the library looks for its own, now or when
+    the library is imported."""
+    after_import("transformers", _add_names)
+    after_import(CONFIG_MODULE, _register_config)
     after_import(AUTO_MODULE, _register_models)
 
 
-def model_class(name: str) -> Any:
-    """Imports and returns the model class called `name`.
-
-    Raises:
-        AttributeError: unless `name` is in `MODELS`.
-    """
-    if name in MODELS.values():
-        return getattr(importlib.import_module(MODEL_MODULE), name)
-    raise AttributeError(f"module 'nirvana' has no attribute {name!r}")
-
-
 def after_import(module: str, action: Callable[[], Any]) -> None:
-    """Runs `action` behind the import of `module`: at once if that has been imported already."""
+    """Runs `action` after the import of `module`: at once if it has been imported already."""
     if module in sys.modules:
         action()
     else:
         sys.meta_path.insert(0, _Finder(module, action))
+
+
+def _add_names() -> None:
+    """Makes the model classes attributes of `transformers`.
+
+    Pipelines, the server and TRL take `getattr(transformers, config.architectures[0])`. The library
+    runs its `__init__` twice, so that some modules hold another `transformers` than `sys.modules`
+    does. These share their class and nothing else.
+    """
+    for name in MODELS.values():
+        setattr(type(sys.modules["transformers"]), name, _LazyClass(name))
+
+
+def _register_config() -> None:
+    from nirvana.model.config import NirvanaConfig
+
+    auto_config = sys.modules[CONFIG_MODULE].AutoConfig
+    auto_config.register(NirvanaConfig.model_type, NirvanaConfig, exist_ok=True)
 
 
 def _register_models() -> None:
@@ -61,11 +62,17 @@ def _register_models() -> None:
     the server, model cards and lm_eval read the names from which the library makes that mapping
     (`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`); the library's own `register` leaves them as they are.
     """
+    from nirvana.model.config import NirvanaConfig
+
     for auto_class, name in MODELS.items():
         mapping = getattr(sys.modules[AUTO_MODULE], auto_class)._model_mapping
         mapping._model_mapping[NirvanaConfig.model_type] = name
         mapping._extra_content = _Registered(mapping._extra_content)
         mapping._extra_content[NirvanaConfig] = name
+
+
+def _model_class(name: str) -> Any:
+    return getattr(importlib.import_module(MODEL_MODULE), name)
 
 
 class _LazyClass:
@@ -75,7 +82,7 @@ class _LazyClass:
         self.name = name
 
     def __get__(self, module: ModuleType | None, owner: type | None = None) -> Any:
-        return model_class(self.name)
+        return _model_class(self.name)
 
 
 class _Registered(UserDict):
@@ -83,11 +90,11 @@ class _Registered(UserDict):
 
     def __getitem__(self, config: Any) -> Any:
         model = super().__getitem__(config)
-        return model_class(model) if isinstance(model, str) else model
+        return _model_class(model) if isinstance(model, str) else model
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as before, with a loader that runs an action when it has loaded it."""
+    """Finds one module as the other finders do, with a loader that runs an action after loading."""
 
     def __init__(self, module: str, action: Callable[[], Any]):
         self.module = module
@@ -96,10 +103,16 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == self.module else None
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
-        return spec
+        if name != self.module:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
 
 
 class _Loader(Loader):
@@ -111,6 +124,10 @@ class _Loader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # The module keeps its own loader, which also reads its source and its data files.
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)

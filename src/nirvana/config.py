@@ -12,7 +12,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,6 +58,8 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = N
 def from_dict(kind: type[T], tree: Any, where: str) -> T:
     """Converts plain data, as returned by `to_dict`, to the dataclass `kind`.
 
+    The names of all keys are checked before any value, and values in the order of the fields.
+
     Args:
         kind: a (nested) dataclass.
         tree: a mapping of keys to plain values.
@@ -69,28 +71,20 @@ def from_dict(kind: type[T], tree: Any, where: str) -> T:
     Raises:
         InputError: see `load_config`.
     """
-    if not isinstance(tree, Mapping):
-        raise InputError(f"configuration: {where} = {tree!r} must be a section, [{where}]")
+    _check_keys(kind, tree, where)
     hints = typing.get_type_hints(kind)
-    items = fields(kind)  # type: ignore[arg-type]  (T is any dataclass)
-    named = {item.name: item for item in items if not item.metadata.get("rest")}
-    extra = next((item.name for item in items if item.metadata.get("rest")), None)
+    named, extra = _named_fields(kind)
     values: dict[str, Any] = {}
-    others: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{where}.{key}" if where else key
-        if key in named:
-            values[key] = _convert(hints[key], value, path)
-        elif extra is not None:
-            others[key] = _convert(Any, value, path)
-        else:
-            raise InputError(unknown_key(path, where, named))
-    if extra is not None:
-        values[extra] = others
     for key, item in named.items():
         path = f"{where}.{key}" if where else key
-        if key not in values and item.default is MISSING and item.default_factory is MISSING:
+        if key in tree:
+            values[key] = _convert(hints[key], tree[key], path)
+        elif item.default is MISSING and item.default_factory is MISSING:
             raise InputError(f"configuration: {path} is missing")
+    if extra is not None:
+        prefix = f"{where}." if where else ""
+        others = {key: value for key, value in tree.items() if key not in named}
+        values[extra] = {key: _convert(Any, value, prefix + key) for key, value in others.items()}
     return kind(**values)
 
 
@@ -167,6 +161,26 @@ def unknown_key(path: str, where: str, known: Mapping[str, Any]) -> str:
     prefix = f"{where}." if where else ""
     right = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
     return f"configuration: unknown key {path}: {right}"
+
+
+def _named_fields(kind: Any) -> tuple[dict[str, Field[Any]], str | None]:
+    """The fields of a dataclass by name, and the name of the field that takes all other keys."""
+    named = {item.name: item for item in fields(kind) if not item.metadata.get("rest")}
+    return named, next((item.name for item in fields(kind) if item.metadata.get("rest")), None)
+
+
+def _check_keys(kind: Any, tree: Any, where: str) -> None:
+    """Refuses keys, at any depth, that `kind` does not have."""
+    if not isinstance(tree, Mapping):
+        raise InputError(f"configuration: {where} = {tree!r} must be a section, [{where}]")
+    hints = typing.get_type_hints(kind)
+    named, extra = _named_fields(kind)
+    for key, value in tree.items():
+        path = f"{where}.{key}" if where else key
+        if key not in named and extra is None:
+            raise InputError(unknown_key(path, where, named))
+        if key in named and is_dataclass(hints[key]):
+            _check_keys(hints[key], value, path)
 
 
 class _Text(str):

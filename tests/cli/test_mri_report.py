@@ -1,7 +1,6 @@
 """`nirvana mri report` with a small codec that never learned: what it writes, what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import nibabel
@@ -11,9 +10,7 @@ import torch
 from nibabel.testing import data_path
 from typer.testing import CliRunner, Result
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "mri"))
-from small_codec import small_backbone, small_config
-
+from helpers.small_codec import small_backbone, small_config
 from nirvana import InputError
 from nirvana.cli import mri
 from nirvana.model.backbone import load_backbone
@@ -136,7 +133,7 @@ def test_wrong_input_is_refused_and_nothing_written(
     arguments: tuple[str, ...], words: str, codec: Path, volume: Path, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "array.npy", np.ones((2, 32, 32), np.float32))
-    from nirvana.model.assets import resolve
+    from nirvana.packaged import resolve
 
     folder = str(resolve("codec", "MRI codec"))
     places = {"VOLUME": str(volume), "FOLDER": folder, "ARRAY": str(tmp_path / "array.npy")}

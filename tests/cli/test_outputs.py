@@ -65,6 +65,7 @@ CASES: dict[str, Case] = {
         {"json": "out.json"},
         {"preset", "parts", "train", "decode_contexts", "peers", "dtype", "device"},
     ),
+    "config": ("tiny --out {out}", {}, {"out": "out.toml"}, {"name"}),
     "generate": ("{model} --prompt a", {"model": "model/"}, {}, {"prompt", "device"}),
     "mri simulate": ("{volume} --out {out}", {"volume": "head.h5"}, {"out": "out.h5"}, set()),
     "mri reconstruct": (

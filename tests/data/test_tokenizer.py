@@ -10,7 +10,8 @@ import pytest
 
 from nirvana import InputError
 from nirvana.data.tokenizer import load_tokenizer
-from nirvana.model.assets import load_language_model, packaged
+from nirvana.model.assets import load_language_model
+from nirvana.packaged import packaged
 
 CODE = """
 from pathlib import Path

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, pipeline
 
 from nirvana import NirvanaForCausalLM
-from nirvana.model.assets import resolve
+from nirvana.packaged import resolve
 
 PACKED = torch.cat([torch.arange(n) for n in (3, 19, 8)])[None].expand(2, -1)
 

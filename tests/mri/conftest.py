@@ -1,12 +1,9 @@
 """Real volumes that the MRI tests share."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this file
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_codec import small_backbone, small_config
 
 import nirvana.mri
+from helpers.small_codec import small_backbone, small_config
 from nirvana import InputError
-from nirvana.model.backbone import load_backbone, load_tokenizer
+from nirvana.data.tokenizer import load_tokenizer
+from nirvana.model.backbone import backbone_folder, load_backbone
 from nirvana.mri.data.simulate import Simulation, simulate_scan
 from nirvana.mri.io import Scan, write_scan
 from nirvana.mri.model.checkpoint import save_codec
@@ -35,7 +36,7 @@ def reporter(tmp_path_factory: pytest.TempPathFactory) -> Reporter:
     name = small_backbone(tmp_path_factory.mktemp("backbone"))
     torch.manual_seed(3)
     model = CodecModel(small_config(name), load_backbone("nirvana", name)).eval()
-    return Reporter(model, load_tokenizer(name), threshold=0.0)
+    return Reporter(model, load_tokenizer(backbone_folder(name), required=()), threshold=0.0)
 
 
 @pytest.fixture(scope="module")

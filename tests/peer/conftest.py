@@ -1,9 +1,4 @@
-"""Makes the library's tests importable, and their marks known."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `library_tests`
+"""Registers the marks of the library's tests."""
 
 MARKS = (
     "accelerate_tests",

@@ -5,13 +5,13 @@ import importlib
 import unittest
 from unittest import mock
 
-import library_tests
 import pytest
 import torch
-from library_tests import MODEL_TESTS, PACKAGE, TRAINING_TESTS, VERSION
 from packaging.version import Version
 from transformers.models.auto import modeling_auto
 
+from helpers import library_tests
+from helpers.library_tests import MODEL_TESTS, PACKAGE, TRAINING_TESTS, VERSION
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.model.nirvana import NirvanaModel
 

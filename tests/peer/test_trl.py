@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from nirvana import NirvanaForCausalLM
-from nirvana.model.assets import load_language_model, resolve
+from nirvana.model.assets import load_language_model
+from nirvana.packaged import resolve
 
 datasets = pytest.importorskip("datasets", reason="needs datasets (the extra train)")
 peft = pytest.importorskip("peft", reason="needs peft (the extra dev)")

@@ -5,9 +5,9 @@ import resource
 import pytest
 import torch
 from safetensors import safe_open
-from stand_in import ALONE, OPTIM, StandIn
 from torch import nn
 
+from helpers.stand_in import ALONE, OPTIM, StandIn
 from nirvana.errors import InputError
 from nirvana.train import checkpoint
 from nirvana.train.optim import build_optimizer

@@ -3,12 +3,12 @@
 import json
 import tomllib
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 from nirvana.config import changed_keys, load_config, to_dict
 from nirvana.errors import InputError
+from nirvana.packaged import packaged_config
 from nirvana.train.config import LanguageConfig
 
 TEXT = """
@@ -114,7 +114,7 @@ def test_changed_keys():
 @pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b"])
 def test_shipped_configurations_name_and_explain_every_setting(name):
     """None of them is left to a default, and each line says what it means."""
-    shipped = Path(__file__).parents[2] / "configs" / f"{name}.toml"
+    shipped = packaged_config(name)
     config = load_config(LanguageConfig, shipped)
     tree = tomllib.loads(shipped.read_text())
     for section in fields(LanguageConfig):

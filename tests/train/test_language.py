@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from stand_in import stop
 
+from helpers.stand_in import stop
 from nirvana.config import load_config
 from nirvana.data.shards import tokenize
 from nirvana.errors import InputError

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import OPTIM, StandIn, stop, train
 
+from helpers import HELPERS
+from helpers.stand_in import OPTIM, StandIn, stop, train
 from nirvana.errors import InputError
 from nirvana.files import sole_use
 from nirvana.train import checkpoint
@@ -222,7 +223,7 @@ def test_outputs(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_0(tmp_path, number):
-    program = Path(__file__).with_name("stand_in.py")
+    program = HELPERS / "stand_in.py"
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, program, out])
     try:

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from helpers import HELPERS
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
@@ -19,7 +19,7 @@ from nirvana.train.language import LanguageTask, train
 from nirvana.train.parallel import clip, make_mesh, recompute_blocks
 from nirvana.train.trainer import Trainer
 
-PROGRAM = Path(__file__).with_name("processes.py")
+PROGRAM = HELPERS / "processes.py"
 # Learned step sizes have no dimension, and one row of a gate cannot be cut in two.
 MODEL = {
     "hidden_size": 24,

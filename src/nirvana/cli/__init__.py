@@ -3,23 +3,40 @@
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from typer.core import TyperGroup
 
-from nirvana.cli import bench, convert, demo, evaluate, language, mri, report
+from nirvana import __version__
+from nirvana.cli import bench, config, convert, demo, evaluate, language, mri, report
 from nirvana.errors import InputError
 
+
+class CommandGroup(TyperGroup):
+    """Lists the first sentence of each command in full, where click would cut it to one line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """See click."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [
+            (name, each.get_short_help_str(limit=500)) for name, each in commands.items() if each
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 app = typer.Typer(
+    cls=CommandGroup,
     name="nirvana",
     help="Nirvana: a language model that adapts to every sample, and MRI on its frozen backbone.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: no boxes, at most 80 columns wide
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-# Which extra brings a module that a command may miss.
+# The extra that installs a module which a command needs.
 EXTRAS = {
     **dict.fromkeys(
         ("h5py", "matplotlib", "monai", "nibabel", "pydicom", "scipy", "sigpy", "skimage"), "mri"
@@ -33,20 +50,43 @@ UsageError: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"nirvana {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Options that come before the command."""
+
+
 app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
 mri.app.command("report")(report.report)
-app.add_typer(mri.app, name="mri")
-app.add_typer(language.data_app, name="data")
+app.add_typer(mri.app, name="mri", cls=CommandGroup)
+app.add_typer(language.data_app, name="data", cls=CommandGroup)
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
 app.command("export")(language.export)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)
 app.command("bench")(bench.bench)
+app.command("config")(config.config)
 
 
 def main() -> None:
-    """Runs the program. Exit codes: 0 done, 2 the user's input is wrong, 1 our fault."""
+    """Runs the program. Exit codes: 0 done, 2 wrong input, 130 interrupted, 1 a fault of ours."""
     warnings.showwarning = _note(warnings.showwarning)
     try:
         code = app(standalone_mode=False)
@@ -58,16 +98,21 @@ def main() -> None:
             raise
         code = _refuse(f"this needs {error.name}: pip install 'nirvana[{extra}]'")
     except UsageError as error:
-        code = _refuse(error.format_message())  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message.startswith("Usage:"):  # the help of a group that was called without a command
+            print(message, file=sys.stderr)
+            code = 2
+        else:
+            code = _refuse(message)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
-    if code == 130:  # typer makes this code of Ctrl-C itself
-        Console(stderr=True).print("interrupted")
+    if code == 130:  # typer turns Ctrl-C into this code itself
+        print("interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _note(show: Callable[..., None]) -> Callable[..., None]:
-    """Shows our own warnings as one line to the user, others as ever."""
+    """Prints our own warnings (`UserWarning`) as one line, and passes others on to `show`."""
 
     def one_line(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if category is UserWarning:
@@ -79,6 +124,5 @@ def _note(show: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refuse(message: str) -> int:
-    if message:  # a command without arguments has printed its help instead
-        print(f"nirvana: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nirvana: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from nirvana.cli.console import JsonOption, output
+from nirvana.cli.console import DeviceOption, JsonOption, output
 from nirvana.errors import InputError
 from nirvana.files import write_json
+from nirvana.progress import ProgressLines
 
 PARTS = ("train", "prefill", "decode", "trigger")
 PEERS = ("gated_deltanet", "llama", "llama_compiled")
@@ -29,15 +30,28 @@ def bench(
         str, typer.Option(help=f"installed, none, or some of {','.join(PEERS)}.")
     ] = "installed",
     dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES))] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: DeviceOption = "auto",
     layers: Annotated[int | None, typer.Option(help="Depth instead of the preset's.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
     json: JsonOption = None,
 ) -> None:
     """Measures training, prefill, decoding and the Trigger's share, beside peers.
 
-    First the fast path is checked against float32; where that fails there are no figures.
+    First the fast path is checked against float32; if it is wrong, nothing is measured.
     """
+    for name, value in (("context", context), ("new-tokens", new_tokens), ("steps", steps)):
+        if value < 1:
+            raise InputError(f"--{name} = {value} must be at least 1")
+    chosen = {"installed": list(PEERS), "none": []}.get(peers)
+    selected_peers = _some_of(peers, PEERS, "peers") if chosen is None else chosen
+    selected_parts = _some_of(parts, PARTS, "parts")
+    sizes = tuple(_size(text) for text in train or ("4x4096", "1x16384"))
+    contexts = tuple(_count(text) for text in decode_contexts.split(","))
+    dtypes = _some_of(dtype, DTYPES, "dtype")
+    if len(dtypes) > 1:
+        raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
+
+    # Everything above is checked before torch is imported, which takes seconds.
     import torch
 
     from nirvana.bench import gate
@@ -47,30 +61,27 @@ def bench(
     from nirvana.bench.tables import rows_table
     from nirvana.device import choose_device
 
-    for name, value in (("context", context), ("new-tokens", new_tokens), ("steps", steps)):
-        if value < 1:
-            raise InputError(f"--{name} = {value} must be at least 1")
-    chosen = {"installed": list(PEERS), "none": []}.get(peers)
     options = Options(
         preset=preset,
-        parts=tuple(_some_of(parts, PARTS, "parts")),
-        train=tuple(_size(text) for text in train or ("4x4096", "1x16384")),
+        parts=tuple(selected_parts),
+        train=sizes,
         context=context,
-        decode_contexts=tuple(_count(text) for text in decode_contexts.split(",")),
+        decode_contexts=contexts,
         new_tokens=new_tokens,
         steps=steps,
-        peers=tuple(_some_of(peers, PEERS, "peers") if chosen is None else chosen),
-        dtype=getattr(torch, _some_of(dtype, DTYPES, "dtype")[0]),
+        peers=tuple(selected_peers),
+        dtype=getattr(torch, dtypes[0]),
         device=choose_device(device),
         layers=layers,
         compiled=not eager,
     )
-    _ = options.config  # a wrong preset or depth is told before anything runs
+    _ = options.config  # refuses a wrong preset or depth before anything runs
     console = output()
     machine = environment(options.device)
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     console.print(f"{machine['device']}; {versions}; commit {machine['commit']}", soft_wrap=True)
-    with console.status("checking values and gradients"):
+    with ProgressLines("{task.description}") as progress:
+        progress.add_task("checking values and gradients")
         checked = gate.check(preset, options.device, options.dtype, options.compiled)
     if not checked.passed:
         message = "values or gradients are wrong, so there are no figures"
@@ -83,13 +94,14 @@ def bench(
         "gate": checked.to_dict(),
         "rows": [],
     }
-    with console.status("measuring") as status:
+    with ProgressLines("{task.description}") as progress:
+        progress.add_task("measuring")
         for row in measure(options):
             results["rows"].append(row)
-            status.update(f"measured {row['part']} of {row['model']}")
-            if json is not None:  # after every row: what was measured outlives an interruption
+            progress.add_task(f"measured {row['part']} of {row['model']}")
+            if json is not None:  # after every row, so that an interruption loses only one
                 write_json(json, results)
-    # By part, for the eye; the file has them as they were measured.
+    # The table is sorted by part; the file keeps the order of measurement.
     console.print(
         rows_table(sorted(results["rows"], key=lambda row: options.parts.index(row["part"])))
     )

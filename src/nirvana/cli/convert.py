@@ -1,4 +1,4 @@
-"""`nirvana convert`: released checkpoints to ours, and back."""
+"""`nirvana convert`: checkpoints of the authors' format to ours, and back."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,10 +6,17 @@ from typing import Annotated
 import typer
 
 from nirvana.errors import InputError
+from nirvana.packaged import local_or_packaged
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with config.json and safetensors; with --reverse also a packaged model's "
+            "name."
+        ),
+    ],
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
     window: Annotated[
         str, typer.Option(help="Tokens that a token sees; none for all, as the released code does.")
@@ -19,11 +26,14 @@ def convert(
     ] = False,
 ) -> None:
     """Converts a checkpoint of the authors' format."""
-    from nirvana.model.convert import convert as convert_folder
-
     size: int | str | None = None if window == "none" else window
     if size not in (None, "configured"):
         if not window.isdecimal():
             raise InputError(f"--window {window} must be a number of tokens, or none")
         size = int(window)
+    if reverse:
+        source = local_or_packaged(source)
+
+    from nirvana.model.convert import convert as convert_folder
+
     print(convert_folder(source, destination, size, reverse))

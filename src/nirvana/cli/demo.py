@@ -8,7 +8,6 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +15,7 @@ from rich.table import Table
 from nirvana.cli.console import output
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder, write_json
+from nirvana.progress import ProgressLines
 
 BYTES_PER_TEXT = 24_000
 PROMPT = "The magnetic resonance images of the brain show"
@@ -59,6 +59,8 @@ def demo(
 def found_texts() -> dict[str, list[str]]:
     """Three kinds of real text that every installation has, `BYTES_PER_TEXT` of each."""
     import pydoc_data.topics
+
+    import numpy as np
 
     return {
         "licences": _cut(_licences()),
@@ -111,9 +113,9 @@ def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[s
     model, tokenizer = load_language_model("tiny")
     table = Table("text", "documents", "bytes", "bits per byte", "Trigger off")
     figures = {}
-    with console.status("reading") as status:
+    with ProgressLines("{task.description}") as progress:
         for name, documents in texts.items():
-            status.update(f"reading {name}")
+            progress.add_task(f"reading {name}")
             on = sum(score_documents(model, tokenizer, documents), Score())
             with without_trigger(model):
                 off = sum(score_documents(model, tokenizer, documents), Score())
@@ -189,7 +191,6 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
     scanned, and a function that writes the picture of one."""
     import torch
 
-    from nirvana.model.assets import packaged
     from nirvana.mri.anatomy.brain_slices import slices_of
     from nirvana.mri.anatomy.lesions import LesionSettings
     from nirvana.mri.data.simulate import Simulation
@@ -201,6 +202,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
     from nirvana.mri.reports.localize import region_in
     from nirvana.mri.reports.reporter import DISCLAIMER, load_reporter
     from nirvana.mri.reports.samples import Scanner, report_batch
+    from nirvana.packaged import packaged
 
     reporter = load_reporter(packaged("reporter"))
     # Fluid is bright in echo-planar images, too.

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from nirvana.cli.console import JsonOption, output
+from nirvana.cli.console import DeviceOption, JsonOption, output
 from nirvana.data.hub import local_path
 from nirvana.errors import InputError
 from nirvana.files import check_outputs, write_json
+from nirvana.packaged import folder_of, resolve
+from nirvana.progress import ProgressLines
 
 RECALL = ("s_niah_1", "s_niah_2", "s_niah_3", "mqar")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
@@ -42,7 +43,7 @@ def evaluate(
         typer.Option(help="Two results of --json: B - A with 95 % intervals. Needs no MODEL."),
     ] = None,
     json: JsonOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: DeviceOption = "auto",
     limit: Annotated[
         int | None, typer.Option(help="Documents of each file, questions of each task at most.")
     ] = None,
@@ -79,14 +80,15 @@ def evaluate(
             raise InputError(f"--{name} = {value} must be at least 1")
     plan = _plan(tasks or [], task_data, lengths, pairs, haystack)
     files = _domains(data or [])
-
-    from nirvana.device import choose_device
-    from nirvana.model.assets import folder_of, load_language_model
-    from nirvana.model.trigger import without_trigger
-
     read = [folder_of(model), *map(local_path, files.values()), *plan.files, plan.haystack]
     check_outputs({"--json": json}, read)
-    loaded, tokenizer = load_language_model(model, choose_device(device))
+    folder = resolve(model)
+
+    from nirvana.device import choose_device
+    from nirvana.model.assets import load_language_model
+    from nirvana.model.trigger import without_trigger
+
+    loaded, tokenizer = load_language_model(folder, choose_device(device))
     results: dict[str, Any] = {"model": model, "limit": limit, "trigger": trigger}
     with nullcontext() if trigger else without_trigger(loaded):
         if files:
@@ -107,7 +109,7 @@ def evaluate(
 
 @dataclass
 class _Plan:
-    """What --tasks asks for, all of it checked."""
+    """What --tasks names, checked."""
 
     local: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
@@ -256,10 +258,10 @@ def _recall(
     encode = text_encoder(tokenizer)
     words = [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids]
     found = {}
-    with Console(stderr=True).status("") as status:
+    with ProgressLines("{task.description}") as progress:
         for name in plan.recall:
             for length in plan.lengths:
-                status.update(f"{name}: {num_problems} problems of {length:,} tokens")
+                progress.add_task(f"{name}: {num_problems} problems of {length:,} tokens")
                 try:
                     if name == "mqar":
                         problems = make_mqar(bos, words, length, pairs, num_problems)

@@ -1,13 +1,16 @@
 """Commands about text: tokenize, train, export, generate."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nirvana.cli.console import SEEDS
+from nirvana.cli.config import ConfigArgument
+from nirvana.cli.console import SEEDS, DeviceOption
 from nirvana.errors import InputError
+from nirvana.packaged import resolve
 
 data_app = typer.Typer(help="Text to token shards.", no_args_is_help=True)
 
@@ -28,14 +31,17 @@ def tokenize(
     out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole.")],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Folder of a tokenizer or of token shards; else one is made."),
+        typer.Option(
+            help="Folder of a tokenizer or of token shards, or a packaged model's name; else a "
+            "tokenizer is trained."
+        ),
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer that is made.")] = 8192,
+    vocab_size: Annotated[int, typer.Option(help="Size of a tokenizer that is trained.")] = 8192,
     workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
 ) -> None:
     """Writes the documents of text files or hub data sets as token shards.
 
-    Give the command again after an interruption: it goes on with what is not done yet.
+    After an interruption, the same command continues where it stopped.
     """
     from nirvana.data.shards import tokenize as write_shards
 
@@ -61,7 +67,7 @@ def tokenizer(
 
 def train(
     ctx: typer.Context,
-    config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
+    config: ConfigArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
     accept_changes: Annotated[
         bool,
@@ -71,7 +77,15 @@ def train(
         bool, typer.Option("--dry-run", help="Check everything and print estimates only.")
     ] = False,
 ) -> None:
-    """Trains a language model. Any setting can follow: --optim.lr 1e-3 --run.out runs/one"""
+    """Trains a language model: nirvana train quickstart
+
+    Any setting of the configuration can follow: --optim.lr 1e-3 --run.out runs/one
+    """
+    from nirvana.config import load_config
+    from nirvana.train.config import LanguageConfig
+
+    load_config(LanguageConfig, config, list(ctx.args))  # refused before torch is imported
+
     from nirvana.train import language
 
     if dry_run:
@@ -85,7 +99,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     precision: Annotated[str, typer.Option(help="float32 or bf16; else as the run says.")] = "",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer; else the run's own.")
+        Path | None,
+        typer.Option(help="Folder of a tokenizer, or a packaged model's name; else the run's own."),
     ] = None,
 ) -> None:
     """Writes a checkpoint of a language model as a folder that transformers loads."""
@@ -97,17 +112,16 @@ def export(
 
 def generate(
     model: Annotated[str, typer.Argument(help="Folder, or the name of a packaged model.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads the standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from so much of the probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.", **SEEDS)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
-    """Continues a text, token by token as they come."""
-    from nirvana.device import choose_device
-    from nirvana.model.assets import load_language_model
-
+    """Continues a text, and prints each token as it is generated."""
+    if prompt == "-":
+        prompt = _standard_input()
     if not prompt.strip():
         raise InputError("--prompt is empty: give some text to continue")
     for name, value, right, good in (
@@ -117,8 +131,21 @@ def generate(
     ):
         if not good:
             raise InputError(f"--{name} = {value} must be {right}")
-    loaded, tokenizer = load_language_model(model, choose_device(device))
+    folder = resolve(model)
+
+    from nirvana.device import choose_device
+    from nirvana.model.assets import load_language_model
+
+    loaded, tokenizer = load_language_model(folder, choose_device(device))
     continue_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
+
+
+def _standard_input() -> str:
+    """The text on the standard input, without the line breaks at its end."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt -: the standard input is not UTF-8: {error}") from None
 
 
 def continue_text(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nirvana.cli.console import SEEDS, JsonOption, output
+from nirvana.cli.config import ConfigArgument
+from nirvana.cli.console import SEEDS, DeviceOption, JsonOption, output
 from nirvana.errors import InputError
 from nirvana.files import check_outputs, replaceable_folder, write_json
+from nirvana.progress import ProgressLines
 
 if TYPE_CHECKING:
     from nirvana.mri.data.simulate import Simulation
@@ -35,7 +36,6 @@ SenseOption = Annotated[bool, typer.Option(help="Reconstruct with ESPIRiT + SENS
 BartOption = Annotated[
     bool, typer.Option("--bart", help="Also with BART's program, which must be installed.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 CoilsOption = Annotated[int, typer.Option(help="Number of simulated coils.")]
 NoiseOption = Annotated[
     float | None,
@@ -89,11 +89,11 @@ def reconstruct(
     undersampled already the mask is found, and the mask options have no effect. Of an image volume
     a scan is simulated. A folder's scans get a folder each in --out.
     """
-    from nirvana.model.assets import folder_of
     from nirvana.mri.evaluate.compare import finite, summarise
     from nirvana.mri.evaluate.tables import rows_table
     from nirvana.mri.io import files_of, find_scans
     from nirvana.mri.pipeline import NIRVANA, comparison_methods, prepare, reconstruct_scan
+    from nirvana.packaged import folder_of
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")
@@ -179,13 +179,13 @@ def evaluate(
 
     Several codecs are called by the names of their folders, and compared with the first.
     """
-    from nirvana.model.assets import folder_of
     from nirvana.mri.classical.bart import program
     from nirvana.mri.evaluate.compare import evaluate_volume, finite, summarise
     from nirvana.mri.evaluate.tables import rows_table, summary_table
     from nirvana.mri.io import files_of, find_scans
     from nirvana.mri.physics.masks import require_calibration
     from nirvana.mri.pipeline import comparison_methods, load_full_scan
+    from nirvana.packaged import folder_of
 
     if slices < 0:
         raise InputError(f"--slices {slices} must be 0 (all) or more")
@@ -233,7 +233,7 @@ def evaluate(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     ctx: typer.Context,
-    config: Annotated[Path, typer.Argument(help="TOML file, see configs/.")],
+    config: ConfigArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
     accept_changes: Annotated[
         bool,
@@ -297,12 +297,6 @@ def slice_counters(progress: Progress, name: str, slices: int) -> Callable[[str]
 
 
 def progress_bars() -> Progress:
-    """Progress bars on the standard error, removed at the end."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    """Progress on the standard error: bars that are removed at the end, or plain lines."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return ProgressLines(*columns, TimeRemainingColumn())

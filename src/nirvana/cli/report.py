@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from nirvana.cli.console import SEEDS
+from nirvana.cli.console import SEEDS, DeviceOption
 from nirvana.cli.mri import (
     FORMATS,
     AccelerationOption,
     CenterOption,
     CoilsOption,
-    DeviceOption,
     KindOption,
     NoiseOption,
     progress_bars,
@@ -67,12 +66,12 @@ def report(
     a reconstruction (--image). Research software, not for diagnosis.
     """
     from nirvana.device import choose_device
-    from nirvana.model.assets import packaged
     from nirvana.mri.io import files_of
     from nirvana.mri.pipeline import prepare, prepare_images
     from nirvana.mri.reports.encode import view_of
     from nirvana.mri.reports.reporter import load_reporter
     from nirvana.mri.reports.scan_report import RESULT_FILES, read_slices, write_scan_report
+    from nirvana.packaged import packaged
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from nirvana.data import encode
 from nirvana.data.documents import Counts, count_documents, expand_sources
@@ -24,6 +24,8 @@ from nirvana.data.tokenizer import (
 )
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder, sha256, write_json
+from nirvana.packaged import local_or_packaged
+from nirvana.progress import ProgressLines
 
 SHARD_FILES = ("tokens-*.bin", "documents.npy", "bytes.npy", "meta.json", "tokenizer")
 
@@ -32,7 +34,8 @@ class TokenShards:
     """The documents in a folder written by `tokenize`.
 
     Args:
-        folder: the folder.
+        folder: the folder, or the name of packaged token shards (`quickstart/train`,
+            `quickstart/valid`).
 
     Attributes:
         folder: the folder.
@@ -49,7 +52,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_or_packaged(folder)
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
@@ -75,6 +78,7 @@ class TokenShards:
             raise InputError(f"{folder}: damaged token shards: files of the wrong size")
         self._file_starts = np.cumsum([0, *sizes])
         self._handles: dict[int, BinaryIO] = {}
+        self._lock = Lock()
         sums = json.dumps(self._sums, sort_keys=True)
         self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()
 
@@ -114,9 +118,11 @@ class TokenShards:
         path = self.folder / self._names[file]
         size = self._dtype.itemsize
         try:
-            if file not in self._handles:
-                self._handles[file] = open(path, "rb", buffering=0)  # noqa: SIM115  (stays open)
-            data = os.pread(self._handles[file].fileno(), (stop - start) * size, start * size)
+            with self._lock:  # threads share the handles, and not every system has os.pread
+                if file not in self._handles:
+                    self._handles[file] = open(path, "rb", buffering=0)  # noqa: SIM115  (stays open)
+                self._handles[file].seek(start * size)
+                data = self._handles[file].read((stop - start) * size)
         except OSError as error:
             raise InputError(f"{path}: can no longer be read: {error.strerror}") from None
         if len(data) != (stop - start) * size:
@@ -288,7 +294,7 @@ def _short(source: str) -> str:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    with ProgressLines(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("tokenizing, bytes", total=total)
         yield lambda amount: progress.advance(task, amount)

@@ -12,6 +12,7 @@ from nirvana.data.documents import Counts, count_documents, expand_sources, read
 from nirvana.data.hub import local_path
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder
+from nirvana.packaged import local_or_packaged
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,15 +37,16 @@ def tokenizer_folder(path: str | Path) -> Path:
     """Finds the folder that holds `tokenizer.json`.
 
     Args:
-        path: folder of a tokenizer or of token shards.
+        path: folder of a tokenizer or of token shards, or the name of a packaged model.
 
     Returns:
-        `path` itself, or `path/tokenizer`.
+        that folder itself, or `tokenizer` in it.
 
     Raises:
         InputError: when there is none.
     """
-    for folder in (Path(path), Path(path) / "tokenizer"):
+    found = local_or_packaged(path)
+    for folder in (found, found / "tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
     raise InputError(f"{path}: not a tokenizer: it has no tokenizer.json")

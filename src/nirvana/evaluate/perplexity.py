@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from nirvana.data.documents import kind_of, read_documents
 from nirvana.data.tokenizer import aligned_encoder
 from nirvana.errors import InputError
 from nirvana.evaluate.likelihood import PIECE_TOKENS, token_log_likelihoods
+from nirvana.progress import ProgressLines
 
 FIRST_RANGE = 64  # tokens of the first range of positions
 
@@ -197,7 +197,7 @@ def read_files(
             raise InputError(f"{path}: holds no document")
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
     scores: dict[str, FileScore] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with ProgressLines(*columns, disable=not progress) as bar:
         for name, path in files.items():
             task = bar.add_task(name)
             found = scores[name] = FileScore()

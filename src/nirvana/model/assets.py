@@ -1,6 +1,5 @@
-"""Resolves the names of models: a folder, or a checkpoint that ships with the package."""
+"""Loading language models: from a folder, or under the name of a packaged checkpoint."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +12,7 @@ from transformers.utils import logging
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.model.nirvana import NirvanaForCausalLM
-
-PACKAGED = {"tiny": "language model", "codec": "MRI codec", "reporter": "MRI reporter"}
-
-
-def packaged(name: str) -> Path:
-    """The folder of a packaged checkpoint, even if the working directory has one of that name."""
-    return Path(str(resources.files("nirvana") / "assets" / name))
-
-
-def folder_of(name: str | Path, kind: str = "language model") -> Path:
-    """The folder that `name` means, see `resolve`, whatever it holds and whether or not it is
-    there."""
-    if PACKAGED.get(str(name)) == kind and not Path(name).is_dir():
-        return packaged(str(name))
-    return Path(name)
-
-
-def resolve(name: str | Path, kind: str = "language model") -> Path:
-    """Resolves the name of a model.
-
-    Args:
-        name: an existing folder, or the name of a packaged checkpoint.
-        kind: one of the values of `PACKAGED`; part of the error message, too.
-
-    Returns:
-        the model's folder.
-
-    Raises:
-        InputError: for a name that is neither, or a folder without a configuration or weights.
-    """
-    folder = folder_of(name, kind)
-    if not folder.exists():
-        names = [each for each, of_kind in PACKAGED.items() if of_kind == kind]
-        raise InputError(f"no {kind} {str(name)!r}: give a folder, or {' or '.join(names)}")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no {kind}: it has no config.json")
-    if not any(folder.glob("model*.safetensors")):
-        raise InputError(f"{folder} holds no {kind}: it has no weights (model.safetensors)")
-    return folder
+from nirvana.packaged import resolve
 
 
 def load_language_model(

@@ -16,10 +16,11 @@ from transformers import (
 )
 
 from nirvana.errors import InputError
-from nirvana.model.assets import load_language_model, packaged, resolve
+from nirvana.model.assets import load_language_model
 from nirvana.model.config import preset
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.model.trigger import Trigger
+from nirvana.packaged import packaged, resolve
 
 Backbone = Literal["nirvana", "nirvana-without-trigger", "gated_deltanet", "transformer", "none"]
 """Kinds of backbone; "none" is the identity."""

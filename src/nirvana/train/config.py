@@ -1,13 +1,16 @@
 """Settings of trainings: sections shared by all of them, and those of a language model."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from nirvana.config import REST, require, unknown_key
 from nirvana.errors import InputError
-from nirvana.model.config import preset
+
+if TYPE_CHECKING:
+    import torch
+
+# torch and transformers are imported where they are first needed: everything but [model] is checked
+# before, so that a wrong setting is refused at once.
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,18 @@ class RunConfig:
     most_skipped: int = 5  # the run ends after this many non-finite steps in a row
     wandb: bool = False  # also log to Weights & Biases, which must be installed
 
-    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+    def autocast_dtype(self, device: "torch.device") -> "torch.dtype | None":
         """Returns the autocast type that `precision` selects on a device; None without autocast."""
+        import torch
+
         rounds = self.precision == "bf16" and device.type == "cuda"
         return torch.bfloat16 if rounds else None
 
     @property
-    def export_dtype(self) -> torch.dtype:
+    def export_dtype(self) -> "torch.dtype":
         """`export_precision` as a torch dtype."""
+        import torch
+
         return torch.bfloat16 if self.export_precision == "bf16" else torch.float32
 
     def __post_init__(self) -> None:
@@ -97,6 +104,8 @@ class ModelSection:
     fields: dict[str, Any] = field(default_factory=dict, metadata=REST)
 
     def __post_init__(self) -> None:
+        from nirvana.model.config import preset
+
         preset(self.preset, **self.fields)  # wrong settings fail before any data is opened
 
 
@@ -144,6 +153,6 @@ class LanguageConfig:
 
     data: DataSection
     run: RunConfig
-    model: ModelSection = field(default_factory=ModelSection)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelSection = field(default_factory=ModelSection)

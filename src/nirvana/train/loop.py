@@ -186,6 +186,8 @@ def _fit(
             validating = _due(done, run.validation_interval) or done == run.steps
             if done % run.log_interval == 0 or validating:
                 last = _log_progress(task, trainer, log, done, batches[-1], validating)
+            else:
+                log.advance(done)
             if _due(done, run.checkpoint_interval) or done == run.steps:
                 writer.save(done, task.position(done), int(trainer.skipped))
                 saved = done

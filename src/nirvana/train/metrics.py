@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
+from nirvana.progress import INTERVAL
 
 
 class MetricsLog:
@@ -46,6 +48,7 @@ class MetricsLog:
         self._board_folder = folder / "tensorboard"
         self._steps, self._unit = steps, unit
         self._console = Console(stderr=True, highlight=False)
+        self._last_line: float | None = None  # when a line was last printed after a step
         self._notify = notify or (
             lambda text: self._console.print(text, markup=False, soft_wrap=True)
         )
@@ -127,8 +130,26 @@ class MetricsLog:
             self._run.log(dict(_flat(line)), step=line["step"])
         self._progress.update(self._bar, completed=line["step"])
         self.status(self._describe(line))
+        self._last_line = time.monotonic()
         if not self._console.is_terminal or "valid" in line:
             self.notify(self._describe(line))
+
+    def advance(self, step: int) -> None:
+        """Shows that a step is done, without waiting for the device.
+
+        Moves the bar on a terminal; elsewhere prints a plain line after the first step, and when
+        the last line is `INTERVAL` seconds old.
+
+        Args:
+            step: steps done.
+        """
+        if not self._active:
+            return
+        self._progress.update(self._bar, completed=step)
+        last = self._last_line
+        if not self._console.is_terminal and (last is None or time.monotonic() - last >= INTERVAL):
+            self._last_line = time.monotonic()
+            self.notify(f"step {step}/{self._steps}")
 
     def status(self, text: str) -> None:
         """Replaces the text of the progress line.

@@ -7,9 +7,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from drawn_brain import drawn_brain_slices
 from scipy import ndimage
 
+from helpers.drawn_brain import drawn_brain_slices
 from nirvana import InputError
 from nirvana.mri.anatomy import lesions
 from nirvana.mri.anatomy.lesions import (

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic_ismrmrd import records, write
 
+from helpers.synthetic_ismrmrd import records, write
 from nirvana.errors import InputError
 from nirvana.mri.io import find_scans, is_volume, read_affine, read_scan, read_volume
 

@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from synthetic_ismrmrd import (
+
+from helpers.synthetic_ismrmrd import (
     CALIBRATION,
     COILS,
     NOISE,
@@ -24,7 +25,6 @@ from synthetic_ismrmrd import (
     records,
     write,
 )
-
 from nirvana.errors import InputError
 from nirvana.mri.io import read_scan
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_brain import drawn_brain_slices
-from small_codec import small_backbone, small_config
 
+from helpers.drawn_brain import drawn_brain_slices
+from helpers.small_codec import small_backbone, small_config
 from nirvana import InputError
-from nirvana.model.assets import resolve
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.anatomy.augment import blur, vary_contrast
 from nirvana.mri.anatomy.brain_slices import GRID, PIXEL, load_brain_slices, save_brain_slices
@@ -30,6 +29,7 @@ from nirvana.mri.reports.grammar import SLOTS, WORDINGS, Facts, parse_wording, r
 from nirvana.mri.reports.reporter import CHOICES, Reporter, load_reporter, save_reporter
 from nirvana.mri.reports.samples import Scanner, report_batch
 from nirvana.ops.cross_entropy import IGNORE
+from nirvana.packaged import resolve
 
 SCANNER = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(0.002, 0.002)), 2)
 MASS = Facts(True, 2, "mass", "left", "frontal", 12, "hyperintense")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_brain import drawn_brain_slices
-from small_codec import small_backbone
 
 from experiments.common.results import read_rows
 from experiments.report import detection, packaged, page, study
+from helpers.drawn_brain import drawn_brain_slices
+from helpers.small_codec import small_backbone
 from nirvana import InputError
 from nirvana.mri.anatomy.brain_slices import save_brain_slices
 from nirvana.mri.reports.grammar import NORMAL, Facts

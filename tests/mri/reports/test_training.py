@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn_brain import drawn_brain_slices
-from small_codec import small_config
 
+from helpers.drawn_brain import drawn_brain_slices
+from helpers.small_codec import small_config
 from nirvana import InputError
 from nirvana.cuda_graphs import capture_training
 from nirvana.model.backbone import load_backbone

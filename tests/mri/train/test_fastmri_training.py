@@ -16,8 +16,9 @@ from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig
 from nirvana.mri.train.task import train
+from nirvana.packaged import packaged_config
 
-CONFIG = Path(__file__).parents[3] / "configs" / "mri-fastmri.toml"
+CONFIG = packaged_config("mri-fastmri")
 SMALL = [
     *("--codec.weights", "default"),
     *("--codec.sensitivity_features", "[2, 2, 2, 2, 2, 2]"),

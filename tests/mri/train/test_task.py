@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import HELPERS
 from nirvana import InputError
 from nirvana.mri.data.batch import micro_batch_generator
 from nirvana.mri.data.simulate import Simulation
@@ -231,7 +232,7 @@ def test_two_processes_compute_what_one_computes(config, tmp_path):
     settings = ["--run.steps", "2", "--optim.accumulation", "2", "--run.compile", "false"]
     settings += ["--run.device", "cpu"]
     train(config("nirvana", "alone"), settings)
-    program = Path(__file__).parents[1] / "run_training.py"
+    program = HELPERS / "run_training.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", str(program), str(config("nirvana", "together")), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

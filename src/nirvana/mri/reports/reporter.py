@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicCache
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.files import write_json
-from nirvana.model.assets import resolve
 from nirvana.model.backbone import backbone_folder
 from nirvana.mri.anatomy.lesions import SIGNALS
 from nirvana.mri.anatomy.lobes import LOBES, SIDES
@@ -23,6 +22,7 @@ from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.model.report_tokens import ReportTokens
 from nirvana.mri.reports.grammar import KINDS, NORMAL, NUMBERS, SIZES, SLOTS, Facts, pieces, write
+from nirvana.packaged import resolve
 
 DISCLAIMER = "Research software, not for diagnosis."
 ABOUT = "report.json"

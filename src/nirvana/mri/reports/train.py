@@ -14,7 +14,6 @@ from nirvana.config import require, to_dict
 from nirvana.cuda_graphs import TrainingGraphs
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
-from nirvana.model.assets import resolve
 from nirvana.model.backbone import backbone_folder, load_backbone
 from nirvana.mri.anatomy.brain_slices import BrainSlices, load_brain_slices
 from nirvana.mri.anatomy.lesions import LesionSettings
@@ -31,6 +30,7 @@ from nirvana.mri.reports.grammar import WORDINGS
 from nirvana.mri.reports.reporter import MAX_SLICES_AT_ONCE, Reporter, save_reporter
 from nirvana.mri.reports.samples import ReportBatch, simulate_report_batch, undersample_alike
 from nirvana.mri.reports.score import auc
+from nirvana.packaged import resolve
 from nirvana.train.checkpoint import latest, restore
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.distributed import ProcessContext, init_distributed

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoTokenizer
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
-from nirvana.model.assets import resolve
 from nirvana.mri.model.config import CodecConfig
+from nirvana.packaged import resolve
 
 BACKBONE = {
     "hidden_size": 32,
