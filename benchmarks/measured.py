@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from nirvana.device import peak_memory
 from nirvana.errors import InputError
 from nirvana.train.checkpoint import folder_of
 from nirvana.train.config import LanguageConfig
 from nirvana.train.language import LanguageTask, train
-from nirvana.train.step import peak_memory
 
 PATIENCE = 600.0  # seconds in which a checkpoint must have reached the disk
 ERROR = "error.txt"  # beside the plan: what was wrong with the input

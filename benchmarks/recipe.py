@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
-from nirvana.train.tokenize import tokenize
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "src/nirvana/assets/tiny"

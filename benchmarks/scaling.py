@@ -28,10 +28,11 @@ from measured import ERROR, Measurement
 from recipe import configuration, overrides, write_shards
 from torch.cuda import nccl
 
-from nirvana import ops
+from nirvana.config import load_config
+from nirvana.device import HAS_KERNELS
 from nirvana.errors import InputError, script
 from nirvana.files import writable_json, write_json
-from nirvana.train.config import LanguageConfig, load_config
+from nirvana.train.config import LanguageConfig
 
 PROGRAM = Path(__file__).with_name("measured.py")
 COUNTS = (1, 2, 4, 8)
@@ -348,7 +349,7 @@ def check(options: argparse.Namespace) -> None:
     here = torch.cuda.device_count()
     if max(options.gpus) > here:
         raise InputError(f"--gpus {max(options.gpus)}: there are {here} here")
-    if not ops.HAS_KERNELS:
+    if not HAS_KERNELS:
         missing = "the kernels that are to be measured are missing"
         raise InputError(f"{missing}: pip install 'nirvana[cuda]'")
 

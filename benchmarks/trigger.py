@@ -11,45 +11,31 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nirvana.model import trigger as pytorch
-from nirvana.model.trigger import WeightBank
-from nirvana.ops import triton_trigger
+from nirvana.ops import trigger as pytorch
+from nirvana.ops.cuda import trigger as kernels
 
 NAMES = ("qkv", "fast", "weight", "gain", "bias", "shift")
 Step = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
-def triton_step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def kernel_step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     qkv, fast, weight, gain, bias, shift = inputs.values()
     bank = weight, gain, bias, shift
     q, k, v = qkv.chunk(3, dim=-1)
-    fast = fast - 0.01 * triton_trigger.trigger_gradient(k, v, fast, *bank)
-    return triton_trigger.trigger_apply(q, fast, *bank), fast
-
-
-@dataclass
-class Bank:
-    """The part of a WeightBank that the PyTorch form uses, around any tensors."""
-
-    weight: Tensor
-    gain: Tensor
-    bias: Tensor
-    shift: Tensor
-    project = WeightBank.project
+    fast = fast - 0.01 * kernels.trigger_gradient(k, v, fast, *bank)
+    return kernels.trigger_apply(q, fast, *bank), fast
 
 
 def pytorch_step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    qkv, fast, *vectors = inputs.values()
-    bank: Any = Bank(*vectors)  # has what the functions use of a WeightBank
+    qkv, fast, weight, gain, bias, shift = inputs.values()
+    bank = weight, gain, bias, shift
     q, k, v = (qkv if qkv.dtype == torch.float64 else qkv.float()).chunk(3, dim=-1)
-    fast = fast - 0.01 * pytorch.trigger_gradient(k, v, fast, bank)
-    return pytorch._apply(q, bank.project(q), fast, bank)[0].to(qkv.dtype), fast
+    fast = fast - 0.01 * pytorch.trigger_gradient(k, v, fast, *bank)
+    return pytorch.trigger_apply(q, fast, *bank).to(qkv.dtype), fast
 
 
 def make_inputs(tokens: int, C: int, R: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -74,9 +60,9 @@ def gradients(step: Step, inputs: dict[str, Tensor], weights: list[Tensor]) -> d
 def errors(inputs: dict[str, Tensor]) -> dict[str, float]:
     """Relative error of values and gradients against float64, by name."""
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
-    weights = [torch.randn_like(x) for x in triton_step(inputs)]
+    weights = [torch.randn_like(x) for x in kernel_step(inputs)]
     expected = gradients(pytorch_step, exact, weights)
-    actual = gradients(triton_step, inputs, weights)
+    actual = gradients(kernel_step, inputs, weights)
     return {name: ((actual[name] - y).norm() / y.norm()).item() for name, y in expected.items()}
 
 
@@ -120,12 +106,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--task-dim", type=int, default=64)
     parser.add_argument("--bank-size", type=int, default=32)
-    for name in triton_trigger.TUNING:
+    for name in kernels.TUNING:
         parser.add_argument(f"--{name.lower().replace('_', '-')}", type=int)
     args = parser.parse_args()
-    for name in triton_trigger.TUNING:
+    for name in kernels.TUNING:
         if (value := getattr(args, name.lower())) is not None:
-            setattr(triton_trigger, name, value)
+            setattr(kernels, name, value)
 
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
@@ -138,8 +124,8 @@ def main() -> None:
     steps = {
         "pytorch": pytorch_step,
         "compiled": torch.compile(pytorch_step, fullgraph=True),
-        "triton": triton_step,
-        "triton, compiled": torch.compile(triton_step, fullgraph=True),
+        "triton": kernel_step,
+        "triton, compiled": torch.compile(kernel_step, fullgraph=True),
     }
     results = {name: bench(step, inputs) for name, step in steps.items()}
     print(f"{'ms a layer, MiB':18}{'forward':>10}{'':>10}{'+ backward':>12}")
@@ -148,7 +134,7 @@ def main() -> None:
             f"{name:18}{x['forward_ms']:10.3f}{x['forward_mib']:10.0f}"
             f"{x['both_ms']:12.3f}{x['both_mib']:10.0f}"
         )
-    tuning = {name: getattr(triton_trigger, name) for name in triton_trigger.TUNING}
+    tuning = {name: getattr(kernels, name) for name in kernels.TUNING}
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     print(json.dumps({**about, "tokens": args.tokens, "tuning": tuning, "results": results}))
 

@@ -18,12 +18,13 @@ from experiments.common.program import make_parser
 from experiments.common.results import append_row
 from experiments.language.data import CANDIDATES, trained_tokens
 from experiments.language.variants import DOMAINS
+from nirvana.config import load_config
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import read_files
 from nirvana.files import check_outputs
 from nirvana.model.assets import load_language_model
-from nirvana.train.config import LanguageConfig, load_config
-from nirvana.train.world import choose_device
+from nirvana.train.config import LanguageConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,15 +21,15 @@ from typing import Any
 from experiments.common.program import make_parser
 from experiments.language.data import FOLDER
 from experiments.language.variants import DOMAINS
-from nirvana.data.tokenizer import load_tokenizer
+from nirvana.data.documents import read_documents
+from nirvana.data.shards import tokenize
+from nirvana.data.tokenizer import aligned_encoder, load_tokenizer, text_encoder
 from nirvana.errors import InputError, script
 from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import make_niah
 from nirvana.evaluate.tasks import TASKS, answer_tokens, answers, task_file
 from nirvana.files import atomic_file, check_outputs, sha256
 from nirvana.model.assets import resolve
-from nirvana.text import aligned_encoder, read_documents, text_encoder
-from nirvana.train.tokenize import tokenize
 
 EDGES = (1, 256, 1024, 2048, 8192)  # tokens where a range of positions ends and the next begins
 VALID_DOCUMENTS = 32  # of a domain

@@ -17,15 +17,16 @@ from typing import Any
 from experiments.common.program import make_parser
 from experiments.language.data import trained_tokens
 from experiments.language.variants import DOMAINS
+from nirvana.config import load_config
+from nirvana.data.documents import read_documents
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import byte_entropy, read_files
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder
 from nirvana.model.assets import load_language_model
 from nirvana.model.trigger import without_trigger
-from nirvana.text import read_documents
-from nirvana.train.config import LanguageConfig, load_config
+from nirvana.train.config import LanguageConfig
 from nirvana.train.export import RESULTS
-from nirvana.train.world import choose_device
 
 LARGEST = 12e6  # bytes of the weights
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from experiments.language.probe import probe_trigger
 from experiments.language.variants import PEERS, SETTINGS, Budget, fields_of
-from nirvana.evaluate.batched import read_rows
-from nirvana.train.config import LanguageConfig, from_dict
+from nirvana.config import from_dict
+from nirvana.device import peak_memory
+from nirvana.evaluate.likelihood import TokenLikelihoods, token_log_likelihoods
+from nirvana.train.config import LanguageConfig
+from nirvana.train.distributed import ProcessContext
 from nirvana.train.language import LanguageTask
 from nirvana.train.optim import build_optimizer
-from nirvana.train.step import Trainer, peak_memory
-from nirvana.train.world import World
+from nirvana.train.trainer import Trainer
 
 LOGGED = 25  # lines of loss and speed in a training
 
@@ -52,7 +54,7 @@ def run(
     if device.type == "cuda":
         gc.collect()  # of the run before
         torch.cuda.reset_peak_memory_stats(device)
-    trainer, figures = train(task, config, World(device), compiled, log_progress)
+    trainer, figures = train(task, config, ProcessContext(device), compiled, log_progress)
     trained = time.perf_counter()
     model: Any = task.model.eval()
     # Scored texts have many shapes, each of which would be compiled again.
@@ -104,14 +106,14 @@ def configuration(
 def train(
     task: LanguageTask,
     config: LanguageConfig,
-    world: World,
+    world: ProcessContext,
     compiled: bool,
     log_progress: Callable[[str], None],
 ) -> tuple[Trainer, dict[str, Any]]:
     """The package's own training steps, without checkpoints: a run takes a minute."""
     task.prepare(world, compiled)
     parameters = list(task.trainable())
-    optimizer = build_optimizer(parameters, config.optim)
+    optimizer = build_optimizer(parameters, config.optim, task.undecayed)
     trainer = Trainer(task, config.optim, config.run, parameters, optimizer, world)
     task.model.train()
     steps, losses, rates = config.run.steps, [], []
@@ -119,7 +121,7 @@ def train(
     for step in range(steps):
         trainer.step(step, [task.batch(step, 0)])
         if (step + 1) % every == 0 or step + 1 == steps:
-            line = trainer.report(step + 1)
+            line = trainer.metrics(step + 1)
             losses.append([step + 1, line["loss"] and round(line["loss"], 4)])
             rates.append(line["tokens_per_second"])
             log_progress(f"step {step + 1}/{steps} loss {line['loss']} {rates[-1]:,.0f} tokens/s")
@@ -140,7 +142,7 @@ def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str
     edges = evaluation["edges"]
     for split, domains in evaluation["text"].items():
         documents = [document for each in domains.values() for document in each]
-        read = iter(read_rows(model, [each["tokens"] for each in documents], batch_tokens))
+        read = iter(_scores(model, [each["tokens"] for each in documents], batch_tokens))
         found["text"][split] = {
             domain: {
                 "bits": [_ranges(next(read)[0], edges) for _ in each],
@@ -149,7 +151,7 @@ def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str
             for domain, each in domains.items()
         }
     questions = [question for each in evaluation["tasks"].values() for question in each]
-    read = iter(read_rows(model, [r for q in questions for r in q["rows"]], batch_tokens))
+    read = iter(_scores(model, [r for q in questions for r in q["rows"]], batch_tokens))
     for name, each in evaluation["tasks"].items():
         points = [_point(question, [next(read) for _ in question["rows"]]) for question in each]
         choices = [len(question["rows"]) for question in each]
@@ -160,12 +162,17 @@ def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str
             else 0,
         }
     problems = [problem for each in evaluation["recall"].values() for problem in each]
-    read = iter(read_rows(model, [each["tokens"] for each in problems], batch_tokens))
+    read = iter(_scores(model, [each["tokens"] for each in problems], batch_tokens))
     for name, each in evaluation["recall"].items():
         answered = [_recall(problem, *next(read)) for problem in each]
         points, bits = zip(*answered, strict=True)
         found["recall"][name] = {"points": list(points), "bits": list(bits)}
     return found
+
+
+def _scores(model: Any, rows: Sequence[Sequence[int]], batch_tokens: int) -> list[TokenLikelihoods]:
+    """Scores rows in batches of `batch_tokens` tokens, whatever their number."""
+    return token_log_likelihoods(model, rows, batch_size=len(rows), batch_tokens=batch_tokens)
 
 
 def _ranges(nll: Tensor, edges: Sequence[int]) -> list[float]:

@@ -40,9 +40,9 @@ from experiments.language.variants import (
     parameters,
 )
 from nirvana.bench.measure import environment
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.train.world import choose_device
 
 MODULE = "experiments.language.study"
 SEEDS = (0, 1, 2)

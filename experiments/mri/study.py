@@ -25,6 +25,7 @@ from experiments.common.program import make_parser
 from experiments.common.results import append_row, read_rows
 from experiments.mri.methods import CLASSICAL, CODECS, tiny
 from nirvana.bench.measure import commit
+from nirvana.config import to_dict
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
 from nirvana.mri.classical.bart import bart_pics
@@ -40,9 +41,9 @@ from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
 from nirvana.mri.physics.masks import Sampling, calibration_width
 from nirvana.mri.train.config import MriConfig, MriDataSection, StageSection
 from nirvana.mri.train.task import ReconstructionTask
-from nirvana.train.config import OptimConfig, RunConfig, to_dict
+from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.distributed import init_distributed
 from nirvana.train.loop import fit
-from nirvana.train.world import join
 
 SAMPLINGS = {
     f"{kind} {acceleration:g}x": Sampling(kind, acceleration, center)  # type: ignore[arg-type]
@@ -124,7 +125,7 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
     """The trained codec, and facts about its training."""
     names = [name for name in archive.files if name.startswith("train/")]
     config = configuration(options, options.steps or 1000)
-    with join(options.device) as world:
+    with init_distributed(options.device) as world:
         torch.manual_seed(options.seed)
         pool = SlicePool([torch.from_numpy(archive[name]) for name in names], world.device)
         task = ReconstructionTask(config, world.device, pool)

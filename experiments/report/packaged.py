@@ -15,12 +15,12 @@ from typing import Any
 from experiments.common.program import make_parser
 from experiments.common.results import append_rows, read_rows
 from experiments.report.study import CENTER, Cell, Study, batches, of_role, read
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
 from nirvana.mri.anatomy.brain_slices import load_brain_slices
 from nirvana.mri.anatomy.lesions import SEQUENCES
 from nirvana.mri.reports.reporter import load_reporter
-from nirvana.train.world import choose_device
 
 RESULTS = Path(__file__).parent / "results.jsonl.xz"
 NAME = "reporter"  # of the packaged model, and of its rows

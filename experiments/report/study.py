@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from experiments.common.program import make_parser
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, write_json
 from nirvana.mri.anatomy.brain_slices import BrainSlices, load_brain_slices
@@ -36,7 +37,6 @@ from nirvana.mri.reports.score import best_threshold
 from nirvana.mri.reports.train import ReportConfig, ReportSection, train_reporter
 from nirvana.seeds import mixed_seed
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.world import choose_device
 
 SEEN, UNSEEN = (0, 1, 2, 3), (4, 5)
 assert sorted(SEEN + UNSEEN) == list(range(len(WORDINGS)))

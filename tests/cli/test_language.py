@@ -9,8 +9,7 @@ import torch
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.cli import main
-from nirvana.data.tokenizer import load_tokenizer
-from nirvana.train.tokenize import train_tokenizer
+from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXT = "The cat sat on the mat, and the dog sat on the cat. "
 

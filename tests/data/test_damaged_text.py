@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nirvana import InputError
-from nirvana.text import read_documents, read_records
+from nirvana.data.documents import read_documents, read_records
 
 FUZZ = settings(
     max_examples=150,

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nirvana.data.tokenizer import load_tokenizer
-from nirvana.train.tokenize import train_tokenizer
+from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
 
 VOCABULARY = 280
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from nirvana.data.tokenizer import aligned_encoder, text_encoder
 from nirvana.errors import InputError
 from nirvana.evaluate.perplexity import (
     Score,
@@ -13,12 +14,9 @@ from nirvana.evaluate.perplexity import (
     byte_entropy,
     read_files,
     read_scores,
-    read_tokens,
     score_documents,
     score_files,
-    score_tokens,
 )
-from nirvana.text import aligned_encoder, text_encoder
 
 TEXTS = ["The cat sat on the mat.", "Zwölf <|eos|> 日本 " * 5, "a"]
 
@@ -35,32 +33,8 @@ def direct(model, tokens):
     return torch.tensor([-float(p[t, token]) for t, token in enumerate(tokens[1:])]).double()
 
 
-@pytest.mark.parametrize("piece", [1, 7, 12, 40, 41, 1000])
-def test_pieces_are_the_whole(model, piece):
-    """Beyond the window of 12, over its border, and with a last piece of one token."""
-    tokens = torch.randint(280, (42,))
-    costs = score_tokens(model, tokens, piece)
-    assert costs.shape == (41,)
-    assert torch.allclose(costs, direct(model, tokens), atol=1e-5)
-
-
-@pytest.mark.parametrize("start", [1, 7, 8, 41])
-@pytest.mark.parametrize("piece", [1, 7, 1000])
-def test_what_is_asked_from_the_middle_on(model, start, piece):
-    tokens = torch.randint(280, (42,))
-    with torch.no_grad():
-        best = model(tokens[None], use_cache=False).logits[0].argmax(-1)[:-1]
-    tokens[20] = best[19]  # one token, at least, is the likeliest; later ones do not matter to it
-    with torch.no_grad():
-        best = model(tokens[None], use_cache=False).logits[0].argmax(-1)[:-1]
-    costs, hits = read_tokens(model, tokens, start, piece)
-    assert torch.allclose(costs, direct(model, tokens)[start - 1 :], atol=1e-5)
-    assert torch.equal(hits, (best == tokens[1:])[start - 1 :])
-    assert start > 20 or hits[20 - start]
-
-
 def test_positions_sum_to_the_whole(model, tokenizer):
-    """Costs, tokens and bytes of the ranges are those of the document, which reaches each once."""
+    """The ranges sum to the document in nats, tokens and bytes, and each is reached once."""
     texts = [*TEXTS, "Zwölf 日本 and more of it. " * 40]
     for score in read_scores(model, tokenizer, texts):
         whole = sum(score.positions.values(), Score())
@@ -72,9 +46,9 @@ def test_positions_sum_to_the_whole(model, tokenizer):
 
 
 def test_positions_are_where_they_say():
-    costs = torch.zeros(200).double()
-    costs[[63, 64, 130]] = torch.tensor([1.0, 2.0, 4.0]).double()
-    scores = by_position(costs, range(200))
+    nll = torch.zeros(200).double()
+    nll[[63, 64, 130]] = torch.tensor([1.0, 2.0, 4.0]).double()
+    scores = by_position(nll, range(200))
     assert {start: (s.nats, s.tokens) for start, s in scores.items()} == {
         0: (1.0, 64),
         64: (2.0, 64),
@@ -98,12 +72,12 @@ def test_documents(model, tokenizer):
     for text, score in zip(TEXTS, scores, strict=True):
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert tokenizer.eos_token_id not in ids
-        costs = direct(model, torch.tensor([tokenizer.bos_token_id, *ids]))
-        assert math.isclose(score.nats, float(costs.sum()), rel_tol=1e-5)
+        nll = direct(model, torch.tensor([tokenizer.bos_token_id, *ids]))
+        assert math.isclose(score.nats, float(nll.sum()), rel_tol=1e-5)
         assert (score.tokens, score.bytes, score.documents) == (len(ids), len(text.encode()), 1)
-        expected = float(costs.sum()) / math.log(2) / len(text.encode())
+        expected = float(nll.sum()) / math.log(2) / len(text.encode())
         assert math.isclose(score.bits_per_byte, expected, rel_tol=1e-5)
-        assert math.isclose(score.perplexity, float(costs.mean().exp()), rel_tol=1e-5)
+        assert math.isclose(score.perplexity, float(nll.mean().exp()), rel_tol=1e-5)
 
 
 def test_documents_do_not_know_of_each_other(model, tokenizer):

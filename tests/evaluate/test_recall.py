@@ -2,10 +2,10 @@
 
 import pytest
 
+from nirvana.data.tokenizer import text_encoder
 from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import NOISE, make_niah
 from nirvana.evaluate.recall import Recall, answer, answer_all
-from nirvana.text import text_encoder
 
 TEXT = " ".join(f"On day {i} the keeper of house {7 * i} wrote a letter." for i in range(900))
 

@@ -112,8 +112,8 @@ def test_from_text_to_results_page(run, data, tmp_path, capsys):
         assert ("trigger" in line) == (line["variant"] == "nirvana")
         assert line["losses"][-1][1] < line["losses"][0][1]
     # The same text through the package's own evaluation.
+    from nirvana.data.documents import read_documents
     from nirvana.model.assets import load_language_model
-    from nirvana.text import read_documents
 
     model, tokenizer = load_language_model(tmp_path / "models" / "nirvana-B-0")
     texts = list(read_documents(data / "text/law/test.jsonl.xz"))

@@ -34,9 +34,9 @@ def test_without_trigger_no_step_is_taken():
     whole, without = load_backbone("nirvana"), load_backbone("nirvana-without-trigger")
     assert fingerprint(whole, None) == fingerprint(without, None)
     ids = torch.arange(20)[None]
-    reports = without.model(input_ids=ids, output_trigger=True).trigger
-    assert all(not report.change.any() for report in reports)
-    assert any(report.change.any() for report in whole.model(ids, output_trigger=True).trigger)
+    traces = without.model(input_ids=ids, output_trigger=True).trigger
+    assert all(not trace.change.any() for trace in traces)
+    assert any(trace.change.any() for trace in whole.model(ids, output_trigger=True).trigger)
 
 
 def test_none_is_the_identity():

@@ -1,4 +1,4 @@
-"""Law 8: a converted checkpoint is what the authors' code computes."""
+"""A converted checkpoint computes what the authors' code computes."""
 
 import json
 import shutil

@@ -5,8 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
-from nirvana.model.decode import Decoder
-from nirvana.train.estimate import flops_per_token
+from nirvana.generate.graph_decoder import Decoder
 
 TRANSFORMER = {"branches": "window", "num_prelude_layers": 0, "rope_theta": 10000.0}
 
@@ -103,7 +102,7 @@ def test_each_part_costs_only_those_that_have_it():
             for n, p in model.named_parameters()
             if not n.endswith(skipped) and (p.ndim == 2 or n.endswith("window_up"))
         )
-        return flops_per_token(model, config, 64) / 6 - weights
+        return model.flops_per_token(64) / 6 - weights
 
     delta, bank = 3 * 64 * 32, 2 * 64 * 64 * 32
     window = 2 * (16 - 16 * 15 / 128) * 64

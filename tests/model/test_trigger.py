@@ -1,4 +1,4 @@
-"""Laws 7 and 9: the Trigger's gradient, and what it does without memory or without a step."""
+"""The Trigger: its closed-form gradient, a decay of 0, a step size of 0, and the trace."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nirvana import NirvanaConfig, without_trigger
-from nirvana.model.trigger import EPS, Trigger, WeightBank, trigger_gradient
+from nirvana.model.trigger import Trigger, WeightBank
+from nirvana.ops import trigger_gradient, use_backend
+from nirvana.ops.reference import TRIGGER_EPS
 
 
 def make_bank(C: int, R: int) -> WeightBank:
@@ -18,11 +20,11 @@ def make_bank(C: int, R: int) -> WeightBank:
 
 
 def loss_of_one_token(k, v, fast, bank):
-    """SPEC section 2, written for one token without anything shared with the code."""
+    """The formula of docs/design.md for one token, which shares nothing with the code."""
     p_w, p_g, p_b, p_s = fast
     weight = torch.einsum("ior,r->io", bank.weight, p_w)
     z = k @ weight + bank.bias @ p_b
-    n = (z - z.mean()) / (z.var(unbiased=False) + EPS).sqrt()
+    n = (z - z.mean()) / (z.var(unbiased=False) + TRIGGER_EPS).sqrt()
     f = k + (bank.gain @ p_g) * n + bank.shift @ p_s
     return 0.5 * (f - v).square().sum()
 
@@ -40,16 +42,18 @@ def test_closed_form_gradient_is_autograds(C, R, seed):
     k, v = torch.randn(2, C, dtype=torch.float64)
     fast = torch.randn(4, R, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(loss_of_one_token(k, v, fast, bank), fast)[0]
-    actual = trigger_gradient(k, v, fast.detach(), bank)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    for backend in ("reference", "chunked"):
+        with use_backend(backend):
+            actual = trigger_gradient(k[None], v[None], fast.detach()[None], *bank.parts())[0]
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_truncated_gradient_leaves_out_the_normalisation():
     bank = make_bank(6, 3)
     k, v = torch.randn(2, 6, dtype=torch.float64)
     fast = torch.randn(4, 3, dtype=torch.float64)
-    exact = trigger_gradient(k, v, fast, bank)
-    truncated = trigger_gradient(k, v, fast, bank, exact=False)
+    exact = trigger_gradient(k, v, fast, *bank.parts())
+    truncated = trigger_gradient(k, v, fast, *bank.parts(), exact=False)
     torch.testing.assert_close(truncated[[1, 3]], exact[[1, 3]])
     assert (truncated[[0, 2]] - exact[[0, 2]]).abs().min() > 1e-3
 
@@ -58,7 +62,7 @@ def test_a_small_step_lowers_the_loss():
     bank = make_bank(8, 4)
     k, v = torch.randn(2, 8, dtype=torch.float64)
     fast = torch.ones(4, 4, dtype=torch.float64)
-    stepped = fast - 1e-4 * trigger_gradient(k, v, fast, bank)
+    stepped = fast - 1e-4 * trigger_gradient(k, v, fast, *bank.parts())
     assert loss_of_one_token(k, v, stepped, bank) < loss_of_one_token(k, v, fast, bank)
 
 
@@ -84,7 +88,7 @@ def test_without_decay_every_token_is_alone():
 def test_decay_remembers_the_sample():
     trigger, bank, qkv, fast = make_trigger(trigger_decay=0.5, trigger_lr=0.1)
     _, k, v = qkv.chunk(3, dim=-1)
-    g = trigger_gradient(k, v, fast, bank)
+    g = trigger_gradient(k, v, fast, *bank.parts())
     m = torch.zeros_like(g[:, 0])
     _, after, state = trigger(qkv, fast, bank)
     for t in range(70):
@@ -135,7 +139,7 @@ def test_works_in_inference_mode(small_model):
 
 @pytest.fixture
 def seen_steps():
-    """Makes a model note what its Triggers are given and return: one entry a layer."""
+    """Records the arguments and results of a model's Triggers: one entry a layer."""
 
     def watch(model) -> list[tuple]:
         steps = []
@@ -148,28 +152,28 @@ def seen_steps():
 
 
 @pytest.mark.parametrize("interpolation", ["convex", "independent"])
-def test_the_report_says_what_the_triggers_did(small_model, seen_steps, interpolation):
+def test_the_trace_is_what_the_triggers_did(small_model, seen_steps, interpolation):
     model = small_model(interpolation=interpolation)
     steps, tokens = seen_steps(model), torch.randint(0, 61, (2, 30))
     out = model(tokens, output_trigger=True)
     assert len(out.trigger) == len(steps) == 2
     updaters = [layer.updater for layer in model.model.layers[2:]]
-    for report, updater, step in zip(out.trigger, updaters, steps, strict=True):
+    for trace, updater, step in zip(out.trigger, updaters, steps, strict=True):
         (qkv, before, bank, *_), (h_task, after, _) = step
         _, k, v = qkv.chunk(3, dim=-1)
         for at in [(0, 0), (0, 29), (1, 13)]:
             expected = loss_of_one_token(k[at], v[at], before[at], bank)
-            torch.testing.assert_close(report.loss_before[at], expected)
+            torch.testing.assert_close(trace.loss_before[at], expected)
             expected = loss_of_one_token(k[at], v[at], after[at], bank)
-            torch.testing.assert_close(report.loss_after[at], expected)
-            torch.testing.assert_close(report.change[at], (after[at] - before[at]).norm())
-        torch.testing.assert_close(report.gates, updater.gate_proj(h_task).sigmoid())
-        assert report.gates.shape == (2, 30, 1 if interpolation == "convex" else 2)
-        assert report.loss_before.shape == report.change.shape == (2, 30)
-        assert not any(x.requires_grad for x in report)
+            torch.testing.assert_close(trace.loss_after[at], expected)
+            torch.testing.assert_close(trace.change[at], (after[at] - before[at]).norm())
+        torch.testing.assert_close(trace.gates, updater.gate_proj(h_task).sigmoid())
+        assert trace.gates.shape == (2, 30, 1 if interpolation == "convex" else 2)
+        assert trace.loss_before.shape == trace.change.shape == (2, 30)
+        assert not any(x.requires_grad for x in trace)
 
 
-def test_a_report_changes_nothing_and_comes_only_when_asked_for(small_model):
+def test_a_trace_changes_nothing_and_is_only_returned_on_request(small_model):
     model, tokens = small_model(), torch.randint(0, 61, (2, 30))
     plain, out = model(tokens, labels=tokens), model(tokens, labels=tokens, output_trigger=True)
     assert plain.trigger is None
@@ -177,16 +181,16 @@ def test_a_report_changes_nothing_and_comes_only_when_asked_for(small_model):
     assert torch.equal(out.loss, plain.loss)
     trunk = model.model(tokens, output_trigger=True).trigger
     in_tuple = model(tokens, use_cache=False, output_trigger=True, return_dict=False)[-1]
-    for reports in (trunk, in_tuple):
-        torch.testing.assert_close(reports, out.trigger, rtol=0, atol=0)
+    for traces in (trunk, in_tuple):
+        torch.testing.assert_close(traces, out.trigger, rtol=0, atol=0)
     with without_trigger(model):
-        for report in model(tokens, output_trigger=True).trigger:
-            assert not report.change.any()
-            assert torch.equal(report.loss_before, report.loss_after)
+        for trace in model(tokens, output_trigger=True).trigger:
+            assert not trace.change.any()
+            assert torch.equal(trace.loss_before, trace.loss_after)
 
 
 @torch.no_grad()
-def test_reports_of_pieces_are_those_of_the_whole(small_model):
+def test_traces_of_pieces_are_those_of_the_whole(small_model):
     model, tokens = small_model(), torch.randint(0, 61, (2, 30))
     whole, cache, parts = model(tokens, output_trigger=True).trigger, None, []
     for piece in tokens.split([20, 1, 9], dim=1):
@@ -200,7 +204,7 @@ def test_reports_of_pieces_are_those_of_the_whole(small_model):
         torch.testing.assert_close(joined, list(expected))
 
 
-def test_checkpointed_training_reports_each_layer_once(small_model):
+def test_checkpointed_training_traces_each_layer_once(small_model):
     model, tokens = small_model().train(), torch.randint(0, 61, (2, 30))
     expected = model(tokens, output_trigger=True).trigger
     model.gradient_checkpointing_enable()

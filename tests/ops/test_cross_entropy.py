@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nirvana.ops import cross_entropy
-from nirvana.ops.cross_entropy import IGNORE, linear_cross_entropy
+from nirvana.ops import cross_entropy, linear_cross_entropy
+from nirvana.ops.cross_entropy import IGNORE
 
 
 def inputs(N=23, D=7, V=11):
@@ -31,7 +31,7 @@ def test_is_the_cross_entropy_of_the_logits(monkeypatch, chunk, ignored):
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_what_is_frozen_gets_no_gradient(frozen):
+def test_a_frozen_input_gets_no_gradient(frozen):
     tensors = inputs()
     tensors[frozen].requires_grad_(False)
     linear_cross_entropy(*tensors).backward()

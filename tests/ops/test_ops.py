@@ -1,4 +1,4 @@
-"""Law 2 and law 4 for the operations: chunked = step by step, packed = separate."""
+"""The operations: chunked = reference, packed = separate, and the choice of the backend."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nirvana import ops
+from nirvana.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("device")
 LENGTHS = [1, 2, 63, 64, 65, 131]
@@ -41,7 +42,8 @@ def assert_same(operation, inputs: dict, **fixed) -> None:
     results = {}
     for backend in ("reference", "chunked"):
         leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        out = operation(**leaves, **fixed, backend=backend)
+        with ops.use_backend(backend):
+            out = operation(**leaves, **fixed)
         out = out if isinstance(out, tuple) else (out,)
         torch.manual_seed(1)
         # Not randn_like: on a GPU its numbers follow the strides, which differ by backend.
@@ -106,16 +108,20 @@ def test_window_attention_over_past_keys_is_step_by_step(T, window):
 def test_window_attention_goes_on_from_its_past(T, window, backend):
     """The last queries over all keys are the last rows of the whole."""
     q, k, v = torch.randn(3, 2, 30 + T, 2, 4, dtype=torch.float64)
-    whole = ops.window_attention(q, k, v, window, backend=backend)
-    last = ops.window_attention(q[:, 30:], k, v, window, backend=backend)
+    with ops.use_backend(backend):
+        whole = ops.window_attention(q, k, v, window)
+        last = ops.window_attention(q[:, 30:], k, v, window)
     torch.testing.assert_close(last, whole[:, 30:])
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_window_attention_refuses_segments_over_past_keys(backend):
     q, k = torch.randn(1, 3, 1, 4), torch.randn(1, 5, 1, 4)
-    with pytest.raises(ValueError, match="segments tell new tokens apart, not those of the past"):
-        ops.window_attention(q, k, k, 4, torch.zeros(1, 3, dtype=torch.long), backend=backend)
+    with (
+        ops.use_backend(backend),
+        pytest.raises(ValueError, match="segments separate new tokens, not those of the past"),
+    ):
+        ops.window_attention(q, k, k, 4, torch.zeros(1, 3, dtype=torch.long))
 
 
 @given(T=st.integers(1, 150), cut=st.integers(1, 149), seed=st.integers(0, 99))
@@ -158,7 +164,8 @@ def test_repeated_token_is_stable_in_float32():
     inputs["k"] = inputs["k"][:, :1].expand_as(inputs["k"])
     inputs["beta"] = torch.ones_like(inputs["beta"])
     inputs["log_alpha"] = torch.zeros_like(inputs["log_alpha"])
-    slow = ops.gated_delta_rule(**inputs, backend="reference")[0]
+    with ops.use_backend("reference"):
+        slow = ops.gated_delta_rule(**inputs)[0]
     torch.testing.assert_close(ops.gated_delta_rule(**inputs)[0], slow, rtol=1e-4, atol=1e-4)
 
 
@@ -168,6 +175,122 @@ def test_strong_decay_gives_no_nan():
     assert_same(ops.gated_delta_rule, inputs)
 
 
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def trigger_inputs(B, T, C, R):
+    names = ("weight", "gain", "bias", "shift")
+    bank = zip(names, ((C, C, R), (C, R), (C, R), (C, R)), strict=True)
+    return {"fast": 1 + normal(B, T, 4, R)} | {name: normal(*shape) for name, shape in bank}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [1, 70])
+def test_linear_branch_is_its_definition(T, packed):
+    B, H, K = 2, 3, 4
+    inputs = {
+        "qkv": normal(B, T, 3 * H * K),
+        "conv_weight": normal(3 * H * K, 3),
+        "log_alpha": -torch.exp(normal(B, T, H)),
+        "beta": normal(B, T, H).sigmoid(),
+        "conv_state": normal(B, 3 * H * K, 2),
+        "state": normal(B, H, K, K),
+    }
+    segments = borders(B, T, seed=T) if packed else None
+    assert_same(ops.linear_branch, inputs, head_dim=K, segments=segments)
+    with ops.use_backend("reference"):
+        assert ops.linear_branch(**inputs, head_dim=K, final=False)[1:] == (None, None)
+    assert ops.linear_branch(**inputs, head_dim=K, final=False)[1:] == (None, None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_window_branch_is_its_definition(packed):
+    B, T, H, K, rank = 2, 37, 3, 4, 5
+    inputs = {
+        "qkv": normal(B, T, 3 * H * K),
+        "low_rank": normal(B, T, 3 * rank),
+        "up": normal(3, rank, H * K),
+    }
+    assert_same(ops.add_low_rank, inputs, head_dim=K)
+    segments = borders(B, T, seed=3) if packed else None
+    assert_same(ops.window_branch, inputs, head_dim=K, window=9, segments=segments)
+
+
+def test_masked_attention_is_its_definition():
+    q, k, v = normal(2, 7, 3, 4), normal(2, 9, 3, 4), normal(2, 9, 3, 4)
+    mask = torch.rand(2, 1, 7, 9) < 0.5
+    mask[..., 0] = True
+    assert_same(ops.masked_attention, {"q": q, "k": k, "v": v}, mask=mask)
+
+
+@pytest.mark.parametrize("operation", [ops.swiglu, ops.unit])
+def test_functions_of_one_token_are_their_definitions(operation):
+    assert_same(operation, {"x": normal(2, 5, 14)})
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_trigger_is_its_definition(exact):
+    inputs = trigger_inputs(2, 5, 6, 3)
+    assert_same(ops.trigger_apply, {"x": normal(2, 5, 6)} | inputs)
+    keys = {"k": normal(2, 5, 6), "v": normal(2, 5, 6)}
+    assert_same(ops.trigger_gradient, keys | inputs, exact=exact)
+
+
+def test_cross_entropy_is_its_definition():
+    labels = torch.randint(11, (23,))
+    labels[::5] = -100
+    assert_same(
+        ops.linear_cross_entropy, {"h": normal(23, 7), "weight": normal(11, 7)}, labels=labels
+    )
+
+
+OPERATIONS = sorted(
+    set(ops.__all__)
+    - {"BACKENDS", "HAS_KERNELS", "MIN_LOG_ALPHA", "at_least_float32", "in_autocast"}
+    - {"no_autocast", "suits_kernels", "use_backend"}
+)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_has_its_twins(name):
+    assert callable(getattr(dispatch.reference, name))
+    assert callable(getattr(dispatch.chunked, name))
+    if name in dispatch.KERNELS:
+        pytest.importorskip("triton")
+        assert callable(getattr(dispatch._kernel_module(name), name))
+
+
+def test_use_backend_chooses_and_ends():
+    x, g = torch.randn(2, 5, 6), torch.randn(1, 3, 2)
+
+    def used():
+        with dispatch.recorded_backends() as names:
+            ops.swiglu(x)
+            ops.decayed_sum(g, 0.5)
+        return names
+
+    plain = {"swiglu": ["chunked"], "decayed_sum": ["chunked"]}
+    assert used() == plain
+    with ops.use_backend("reference"):
+        assert used() == {"swiglu": ["reference"], "decayed_sum": ["reference"]}
+        with ops.use_backend("chunked"):
+            assert used() == plain
+        assert used() == {"swiglu": ["reference"], "decayed_sum": ["reference"]}
+    with pytest.raises(RuntimeError), ops.use_backend("reference"):
+        raise RuntimeError
+    assert used() == plain
+
+
+def test_the_cuda_backend_refuses_what_its_kernels_do_not_take():
+    x = torch.randn(2, 5, 6)  # float32
+    with ops.use_backend("cuda"):
+        with pytest.raises(ValueError, match="the kernels of the cuda backend do not take"):
+            ops.swiglu(x)
+        ops.decayed_sum(x, 0.5)  # has no kernels
+
+
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="'fast' is not one of reference, chunked"):
-        ops.decayed_sum(torch.zeros(1, 1, 1), 0.5, backend="fast")
+    message = "'fast' is not one of reference, chunked, cuda"
+    with pytest.raises(ValueError, match=message), ops.use_backend("fast"):
+        pass

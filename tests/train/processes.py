@@ -13,7 +13,7 @@ import torch
 from nirvana.errors import InputError
 from nirvana.train import language
 from nirvana.train.language import LanguageTask, train
-from nirvana.train.step import Trainer
+from nirvana.train.trainer import Trainer
 
 
 def interrupt(kind, at):

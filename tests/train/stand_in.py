@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.distributed import ProcessContext
 from nirvana.train.loop import fit
 from nirvana.train.task import Task
-from nirvana.train.world import World
 
 OPTIM = OptimConfig(lr=0.05, min_lr=0.01, warmup_steps=2, accumulation=2)
 
@@ -65,7 +65,7 @@ def run_config(out, **more):
     return replace(config, **more)
 
 
-ALONE = World(torch.device("cpu"))
+ALONE = ProcessContext(torch.device("cpu"))
 
 
 def train(out, hooks=None, resume=False, config=None, accept_changes=False, **more):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nirvana.config import changed_keys, load_config, to_dict
 from nirvana.errors import InputError
-from nirvana.train.config import LanguageConfig, changed_keys, load_config, to_dict
+from nirvana.train.config import LanguageConfig
 
 TEXT = """
 [model]

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from stand_in import stop
 
+from nirvana.config import load_config
+from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
-from nirvana.train.config import LanguageConfig, load_config
+from nirvana.train.config import LanguageConfig
 from nirvana.train.export import export
 from nirvana.train.language import LanguageTask, estimate, train
-from nirvana.train.tokenize import tokenize
 
 SMALL = "hidden_size=16 num_hidden_layers=3 num_attention_heads=2 task_dim=4 bank_size=2"
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "see", "one", "bird"]
@@ -66,8 +67,8 @@ def test_train(arguments, tmp_path):
     saved = load_config(LanguageConfig, tmp_path / "run" / "config.json")
     assert saved == load_config(LanguageConfig, *arguments)
     # Validation is what the evaluation says of the exported model.
+    from nirvana.data.documents import read_documents
     from nirvana.evaluate.perplexity import Score, score_documents
-    from nirvana.text import read_documents
 
     texts = list(read_documents(saved.data.train["a"] + ".jsonl"))[:3]
     total = sum(score_documents(model, tokenizer, texts), Score())
@@ -94,7 +95,7 @@ def test_peers_train_by_configuration(arguments, tmp_path, fields):
 
 
 def test_resume_is_bitwise(arguments, tmp_path, monkeypatch):
-    """Law 11 for the language model itself."""
+    """run(n + m) = run(n), stop, resume, run(m)."""
     train(*arguments)
     path, overrides = arguments
     overrides = [*overrides, f"--run.out={tmp_path / 'parts'}"]
@@ -114,7 +115,7 @@ def test_resume_is_bitwise(arguments, tmp_path, monkeypatch):
 
 
 def test_loss_is_that_of_the_documents_alone(arguments):
-    """The packed loss is the mean over all pieces of what each piece costs on its own."""
+    """The packed loss is the mean over all pieces of the loss of each piece on its own."""
     task = LanguageTask(load_config(LanguageConfig, *arguments), torch.device("cpu"))
     batch = task.loader.batch(4, 1)
     losses = []

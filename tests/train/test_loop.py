@@ -1,4 +1,4 @@
-"""The loop: resume is bitwise (law 11), signals save, bad steps change nothing."""
+"""The loop: resuming is bitwise, signals save, steps that are not finite change nothing."""
 
 import errno
 import json
@@ -7,20 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from stand_in import OPTIM, StandIn, stop, train
 
-from nirvana import ops
 from nirvana.errors import InputError
 from nirvana.files import sole_use
 from nirvana.train import checkpoint
 from nirvana.train.metrics import MetricsLog
-from nirvana.train.step import seed_generators
-from nirvana.train.world import choose_device
+from nirvana.train.trainer import seed_generators
 
 
 def tensors(task):
@@ -38,7 +35,7 @@ def lines(out):
 
 @pytest.mark.parametrize("n", [1, 5, 11])
 def test_resume_is_bitwise(tmp_path, n):
-    """Law 11: run(n + m) = run(n), stop, resume, run(m)."""
+    """run(n + m) = run(n), stop, resume, run(m)."""
     whole, _, _ = train(tmp_path / "whole")
     stopped, outcome, said = train(tmp_path / "parts", {n - 1: stop})
     assert (outcome.step, outcome.finished) == (n, False)
@@ -245,21 +242,3 @@ def test_signal_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     train(tmp_path, {0: stop})
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_choose_device():
-    assert choose_device("cpu").type == "cpu"
-    for name in ("gpu", "cuda:99"):
-        with pytest.raises(InputError, match="cannot be used here"):
-            choose_device(name)
-
-
-def test_a_gpu_without_kernels_is_not_used_in_silence(monkeypatch):
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setattr(ops, "HAS_KERNELS", True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        choose_device("cuda")
-    monkeypatch.setattr(ops, "HAS_KERNELS", False)
-    with pytest.warns(UserWarning, match=r"nirvana\[cuda\]"):
-        choose_device("cuda")

@@ -28,7 +28,7 @@ def test_groups():
         )
     )
     named = list(model.named_parameters())
-    optimizer = build_optimizer(named, CONFIG)
+    optimizer = build_optimizer(named, CONFIG, model.no_weight_decay())
     names = {id(parameter): name for name, parameter in named}
     groups = {
         group["weight_decay"]: {names[id(p)] for p in group["params"]}

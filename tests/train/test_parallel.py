@@ -1,4 +1,4 @@
-"""Several processes compute what one computes (law 11, from 2 processes to 1 and back), on gloo."""
+"""Several processes compute what one computes, from two to one and back, on gloo."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
+from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
 from nirvana.train.config import ParallelConfig
+from nirvana.train.distributed import ProcessContext
 from nirvana.train.language import LanguageTask, train
 from nirvana.train.parallel import clip, make_mesh, recompute_blocks
-from nirvana.train.step import Trainer
-from nirvana.train.tokenize import tokenize
-from nirvana.train.world import World
+from nirvana.train.trainer import Trainer
 
 PROGRAM = Path(__file__).with_name("processes.py")
 # Learned step sizes have no dimension, and one row of a gate cannot be cut in two.
@@ -206,11 +206,11 @@ def test_clip():
 
 
 def test_what_cannot_be_shared_out_is_refused():
-    world = World(torch.device("cpu"), rank=1, size=4)
-    assert list(world.share(8)) == [2, 3]
+    processes = ProcessContext(torch.device("cpu"), rank=1, size=4)
+    assert list(processes.local_micro_batches(8)) == [2, 3]
     with pytest.raises(InputError, match=r"optim.accumulation = 6 must be a multiple of the 4"):
-        world.share(6)
+        processes.local_micro_batches(6)
     with pytest.raises(InputError, match=r"parallel.shard = 3 must divide the 4 processes"):
-        make_mesh(ParallelConfig(shard=3), world)
+        make_mesh(ParallelConfig(shard=3), processes)
     with pytest.raises(InputError, match=r"parallel.tensor = 2 must be 1: in_proj"):
         ParallelConfig(tensor=2)

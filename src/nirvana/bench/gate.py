@@ -1,4 +1,4 @@
-"""The check before any figure: the fast path against float32 on the CPU, with the same weights."""
+"""The check before any measurement: the fast path against float32 on the CPU, same weights."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nirvana.bench.measure import clean_room, recorded_backends
+from nirvana.bench.measure import clean_room
 from nirvana.model.config import NirvanaConfig, preset
 from nirvana.model.nirvana import NirvanaForCausalLM, compile_blocks
+from nirvana.ops.dispatch import recorded_backends
 
 LAYERS = 4
 BATCH, LENGTH = 2, 1024
@@ -19,7 +20,7 @@ SMALL = 0.01
 
 @dataclass(frozen=True)
 class Gate:
-    """Relative errors in the Euclidean norm; the gradients are the five worst, worst first."""
+    """Relative errors in the Euclidean norm; gradients are the five largest, largest first."""
 
     loss: float
     logits: float
@@ -28,19 +29,19 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        worst = {
+        errors = {
             "loss": self.loss,
             "logits": self.logits,
-            "gradient": max(self.gradients.values(), key=_nan_is_worst),
+            "gradient": max(self.gradients.values(), key=_nan_as_inf),
         }
-        return all(worst[name] <= limit for name, limit in LIMITS.items())
+        return all(errors[name] <= limit for name, limit in LIMITS.items())
 
     def __str__(self) -> str:
         name, error = next(iter(self.gradients.items()))
         return (
             f"loss {self.loss:.2%} (limit {LIMITS['loss']:.0%}), "
             f"logits {self.logits:.2%} (limit {LIMITS['logits']:.0%}), "
-            f"worst gradient {error:.2%} at {name} (limit {LIMITS['gradient']:.0%})"
+            f"largest gradient error {error:.2%} at {name} (limit {LIMITS['gradient']:.0%})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,9 +49,19 @@ class Gate:
 
 
 def check(name: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Gate:
-    """The preset's width in 4 layers, B 2, T 1024, every branch taking part.
+    """Compares loss, logits and gradients of the fast path and of float32 on the CPU.
 
-    The window is cut to less than T, so that it matters.
+    The model has the preset's width, 4 layers, B = 2, T = 1024, no zero parameters, and a window
+    shorter than T.
+
+    Args:
+        name: of the preset.
+        device: of the fast path.
+        dtype: of the fast path.
+        compiled: whether its blocks are compiled.
+
+    Returns:
+        the relative errors.
     """
     window = preset(name).sliding_window or LENGTH
     config = preset(name, num_hidden_layers=LAYERS, sliding_window=min(window, LENGTH // 2))
@@ -74,17 +85,25 @@ def check(name: str, device: torch.device, dtype: torch.dtype, compiled: bool) -
         name: ((fast_gradients[name] - g).norm() / g.norm().clamp(min=SMALL * total)).item()
         for name, g in gradients.items()
     }
-    worst = sorted(errors.items(), key=lambda item: _nan_is_worst(item[1]), reverse=True)
+    largest = sorted(errors.items(), key=lambda item: _nan_as_inf(item[1]), reverse=True)
     return Gate(
         loss=((fast_loss - loss) / loss).abs().item(),
         logits=((fast_logits - logits).norm() / logits.norm()).item(),
-        gradients=dict(worst[:5]),
+        gradients=dict(largest[:5]),
         backends=backends,
     )
 
 
 def filled(model: nn.Module, config: NirvanaConfig) -> nn.Module:
-    """The model with its zero parameters drawn anew, because zero factors hide whole branches."""
+    """Draws the parameters that are zero at random, because zero factors disable whole branches.
+
+    Args:
+        model: changed in place.
+        config: of the model.
+
+    Returns:
+        the model.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -95,10 +114,15 @@ def filled(model: nn.Module, config: NirvanaConfig) -> nn.Module:
 def outcome(
     model: nn.Module, ids: Tensor, skip_logits: bool
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Logits, loss and every parameter's gradient, in float32 on the CPU.
+    """Computes logits, loss and every parameter's gradient.
 
     Args:
-        skip_logits: take the loss from the path that training takes, which makes no logits.
+        model: a causal language model.
+        ids: `[B, T]`, int64, inputs and labels.
+        skip_logits: compute the loss as in training, without logits.
+
+    Returns:
+        logits `[B, T, V]`, the loss, and gradients by name, in float32 on the CPU.
     """
     how = {"skip_logits": True} if skip_logits else {}
     loss = model(input_ids=ids, labels=ids, **how).loss
@@ -113,5 +137,5 @@ def outcome(
     return logits.float().cpu(), loss.detach().float().cpu(), gradients
 
 
-def _nan_is_worst(error: float) -> float:
+def _nan_as_inf(error: float) -> float:
     return error if error == error else float("inf")

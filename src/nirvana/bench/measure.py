@@ -14,25 +14,37 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nirvana import ops
-
 WARM_UP = 3
-"""Rounds before the first that counts: compilation and autotuning happen there."""
+"""Rounds before the first measured one, for compilation and autotuning."""
 
 PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-linear-attention", "flash-qla")
 
 
 class Cost(NamedTuple):
-    """What one call takes."""
+    """The cost of one call.
+
+    Attributes:
+        ms: milliseconds.
+        peak_bytes: peak of allocated memory; None where the device does not count it.
+    """
 
     ms: float
-    peak_bytes: int | None  # most memory held at once; None where the device does not count it
+    peak_bytes: int | None
 
 
 def costs(
     runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, Cost]:
-    """The median time and the peak memory of each run, in turns: a disturbance meets all alike."""
+    """Measures runs in turns, so that a disturbance affects all alike.
+
+    Args:
+        runs: functions by name.
+        device: on which they run.
+        rounds: measured calls of each.
+
+    Returns:
+        median time and peak memory by name.
+    """
     for run in runs.values():
         for _ in range(WARM_UP):
             run()
@@ -49,7 +61,7 @@ def costs(
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one call, until the device has finished."""
+    """Wall time of one call, in ms, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -64,9 +76,9 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def clean_room() -> Iterator[None]:
-    """Begins and ends without other models' memory and compiled code.
+    """Frees memory and compiled code before and after the block.
 
-    Inside, a block that is compiled too often is an error, not a block that quietly runs slowly.
+    Inside, too many recompilations are an error, not a silent fallback to eager code.
     """
     limits: dict[str, Any] = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
     _sweep()
@@ -85,7 +97,7 @@ def _sweep() -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, commit and date."""
+    """Device, versions, commit and date, as plain data."""
     name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -115,40 +127,3 @@ def commit() -> str | None:
     except FileNotFoundError:  # no git here
         return None
     return done.stdout.strip() or None
-
-
-@contextmanager
-def recorded_backends() -> Iterator[dict[str, list[str]]]:
-    """Yields, for every operation, the names of the backends that computed it in the block."""
-    operations = (
-        *("gated_delta_rule", "causal_conv", "window_attention", "decayed_sum"),
-        *("linear_branch", "window_branch", "trigger_gradient", "trigger_apply"),
-    )
-    modules = dict(ops.BACKENDS)
-    if ops.HAS_KERNELS and torch.cuda.is_available():
-        from nirvana.ops import cuda, triton_trigger
-
-        modules |= {"cuda": cuda, "triton": triton_trigger}
-    used: dict[str, list[str]] = {}
-    replaced = []
-
-    def recording(operation: str, backend: str, function: Callable) -> Callable:
-        def call(*arguments: Any, **more: Any) -> Any:
-            names = used.setdefault(operation, [])
-            if backend not in names:
-                names.append(backend)
-            return function(*arguments, **more)
-
-        return call
-
-    try:
-        for backend, module in modules.items():
-            for operation in operations:
-                function = getattr(module, operation, None)
-                if function is not None:
-                    replaced.append((module, operation, function))
-                    setattr(module, operation, recording(operation, backend, function))
-        yield used
-    finally:
-        for module, operation, function in replaced:
-            setattr(module, operation, function)

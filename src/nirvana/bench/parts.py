@@ -1,4 +1,4 @@
-"""What is measured of one model: training, the Trigger's share, prefill, decoding."""
+"""The measurements of one model: training, the Trigger's share, prefill, decoding."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 FLOOR_TRAIN = 95_000
-"""Tokens a second that no 1.3b model exceeds on one H200 (its FLOP at the measured peak)."""
+"""Tokens/s that no 1.3b model exceeds on one H200 (its FLOPs at the measured peak)."""
 FLOOR_DECODE_MS = 0.66
-"""Milliseconds a token there at batch 1: the weights are read once."""
+"""Milliseconds a token there at batch 1, in which the weights are read once."""
 
 TRIGGER_OFF = {
     "step off": "without gradient, memory and step; the task vector, from fast parameters of "
@@ -34,14 +34,14 @@ TRIGGER_OFF = {
 
 
 def train(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
-    """Forward + backward, without an optimiser and without activation checkpointing."""
+    """Forward and backward, without an optimiser and without activation checkpointing."""
     step = _training_step(model, name, options, batch, length)
     cost = costs({name: step}, options.device, options.steps)[name]
     return [_training_row(cost, options, batch * length)]
 
 
 def trigger(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
-    """The same step with every Trigger switched off, and without any, in turns."""
+    """The same step with every Trigger's step disabled, and without any Trigger, in turns."""
     step = _training_step(model, name, options, batch, length)
 
     def step_off() -> None:
@@ -66,7 +66,7 @@ def trigger(model: nn.Module, name: str, options: "Options", batch: int, length:
 
 
 def prefill(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
-    """A context read into the states; logits of its last token."""
+    """Prefill of a context, with logits of its last token."""
     tokens, run = options.tokens(batch, length), _prefill(model.eval(), name, options)
     with torch.no_grad():
         cost = costs({name: lambda: run(tokens)}, options.device, options.steps)[name]
@@ -74,7 +74,7 @@ def prefill(model: nn.Module, name: str, options: "Options", batch: int, length:
 
 
 def decode(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
-    """Greedy tokens after a context: plain `generate`, and for ours the fast loop."""
+    """Greedy decoding after a context: plain `generate`, and for our model also `Decoder`."""
     tokens, rows = options.tokens(batch, length), []
     model.eval()
     with torch.no_grad():
@@ -119,7 +119,7 @@ class _NoTrigger(nn.Module):
 
 @contextmanager
 def _bypassed(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` has no Trigger."""
+    """Removes every Trigger of a model in the block."""
     owners = [
         (module, module.trigger)
         for module in model.modules()
@@ -137,13 +137,13 @@ def _bypassed(model: nn.Module) -> Iterator[None]:
 def _prefill(model: nn.Module, name: str, options: "Options") -> Callable[[Tensor], object]:
     if name != OURS:
         return lambda tokens: model(input_ids=tokens, use_cache=True, logits_to_keep=1)
-    from nirvana.model.decode import Decoder
+    from nirvana.generate.graph_decoder import Decoder
 
     return Decoder(model, compiled=options.compiled).prefill
 
 
 def _decoder_row(model: nn.Module, tokens: Tensor, options: "Options") -> Row:
-    from nirvana.model.decode import Decoder
+    from nirvana.generate.graph_decoder import Decoder
 
     decoder = Decoder(model, compiled=options.compiled)
     logits = decoder.prefill(tokens)
@@ -159,11 +159,11 @@ def _decoder_row(model: nn.Module, tokens: Tensor, options: "Options") -> Row:
 
 
 def _generate_row(model: Any, name: str, tokens: Tensor, options: "Options") -> Row:
-    """From the second token on; the first carries the context."""
+    """Time per token from the second on; the first includes the prefill."""
     clock = _Clock()
     how = {}
     if name == OURS:
-        from nirvana.model.decode import Decoder
+        from nirvana.generate.graph_decoder import Decoder
 
         how["past_key_values"] = Decoder(model, compiled=options.compiled)
     model.generate(
@@ -182,7 +182,8 @@ def _generate_row(model: Any, name: str, tokens: Tensor, options: "Options") -> 
 
 
 class _Clock(BaseStreamer):
-    """When each token came; `generate` brings it to the CPU first, so the device has finished."""
+    """Records when each token was generated. `generate` copies it to the CPU first, which waits for
+    the device."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []

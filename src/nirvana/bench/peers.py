@@ -1,4 +1,4 @@
-"""The models that are measured: ours and its peers, of the same width and about the same size."""
+"""The models to measure: ours and its peers, of the same width and about the same size."""
 
 import importlib
 from collections.abc import Callable
@@ -14,6 +14,7 @@ OURS = "nirvana"
 
 
 def nirvana(config: NirvanaConfig) -> nn.Module:
+    """Our model."""
     return NirvanaForCausalLM(config)
 
 
@@ -65,11 +66,18 @@ PEERS: dict[str, Callable[[NirvanaConfig], nn.Module]] = {
 def build(
     name: str, config: NirvanaConfig, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> nn.Module:
-    """The model of that name, every parameter in `dtype`.
+    """Builds a model with random weights.
 
     Args:
-        compiled: each block of `llama_compiled` on its own. Ours compiles what it needs later, the
-            others stay eager.
+        name: `OURS`, or one of `PEERS`.
+        config: whose sizes it has.
+        device: of its parameters.
+        dtype: of its parameters.
+        compiled: compile each block of `llama_compiled`. Our model is compiled by the measurements,
+            the others stay eager.
+
+    Returns:
+        the model.
     """
     torch.manual_seed(0)
     with device:
@@ -81,6 +89,7 @@ def build(
 
 
 def parameters(model: nn.Module) -> int:
+    """The number of a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's options, and its rows: every part, with ours and the peers."""
+"""The benchmark's options, and its rows: every part, for our model and the peers."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from nirvana.model.config import NirvanaConfig, preset
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured; sizes are batch x tokens."""
+    """The options of a run; sizes are batch x tokens."""
 
     preset: str
     parts: tuple[str, ...]
@@ -38,7 +38,7 @@ class Options:
 
     @property
     def has_floor(self) -> bool:
-        """Whether SPEC's floors are about this model and machine."""
+        """Whether the floors of `parts` are for this model and device."""
         known = self.preset == "1.3b" and self.layers is None and self.dtype == torch.bfloat16
         return (
             known
@@ -56,9 +56,15 @@ class Options:
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """One row for every part, size and model. What cannot be measured says why in "failed".
+    """Measures every part, size and model.
 
-    Ours come first: a peer's kernels may take minutes to tune, and someone may not wait for that.
+    Our model is first, because tuning a peer's kernels may take minutes.
+
+    Args:
+        options: of the benchmark.
+
+    Yields:
+        one row each; a failed measurement has its reason in "failed".
     """
     for name in (OURS, *options.peers):
         for part in options.parts:
@@ -71,7 +77,8 @@ def measure(options: Options) -> Iterator[Row]:
 
 
 def _applies(part: str, name: str) -> bool:
-    """Compiled blocks are made for one shape: they are compared where shapes stay, in training."""
+    """Whether a part is measured of a model. Compiled blocks are specific to a shape, so they are
+    compared in training alone."""
     if part == "trigger":
         return name == OURS
     return part == "train" or name != "llama_compiled"
@@ -100,7 +107,7 @@ def _attempt(
             return [{"failed": "out of memory"}]
         except ImportError as error:
             return [{"failed": f"not installed: {error}"}]
-        except Exception as error:  # a peer's own fault must not cost the figures of the others
+        except Exception as error:  # a peer's failure must not stop the other measurements
             traceback.print_exc()
             return [
                 {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}

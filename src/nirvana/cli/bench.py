@@ -43,9 +43,9 @@ def bench(
     from nirvana.bench import gate
     from nirvana.bench.measure import environment
     from nirvana.bench.peers import OURS
-    from nirvana.bench.report import rows_table
     from nirvana.bench.run import Options, measure
-    from nirvana.train.world import choose_device
+    from nirvana.bench.tables import rows_table
+    from nirvana.device import choose_device
 
     for name, value in (("context", context), ("new-tokens", new_tokens), ("steps", steps)):
         if value < 1:

@@ -33,7 +33,7 @@ def demo(
 ) -> None:
     """Reads real text with the Trigger on and off, reconstructs a real brain volume, and reports
     lesions that were simulated in it."""
-    from nirvana.text import read_documents
+    from nirvana.data.documents import read_documents
 
     started = time.perf_counter()
     check_outputs({"--out": out}, [text])

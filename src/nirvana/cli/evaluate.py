@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from nirvana.cli.console import JsonOption, output
+from nirvana.data.hub import local_path
 from nirvana.errors import InputError
 from nirvana.files import check_outputs, write_json
-from nirvana.hub import local_path
 
 RECALL = ("s_niah_1", "s_niah_2", "s_niah_3", "mqar")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
@@ -80,9 +80,9 @@ def evaluate(
     plan = _plan(tasks or [], task_data, lengths, pairs, haystack)
     files = _domains(data or [])
 
+    from nirvana.device import choose_device
     from nirvana.model.assets import folder_of, load_language_model
     from nirvana.model.trigger import without_trigger
-    from nirvana.train.world import choose_device
 
     read = [folder_of(model), *map(local_path, files.values()), *plan.files, plan.haystack]
     check_outputs({"--json": json}, read)
@@ -153,7 +153,7 @@ def _plan(
 def _haystack(path: Path | None) -> Path:
     import os
 
-    from nirvana.text import kind_of
+    from nirvana.data.documents import kind_of
 
     if path is None:
         data = os.environ.get("NIRVANA_DATA")
@@ -187,8 +187,8 @@ def _read_texts(
     """Prints the figures of text files; returns them as the results' "files" and "total"."""
     import math
 
+    from nirvana.data.documents import read_documents
     from nirvana.evaluate.perplexity import Score, byte_entropy, read_files
-    from nirvana.text import read_documents
 
     scores = read_files(model, tokenizer, files, limit, progress=True)
     unigram = {
@@ -244,10 +244,11 @@ def _recall(
     model: Any, tokenizer: Any, plan: _Plan, pairs: int, num_problems: int
 ) -> dict[str, dict[str, Any]]:
     """Name@length -> the figures of the recall tasks, in the form of `run_tasks`."""
+    from nirvana.data.documents import read_documents
+    from nirvana.data.tokenizer import text_encoder
     from nirvana.evaluate.mqar import make_mqar
     from nirvana.evaluate.niah import make_niah
     from nirvana.evaluate.recall import answer_all
-    from nirvana.text import read_documents, text_encoder
 
     bos = tokenizer.bos_token_id
     if plan.recall and bos is None:

@@ -37,7 +37,7 @@ def tokenize(
 
     Give the command again after an interruption: it goes on with what is not done yet.
     """
-    from nirvana.train.tokenize import tokenize as write_shards
+    from nirvana.data.shards import tokenize as write_shards
 
     counts = write_shards(files, out, tokenizer, vocab_size, workers or os.cpu_count() or 1)
     print(
@@ -53,7 +53,7 @@ def tokenizer(
     vocab_size: Annotated[int, typer.Option(help="Number of tokens at most.")] = 8192,
 ) -> None:
     """Trains a byte-level tokenizer, to share between several folders of token shards."""
-    from nirvana.train.tokenize import train_tokenizer
+    from nirvana.data.tokenizer import train_tokenizer
 
     counts = train_tokenizer(files, out, vocab_size)
     print(f"{out}: a tokenizer from {counts.documents:,} documents, {counts.bytes:,} bytes")
@@ -105,8 +105,8 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Continues a text, token by token as they come."""
+    from nirvana.device import choose_device
     from nirvana.model.assets import load_language_model
-    from nirvana.train.world import choose_device
 
     if not prompt.strip():
         raise InputError("--prompt is empty: give some text to continue")
@@ -134,7 +134,7 @@ def continue_text(
     import torch
     from transformers import TextStreamer
 
-    from nirvana.text import text_encoder
+    from nirvana.data.tokenizer import text_encoder
 
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise InputError("the model's tokenizer must have a BOS and an EOS token")

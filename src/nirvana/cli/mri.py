@@ -268,8 +268,8 @@ def sampling_of(kind: str, acceleration: float, center_fraction: float) -> "Samp
 
 
 def _load(codec: str, device: str) -> Any:
+    from nirvana.device import choose_device
     from nirvana.mri.model.checkpoint import load_codec
-    from nirvana.train.world import choose_device
 
     return load_codec(codec, choose_device(device))
 

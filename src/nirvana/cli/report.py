@@ -66,13 +66,13 @@ def report(
     A fully sampled scan is undersampled first; of an image volume a scan is simulated, unless it is
     a reconstruction (--image). Research software, not for diagnosis.
     """
+    from nirvana.device import choose_device
     from nirvana.model.assets import packaged
     from nirvana.mri.io import files_of
     from nirvana.mri.pipeline import prepare, prepare_images
     from nirvana.mri.reports.encode import view_of
     from nirvana.mri.reports.reporter import load_reporter
     from nirvana.mri.reports.scan_report import RESULT_FILES, read_slices, write_scan_report
-    from nirvana.train.world import choose_device
 
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} must be 1 or more")

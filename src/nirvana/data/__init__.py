@@ -1,1 +1,1 @@
-"""What language models are trained on and score."""
+"""Data of language models: documents, tokenizers, token shards and the loader."""

@@ -1,1 +1,1 @@
-"""Evaluation of language models."""
+"""Evaluation of language models: likelihoods of text, benchmark tasks, recall, comparison."""

@@ -1,7 +1,7 @@
-"""Tasks of the lm-eval library on a model in memory: our own local ones and those of the hub.
+"""Tasks of the lm-eval library on a model in memory: local benchmark files and tasks of the hub.
 
-Texts are read as in training, which the library's own adapter does not do: BOS once in front,
-spelled-out special tokens as text, no cut at a maximum length, for the state carries everything.
+Unlike the library's own adapter, this one encodes texts as in training: a single BOS in front, text
+that spells a special token as plain text, and no truncation, since the state has a fixed size.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
@@ -21,24 +20,24 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from nirvana.data.tokenizer import text_encoder
 from nirvana.errors import InputError
-from nirvana.evaluate.perplexity import PIECE_TOKENS, read_tokens, score_tokens
+from nirvana.evaluate.likelihood import PIECE_TOKENS, token_log_likelihoods
 from nirvana.evaluate.tasks import answer_tokens, benchmark_folder, task_config
-from nirvana.text import text_encoder
 
-MAX_NEW_TOKENS = 256  # of an answer whose task does not say
-FEWSHOT_SEED = 1234  # lm-eval's own, so that its program asks with the same examples
-BOOTSTRAP = 1000  # resamples for the errors of metrics that are no means
+MAX_NEW_TOKENS = 256  # of an answer, where the task sets no limit
+FEWSHOT_SEED = 1234  # of lm-eval's own program, which then selects the same examples
+BOOTSTRAP = 1000  # resamples for the standard errors of metrics other than means
 
 
 class HarnessModel(LM):
-    """A model and its tokenizer as lm-eval asks them.
+    """Adapter of a model and its tokenizer to the interface of lm-eval.
 
     Args:
         model: a causal language model of transformers; put into eval mode.
         tokenizer: its fast tokenizer, with a BOS token.
-        batch_size: sequences read at once, where they are no longer than a piece of 2048 tokens;
-            changes nothing but speed and rounding.
+        batch_size: sequences read at once, of those no longer than `PIECE_TOKENS`; affects speed
+            and rounding only.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8) -> None:
@@ -49,31 +48,48 @@ class HarnessModel(LM):
         self._batch_size = batch_size
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """ln p of each continuation given its context, and whether greedy decoding writes it."""
+        """Scores continuations.
+
+        Args:
+            requests: `args` of each are context and continuation.
+
+        Returns:
+            ln p of each continuation given its context, and whether greedy decoding produces it.
+        """
         rows = [self._row(*request.args) for request in requests]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-        answers: dict[int, tuple[float, bool]] = {}
-        short = [i for i in order if len(rows[i][0]) <= PIECE_TOKENS]
-        for begin in range(0, len(short), self._batch_size):
-            batch = short[begin : begin + self._batch_size]
-            found = self._read_batch([rows[i] for i in batch])
-            answers.update(zip(batch, found, strict=True))
-        for i in order[len(short) :]:
-            tokens, start = rows[i]
-            costs, hits = read_tokens(self._model, torch.tensor(tokens), start)
-            answers[i] = (-float(costs.sum()), bool(hits.all()))
-        return [answers[i] for i in range(len(rows))]
+        scores = token_log_likelihoods(
+            self._model,
+            [tokens for tokens, _ in rows],
+            [start for _, start in rows],
+            batch_size=self._batch_size,
+            piece=PIECE_TOKENS,
+        )
+        return [(-float(each.nll.sum()), bool(each.is_argmax.all())) for each in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """ln p of each text as a document of its own."""
+        """Scores texts as documents.
+
+        Args:
+            requests: `args` of each is the text.
+
+        Returns:
+            ln p of each text; 0 for an empty one.
+        """
         rows = [[self._bos, *self._encode([request.args[0]])[0]] for request in requests]
         return [
-            -float(score_tokens(self._model, torch.tensor(row)).sum()) if len(row) > 1 else 0.0
+            -float(token_log_likelihoods(self._model, [row])[0].nll.sum()) if len(row) > 1 else 0.0
             for row in rows
         ]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """What the model writes after each context, up to the first of the task's stop words."""
+        """Generates a continuation of each context, up to the first stop word.
+
+        Args:
+            requests: `args` of each are the context and the generation settings.
+
+        Returns:
+            The continuations, without stop words.
+        """
         return [self._generate(*request.args) for request in requests]
 
     @property
@@ -81,31 +97,9 @@ class HarnessModel(LM):
         return self._tokenizer.bos_token_id
 
     def _row(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """BOS and the tokens of `answer_tokens`, and the first of the continuation."""
+        """BOS and the tokens of `answer_tokens`, and the index of the first scored token."""
         tokens, first = answer_tokens(self._encode, context, continuation)
         return [self._bos, *tokens], 1 + first
-
-    @torch.no_grad()
-    def _read_batch(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        lengths = [len(tokens) for tokens, _ in rows]
-        device = next(self._model.parameters()).device
-        tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64, device=device)
-        mask = torch.zeros_like(tokens)
-        for row, (ids, _) in enumerate(rows):
-            tokens[row, : len(ids)] = torch.tensor(ids, device=device)
-            mask[row, : len(ids)] = 1
-        keep = max(lengths) - min(start for _, start in rows) + 1
-        output = self._model(
-            input_ids=tokens, attention_mask=mask, use_cache=False, logits_to_keep=keep
-        )
-        answers = []
-        for row, (ids, start) in enumerate(rows):
-            skipped = max(lengths) - keep
-            logits: Tensor = output.logits[row, start - 1 - skipped : len(ids) - 1 - skipped]
-            targets = tokens[row, start : len(ids)]
-            cost = F.cross_entropy(logits.float(), targets, reduction="none").double().sum()
-            answers.append((-float(cost), bool((logits.argmax(-1) == targets).all())))
-        return answers
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []
@@ -121,15 +115,15 @@ class HarnessModel(LM):
             max_new_tokens=settings.get("max_gen_toks") or MAX_NEW_TOKENS,
             eos_token_id=self._tokenizer.eos_token_id,
             pad_token_id=self._tokenizer.pad_token_id,
-            stopping_criteria=[_Written(self._tokenizer, tokens.shape[1], stops)],
+            stopping_criteria=[_StopWords(self._tokenizer, tokens.shape[1], stops)],
             **sampling,
         )
         text = self._tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-class _Written(StoppingCriteria):
-    """Ends a generation of one row when one of the stop words stands in it."""
+class _StopWords(StoppingCriteria):
+    """Stops the generation of one row when its text contains one of the stop words."""
 
     def __init__(self, tokenizer: Any, start: int, stops: list[str]) -> None:
         self._tokenizer, self._start, self._stops = tokenizer, start, stops
@@ -152,22 +146,24 @@ def run_tasks(
     """Scores a model on tasks.
 
     Args:
-        model, tokenizer, batch_size: see `HarnessModel`.
-        local: names out of `nirvana.evaluate.tasks.TASKS`.
-        hub: names of tasks, groups or tags of the lm-eval library, whose data it fetches.
+        model: see `HarnessModel`.
+        tokenizer: see `HarnessModel`.
+        local: names from `nirvana.evaluate.tasks.TASKS`.
+        hub: names of tasks, groups or tags of the lm-eval library, which downloads their data.
         folder: of the local benchmark files; None: see `benchmark_folder`.
         limit: questions of each task at most; None: all.
+        batch_size: see `HarnessModel`.
 
     Returns:
-        name -> {"figures": metric -> value, "each": {"metric", "points" of every question,
+        Name -> {"figures": metric -> value, "each": {"metric", "points" of every question,
         "sha256" of the questions}}; tasks without points of single questions, and groups, have no
         "each".
 
     Raises:
-        InputError: for tasks or files that are not there, or data that cannot be fetched.
+        InputError: for missing tasks or files, or data that cannot be downloaded.
     """
     if tokenizer.bos_token_id is None:
-        raise InputError("the model's tokenizer has no BOS token, with which every text begins")
+        raise InputError("the model's tokenizer has no BOS token, with which every text starts")
     configs = [task_config(name, benchmark_folder(folder)) for name in local]
     with _quiet():
         results = _evaluate(
@@ -200,7 +196,7 @@ def _evaluate(model: LM, tasks: list[Any], hub: bool, limit: int | None) -> dict
         ) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise InputError(f"hub:{name}: this task executes what the model writes; not done here")
+            raise InputError(f"hub:{name}: refused, since this task executes what the model writes")
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -215,7 +211,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's notes on its own settings, which are not the user's here."""
+    """Silences the library's notes on its own settings, which the user cannot change here."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -226,7 +222,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, float]:
-    """lm-eval's "metric,filter" as our names, finite numbers alone."""
+    """Renames lm-eval's "metric,filter" to "metric" or "metric (filter)"; finite numbers only."""
     plain = {}
     for key, value in figures.items():
         metric, _, kind = key.partition(",")
@@ -236,7 +232,7 @@ def _figures(figures: dict[str, Any]) -> dict[str, float]:
 
 
 def _each(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The points of every question by the task's first metric that gives numbers."""
+    """The points of every question, by the task's first metric with a number for each."""
     if not samples:
         return None
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]

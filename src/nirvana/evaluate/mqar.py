@@ -1,15 +1,15 @@
-"""MQAR, multi-query associative recall: many pairs are told, then each key is asked for.
+"""MQAR, multi-query associative recall: a list of key-value pairs, then a query for each key.
 
 After Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv
 2312.04927. A problem is
 
     BOS  k1 v1  k2 v2 ... kN vN  | filler ... k3 v3 ... filler ... k1 v1 ... filler
 
-keys, values and filler being tokens drawn without meaning; behind the bar every key comes once
-more, in random order and at random places, and the value that follows it is the answer. Theirs
-spaces the queries by a power law, leaves the answer out of the sequence (the label stands at the
-key) and is meant for models trained on it alone; here the places are uniform and the answer is
-read after it has been scored, as in any text. Chance is 1 / `len(vocabulary)`.
+where keys, values and filler are random tokens. After the bar every key occurs once more, in random
+order and at random positions, and the value that follows it is the answer. Zoology spaces the
+queries by a power law, leaves the answer out of the sequence (the label is at the key) and trains
+models on the task alone; here the positions are uniform and the answer is read after it has been
+scored, as in any text. Chance is 1 / `len(vocabulary)`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,19 +27,22 @@ def make_mqar(
     num_problems: int,
     seed: int = 0,
 ) -> Iterator[Problem]:
-    """Problems of exactly `length` tokens.
+    """Generates problems of exactly `length` tokens.
 
     Args:
-        bos: the token that begins a document.
-        vocabulary: tokens to draw keys, values and filler from; no two the same. A problem's keys
-            are distinct, its values are distinct, and neither is met as the other or as filler.
+        bos: the token that starts a document.
+        vocabulary: distinct tokens to draw keys, values and filler from. The keys and values of a
+            problem are all distinct, and none of them occurs as filler.
         length: tokens of a problem, at least 1 + 4 `num_pairs`.
-        num_pairs: pairs of a problem, N.
-        num_problems: how many.
+        num_pairs: N, pairs of a problem, at least 1.
+        num_problems: number of problems.
         seed: the same seed gives the same problems.
 
+    Yields:
+        The problems; the answers of each are its N values in the second part.
+
     Raises:
-        ValueError: for a vocabulary or length too small for so many pairs.
+        ValueError: for a vocabulary or length too small for the pairs.
     """
     if num_pairs < 1 or length < 1 + 4 * num_pairs:
         raise ValueError(
@@ -54,18 +57,18 @@ def make_mqar(
         random = np.random.default_rng([seed, length, num_pairs, number])
         drawn = random.permutation(tokens)
         keys, values = drawn[:num_pairs], drawn[num_pairs : 2 * num_pairs]
-        told = np.stack([keys, values], 1).ravel()
-        asked = random.permutation(num_pairs)
-        # A query is one unit of two tokens among the fillers, units of one: draw their places.
+        pair_tokens = np.stack([keys, values], 1).ravel()
+        order = random.permutation(num_pairs)
+        # A query is a unit of two tokens, a filler a unit of one: draw the positions of units.
         num_filler = length - 1 - 4 * num_pairs
         places = np.sort(random.choice(num_filler + num_pairs, num_pairs, replace=False))
         starts = 1 + 2 * num_pairs + places + np.arange(num_pairs)
         sequence = np.empty(length, dtype=np.int64)
         sequence[0] = bos
-        sequence[1 : 1 + 2 * num_pairs] = told
+        sequence[1 : 1 + 2 * num_pairs] = pair_tokens
         sequence[1 + 2 * num_pairs :] = random.choice(
             drawn[2 * num_pairs :], length - 1 - 2 * num_pairs
         )
-        sequence[starts], sequence[starts + 1] = keys[asked], values[asked]
+        sequence[starts], sequence[starts + 1] = keys[order], values[order]
         answers = [(int(start) + 1, int(start) + 2) for start in starts]
         yield Problem(sequence.tolist(), answers)

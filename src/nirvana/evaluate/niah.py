@@ -1,4 +1,4 @@
-"""S-NIAH, a single needle in a haystack: one sentence tells a value, the end asks for it.
+"""S-NIAH, a single needle in a haystack: one sentence states a value, the last one asks for it.
 
 After the single-needle tasks of Hsieh et al., "RULER: What's the Real Context Size of Your
 Long-Context Language Models?", arXiv 2404.06654:
@@ -8,12 +8,12 @@ Long-Context Language Models?", arXiv 2404.06654:
     2     real text                     two words     seven digits
     3     real text                     two words     a UUID (36 characters)
 
-Differences from RULER, which make figures not comparable with its own: sentences, key words and
-haystack text are ours (RULER takes essays by Paul Graham; here any text file serves); there is no
-instruction before the haystack, as base models follow none; a problem is exactly as long as asked,
-its answer included; the needle's place is uniform over the haystack's sentence ends instead of one
-of 40 depths; and an answer counts when greedy decoding begins with it, where RULER lets it stand
-anywhere in 128 tokens.
+The figures are not comparable with RULER's: sentences, key words and haystack are ours (RULER uses
+essays by Paul Graham; here any text file serves); there is no instruction before the haystack,
+since base models do not follow any; a problem has exactly the given length, answer included; the
+position of the needle is uniform over the sentence ends of the haystack instead of one of 40
+depths; and an answer is right when greedy decoding starts with it, where RULER accepts it anywhere
+in 128 tokens.
 """
 
 import re
@@ -53,17 +53,20 @@ def make_niah(
     haystack: Iterable[str] = (),
     seed: int = 0,
 ) -> Iterator[Problem]:
-    """Problems of exactly `length` tokens.
+    """Generates problems of exactly `length` tokens.
 
     Args:
         task: 1, 2 or 3, see above.
-        encode: texts to tokens, see `nirvana.text.text_encoder`.
-        bos: the token that begins a document.
+        encode: texts to tokens, see `nirvana.data.tokenizer.text_encoder`.
+        bos: the token that starts a document.
         length: tokens of a problem: BOS, haystack with needle, question and answer.
-        num_problems: how many.
-        haystack: documents for tasks 2 and 3, joined in their order; only as many are read as the
-            problems need. Each problem begins at a place of its own in them.
+        num_problems: number of problems.
+        haystack: documents for tasks 2 and 3, joined in order; only as many are read as the
+            problems need. Each problem starts at a random sentence.
         seed: the same seed gives the same problems.
+
+    Yields:
+        The problems; the answer of each is its last tokens.
 
     Raises:
         ValueError: for an unknown task, a length without room for needle and question, or a
@@ -79,14 +82,14 @@ def make_niah(
             what, value = "code", str(uuid.UUID(bytes=random.bytes(16), version=4))
         else:
             what, value = "number", str(random.integers(10**6, 10**7))
-        told, question, answer = encode(
+        needle, question, answer = encode(
             [
                 f" The secret {what} of the {key} is {value}.",
                 f" Which secret {what} was told? The secret {what} of the {key} is",
                 f" {value}",
             ]
         )
-        room = length - 1 - len(told) - len(question) - len(answer)
+        room = length - 1 - len(needle) - len(question) - len(answer)
         if room < 1:
             raise ValueError(
                 f"length = {length} must be at least {length - room + 1}, the needle's and the "
@@ -96,9 +99,9 @@ def make_niah(
             raise ValueError(f"the haystack has {len(hay)} tokens, fewer than the {room} needed")
         latest = int(np.searchsorted(ends, len(hay) - room, side="right"))
         start = int(ends[random.integers(latest)])
-        inside = ends[(ends >= start) & (ends <= start + room)]
-        place = int(random.choice(inside))
-        tokens = [bos, *hay[start:place], *told, *hay[place : start + room], *question, *answer]
+        candidates = ends[(ends >= start) & (ends <= start + room)]
+        place = int(random.choice(candidates))
+        tokens = [bos, *hay[start:place], *needle, *hay[place : start + room], *question, *answer]
         yield Problem(tokens, [(length - len(answer), length)])
 
 
@@ -108,9 +111,9 @@ def _haystack(
     length: int,
     repeat: bool,
 ) -> tuple[list[int], np.ndarray]:
-    """Tokens of the text's sentences, and where one ends and the next begins (0 included).
+    """Tokens of the text's sentences, and the indices between sentences (0 included).
 
-    Four times `length` is enough for problems that begin at different places.
+    Reads four times `length` at most, enough for problems that start at different sentences.
     """
     hay: list[int] = []
     ends = [0]

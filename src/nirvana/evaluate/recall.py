@@ -1,8 +1,8 @@
-"""Problems whose answers stand in the context: how they are put and how they are scored.
+"""Problems whose answers occur earlier in the context, and their scores.
 
-The needle tests (`niah`) and associative recall (`mqar`) both make such problems. An answer counts
-when every token of it is the model's likeliest one given all before it: exactly when greedy
-decoding from there writes it. One forward pass says so, whatever the answer's length.
+The needle tests (`niah`) and associative recall (`mqar`) generate such problems. An answer is right
+when each of its tokens is the most likely one given all tokens before it: exactly when greedy
+decoding produces it. One forward pass is enough to determine this.
 """
 
 import hashlib
@@ -10,15 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
-from nirvana.evaluate.perplexity import PIECE_TOKENS, read_tokens
+from nirvana.evaluate.likelihood import PIECE_TOKENS, token_log_likelihoods
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A sequence of tokens with answers in it that its earlier tokens tell."""
+    """A sequence of tokens with answers that follow from earlier tokens."""
 
     tokens: list[int]  # BOS first
     answers: list[tuple[int, int]]  # start and stop of each answer; start >= 1
@@ -26,9 +25,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Recall:
-    """How many of its answers a model gave in each problem of a set."""
+    """Scores of a model on a set of problems."""
 
-    points: list[float]  # share of a problem's answers that are right, 0 to 1
+    points: list[float]  # fraction of each problem's answers that are right, 0 to 1
     sha256: str  # of the problems
 
     @property
@@ -44,21 +43,33 @@ class Recall:
 
 
 def answer(model: nn.Module, problem: Problem, piece: int = PIECE_TOKENS) -> float:
-    """The share of a problem's answers that the model gives, 0 to 1.
+    """Scores one problem.
 
     Args:
         model: a causal language model of transformers, in eval mode.
         problem: see `Problem`.
-        piece: tokens read at a time; changes nothing but memory and rounding.
+        piece: tokens read at a time; affects memory and rounding only.
+
+    Returns:
+        The fraction of the problem's answers that are right, 0 to 1.
     """
     first = min(start for start, _ in problem.answers)
-    _, hits = read_tokens(model, torch.tensor(problem.tokens), first, piece)
-    right = [bool(hits[start - first : stop - first].all()) for start, stop in problem.answers]
+    ((_, is_argmax),) = token_log_likelihoods(model, [problem.tokens], [first], piece=piece)
+    right = [bool(is_argmax[start - first : stop - first].all()) for start, stop in problem.answers]
     return sum(right) / len(right)
 
 
 def answer_all(model: nn.Module, problems: Iterable[Problem], piece: int = PIECE_TOKENS) -> Recall:
-    """The score of a set of problems, of which there must be one; see `answer`."""
+    """Scores a set of problems.
+
+    Args:
+        model: a causal language model of transformers; put into eval mode.
+        problems: at least one.
+        piece: see `answer`.
+
+    Returns:
+        The score of each problem, and a hash of the problems.
+    """
     model.eval()
     points, digest = [], hashlib.sha256()
     for problem in problems:

@@ -1,4 +1,4 @@
-"""The arguments of a forward: those of the library that mean nothing here, and unknown ones."""
+"""The arguments of a forward: those of the library without effect here, and unknown ones."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -14,7 +14,7 @@ WITHOUT_EFFECT = {
     "token_type_ids": "tokenizers add it; there are no token types",
     "num_items_in_batch": "the Trainer sends it with every batch; the loss reads it",
 }
-"""What transformers, its Trainer, tokenizers and collators send, and why it may be ignored."""
+"""Arguments that transformers, tokenizers and collators pass, and why they are ignored."""
 
 OTHER_NAMES = {
     "document_ids": "seq_idx",
@@ -23,21 +23,21 @@ OTHER_NAMES = {
     "packed_seq_params": "cu_seqlens",
     "cache_params": "cache",
 }
-"""What other libraries call arguments of ours."""
+"""Names that other libraries have for our arguments."""
 
 READ_BY_DECORATORS = ("output_hidden_states", "return_dict", "is_causal")
 """Arguments that the library's decorators of a forward read."""
 
 
 def check_arguments(forward: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """Refuses what no part of the model reads.
+    """Raises for arguments that no part of the model reads.
 
     Args:
         forward: the method, for its named arguments.
-        kwargs: what it received beside them.
+        kwargs: the other arguments that it received.
 
     Raises:
-        TypeError: for an unknown argument; names it and the closest known one.
+        TypeError: for an unknown argument; the message names it and the closest known one.
         ValueError: for `is_causal=False`.
     """
     if kwargs.get("is_causal") is False:

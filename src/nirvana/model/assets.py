@@ -1,4 +1,4 @@
-"""Where model names lead: a folder of the user's, or a checkpoint that ships with the package."""
+"""Resolves the names of models: a folder, or a checkpoint that ships with the package."""
 
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ PACKAGED = {"tiny": "language model", "codec": "MRI codec", "reporter": "MRI rep
 
 
 def packaged(name: str) -> Path:
-    """The folder of a packaged checkpoint, whatever a folder of the user's is called."""
+    """The folder of a packaged checkpoint, even if the working directory has one of that name."""
     return Path(str(resources.files("nirvana") / "assets" / name))
 
 
@@ -31,10 +31,14 @@ def folder_of(name: str | Path, kind: str = "language model") -> Path:
 
 
 def resolve(name: str | Path, kind: str = "language model") -> Path:
-    """The folder that `name` means: an existing folder, or a packaged checkpoint's name.
+    """Resolves the name of a model.
 
     Args:
-        kind: one of the values of `PACKAGED`; also what the error calls it.
+        name: an existing folder, or the name of a packaged checkpoint.
+        kind: one of the values of `PACKAGED`; part of the error message, too.
+
+    Returns:
+        the model's folder.
 
     Raises:
         InputError: for a name that is neither, or a folder without a configuration or weights.
@@ -53,11 +57,18 @@ def resolve(name: str | Path, kind: str = "language model") -> Path:
 def load_language_model(
     name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[NirvanaForCausalLM, PreTrainedTokenizerBase]:
-    """The model, in eval mode, and its tokenizer; see `resolve` for names.
+    """Loads a language model; nothing in its folder is executed or unpickled.
+
+    Args:
+        name: see `resolve`.
+        device: of the model.
+        dtype: of its parameters.
+
+    Returns:
+        the model in eval mode, and its tokenizer.
 
     Raises:
-        InputError: for what is not a Nirvana model with its tokenizer; nothing is executed or
-            unpickled from the folder.
+        InputError: for a folder that does not hold a Nirvana model with its tokenizer.
     """
     folder = resolve(name)
     if not (folder / "tokenizer.json").is_file():

@@ -1,4 +1,4 @@
-"""The frozen language model under a specialist: of which kind, with which weights."""
+"""The frozen language model of a specialist: its kind and its weights."""
 
 import hashlib
 from pathlib import Path
@@ -32,15 +32,17 @@ RANDOM_SEED = 0
 def load_backbone(
     kind: Backbone, weights: str = DEFAULT, device: str | torch.device = "cpu"
 ) -> PreTrainedModel | None:
-    """A language model in eval mode, float32; None for "none".
+    """Loads a backbone.
 
     Args:
-        kind: what is built. "nirvana-without-trigger" is a Nirvana none of whose Triggers takes its
-            step.
+        kind: of the model. "nirvana-without-trigger" is a Nirvana whose Triggers take no step.
         weights: folder in transformers' format, or a packaged name. "default" is the packaged
-            `tiny` for a Nirvana, and for the other two, of which no trained one is packaged, a
-            network of `tiny`'s width and depth with random weights, the same ones every time.
-        device: where it lies.
+            `tiny` for a Nirvana; for the other two, of which no trained model is packaged, it is a
+            network of `tiny`'s width and depth with random weights from a fixed seed.
+        device: of the model.
+
+    Returns:
+        a language model in eval mode, float32; None for "none".
 
     Raises:
         InputError: for weights that do not exist or are of another kind.
@@ -60,7 +62,13 @@ def load_backbone(
 
 
 def backbone_folder(weights: str = DEFAULT) -> Path:
-    """The folder of a backbone's weights and tokenizer; `tiny`'s for "default".
+    """The folder of a backbone's weights and tokenizer.
+
+    Args:
+        weights: see `load_backbone`; "default" is the packaged `tiny`.
+
+    Returns:
+        the folder.
 
     Raises:
         InputError: for weights that do not exist.
@@ -69,12 +77,16 @@ def backbone_folder(weights: str = DEFAULT) -> Path:
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> str:
-    """SHA-256 over the names and values of a model's parameters; of the parts that this process has
-    of parameters that several share.
+    """SHA-256 over the names and values of a model's parameters; of sharded parameters, over the
+    local shard.
 
     Args:
-        dtype: what values are rounded to first: in bfloat16 a checkpoint and its packaged bfloat16
-            copy are the same backbone. None takes every bit as it is.
+        model: any module.
+        dtype: to which values are rounded first: in bfloat16 a checkpoint and its packaged bfloat16
+            copy are the same backbone. None hashes the exact values.
+
+    Returns:
+        the digest, hexadecimal.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -86,7 +98,7 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) ->
 
 
 def _place(weights: str) -> str:
-    """ "default" is the packaged folder, whatever lies in the working directory."""
+    """Replaces "default" by the packaged folder."""
     return str(packaged(PACKAGED)) if weights == DEFAULT else weights
 
 
@@ -110,12 +122,21 @@ def _random(kind: str) -> PreTrainedModel:
 
 
 def gated_deltanet(num_layers: int, size: str = PACKAGED, **overrides: Any) -> NirvanaForCausalLM:
-    """A Nirvana that has prelude layers alone: gated delta rule and SwiGLU, random weights."""
+    """Builds a Nirvana of prelude layers only (gated delta rule and SwiGLU), with random weights.
+
+    Args:
+        num_layers: number of layers.
+        size: name of the preset that gives its width.
+        overrides: further fields of `NirvanaConfig`.
+
+    Returns:
+        the model.
+    """
     config = preset(
         size, num_hidden_layers=num_layers + 1, num_prelude_layers=num_layers, **overrides
     )
     model = NirvanaForCausalLM(config)
-    # The configuration wants one layer with a Trigger; it is the last.
+    # A configuration has at least one layer with a Trigger, here the last.
     del model.model.layers[num_layers:]
     return model
 

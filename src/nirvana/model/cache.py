@@ -1,8 +1,10 @@
-"""The library's cache: which one serves a model, its name, and what its tokens are."""
+"""The library's cache: which one a model accepts, its name, and what its tokens are."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -22,15 +24,46 @@ def in_output(cache: Cache | None) -> dict[str, Any]:
     return {CACHE_FIELD: cache}
 
 
+class StepDecoder(Cache, ABC):
+    """A cache that computes the next token's logits itself, in place of the model's forward.
+
+    Given as the cache of a `NirvanaForCausalLM`, it receives the tokens of every call.
+
+    Attributes:
+        length: tokens read so far.
+    """
+
+    length: int
+
+    @abstractmethod
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reads tokens that follow those read so far.
+
+        Args:
+            tokens: `[B, T]`, int64.
+
+        Returns:
+            logits of the last token, `[B, vocab_size]`, which the next call may overwrite.
+        """
+
+
 def usable_cache(
     config: NirvanaConfig, cache: Cache | None, past_key_values: Cache | None
 ) -> Cache | None:
-    """The cache, given under either of the library's names for it.
+    """Checks the cache, which is given under either of the library's names.
 
     A `DynamicCache()` that was made without a configuration gets the layers that the model needs.
 
+    Args:
+        config: of the model.
+        cache: the cache, or None.
+        past_key_values: the same under its older name, or None.
+
+    Returns:
+        the cache, or None.
+
     Raises:
-        TypeError: if it is no `Cache` of the library.
+        TypeError: if it is not a `Cache` of the library.
         ValueError: if it is given twice; for an offloaded cache, unless the model has full
             attention layers; for a cache of a model with another number of layers.
     """
@@ -69,10 +102,16 @@ def usable_cache(
 
 
 def require_room(config: NirvanaConfig, cache: Cache, past: int, new: int) -> None:
-    """Refuses more tokens than a static cache has room for.
+    """Raises if a static cache has no room for new tokens.
 
-    A static cache that is shorter than the window forgets what the window must see; one of a model
-    without a window would be written behind its end.
+    A static cache that is shorter than the window would drop keys that are still within it; that of
+    a model without a window would be written beyond its end.
+
+    Args:
+        config: of the model.
+        cache: the cache.
+        past: tokens in it.
+        new: tokens to add.
 
     Raises:
         ValueError: if `past` cached and `new` tokens do not fit.
@@ -92,7 +131,13 @@ def require_room(config: NirvanaConfig, cache: Cache, past: int, new: int) -> No
 
 
 def require_rows(config: NirvanaConfig, cache: Cache, past: int, rows: int) -> None:
-    """Refuses a batch of another size than the one whose states the cache holds.
+    """Raises if the batch has another size than the one whose states the cache holds.
+
+    Args:
+        config: of the model.
+        cache: the cache.
+        past: tokens in it.
+        rows: of the batch.
 
     Raises:
         ValueError: if the numbers of rows differ.
@@ -107,29 +152,33 @@ def require_rows(config: NirvanaConfig, cache: Cache, past: int, rows: int) -> N
 
 @dataclass(frozen=True)
 class CacheContents:
-    """What the tokens in a cache are, which its states do not show; stored on the cache."""
+    """Properties of the tokens in a cache that its states do not reveal; stored on the cache.
+
+    Attributes:
+        padding: some are padding, whose keys only the attention mask hides.
+        packed: a row holds several samples; positions or sample numbers hide the keys of earlier
+            ones.
+        ended: a row ends with padding, which is part of its states.
+    """
 
     padding: bool = False
-    """Some are padding: their keys are hidden by the attention mask alone."""
     packed: bool = False
-    """A row holds several samples: keys of earlier ones are hidden by positions or numbers."""
     ended: bool = False
-    """A row ends with padding, which its states have read."""
 
     @classmethod
     def of(cls, cache: Cache, past: int) -> "CacheContents":
-        """What was stored on a cache that has read `past` tokens."""
+        """The contents stored on a cache that has read `past` tokens."""
         return getattr(cache, "contents", cls()) if past > 0 else cls()
 
     def require(self, numbered: bool, positioned: bool) -> None:
-        """Refuses what would read the cached tokens wrongly.
+        """Raises if the arguments of a call would misread the cached tokens.
 
         Args:
             numbered: an attention mask with padding or numbers covers cached and new tokens.
             positioned: position ids of the new tokens are given.
 
         Raises:
-            ValueError: without what hides padding or other samples, or behind padding.
+            ValueError: if nothing hides padding or other samples, or after padding at the end.
         """
         if self.ended:
             raise ValueError("the cached tokens end with padding, which their states have read")

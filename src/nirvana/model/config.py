@@ -17,16 +17,16 @@ class NirvanaConfig(PreTrainedConfig):
         vocab_size: number of tokens.
         hidden_size: D, the width of the residual stream.
         num_hidden_layers: L.
-        num_prelude_layers: first layers without Trigger and window branch.
+        num_prelude_layers: number of first layers, which have neither Trigger nor window branch.
         num_attention_heads: H, heads of both branches; the head size K is D / H.
         intermediate_size: width of the SwiGLU; None gives 8/3 D rounded up to a multiple of 256.
-        branches: memories of the layers after the prelude: "both", "linear" (all layers are as the
-            prelude's: Gated DeltaNet) or "window" (plain attention: with no prelude a Transformer).
-        gate: what blends both branches: "trigger"; "input", a linear map of the layer's input to C
-            numbers in the task vector's place; "constant", learned numbers of the layer.
+        branches: of the layers after the prelude: "both", "linear" (all layers are those of the
+            prelude: Gated DeltaNet) or "window" (plain attention; without prelude a Transformer).
+        gate: the source of the gates: "trigger"; "input", a linear map of the layer's input to C
+            numbers in place of the task vector; "constant", learned numbers of the layer.
         conv_size: width of the depthwise convolutions before the delta rule.
-        sliding_window: W, tokens that a token sees, itself included; None means all. Without a
-            window branch ("linear") it means nothing.
+        sliding_window: W, tokens that a token attends to, itself included; None means all before
+            it. Without a window branch ("linear") it has no effect.
         rope_theta: base of rotary positions in the window branch; None means no positions.
         interpolation: "convex" (the paper) or "independent" (the released code).
         task_dim: C, size of the Trigger's task vectors.
@@ -36,14 +36,14 @@ class NirvanaConfig(PreTrainedConfig):
         trigger_lr_learnable: train the step sizes, starting there.
         trigger_decay: memory along the sample in 0..1 (0: every token alone), one or per layer.
         trigger_decay_learnable: train the decays, starting there (then 0 < decay < 1).
-        trigger_step: "plain" (SPEC's p - lr m), or "normalised": each fast vector moves by lr m
-            over the root mean square of m.
+        trigger_step: "plain" (p - lr m), or "normalised": the step of each fast vector is lr m
+            divided by the root mean square of m.
         rms_norm_eps: epsilon of every RMSNorm.
         initializer_range: standard deviation of the initial matrices.
 
     Raises:
-        StrictDataclassError: for values that no model can have; its cause, an `InputError` of one
-            line, says which and what would be right. `preset` raises that line itself.
+        StrictDataclassError: for values that no model can have; its cause is an `InputError`, which
+            names the field and the valid values. `preset` raises that error itself.
     """
 
     model_type = "nirvana"
@@ -93,9 +93,9 @@ class NirvanaConfig(PreTrainedConfig):
         # The library's cache reads from here which states a layer keeps.
         self.layer_types = ["linear_attention"] * self.num_hidden_layers
         if self.branches == "linear":
-            # Keys without width: of the library's layers this one counts tokens all the same.
+            # Of the library's layer types only those with keys count tokens; here of width zero.
             self.layer_types[0] = "hybrid_sliding"
-            self.sliding_window = self.sliding_window or 2048  # else the cache makes no such layer
+            self.sliding_window = self.sliding_window or 2048  # which that layer type requires
         else:
             kind = kinds[self.branches][self.sliding_window is not None]
             self.layer_types[prelude:] = [kind] * (self.num_hidden_layers - prelude)
@@ -103,7 +103,7 @@ class NirvanaConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """K."""
+        """K = D / H."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -113,22 +113,22 @@ class NirvanaConfig(PreTrainedConfig):
 
     @property
     def counting_layer(self) -> int:
-        """The first layer whose cache knows how many tokens it has read."""
+        """Index of the first layer whose cache counts the tokens read."""
         return 0 if self.branches == "linear" else self.num_prelude_layers
 
     @property
     def number_of_conv_states(self) -> int:
-        """How many convolution-like states the library's cache keeps per layer.
+        """The number of convolution states that the library's cache keeps per layer.
 
-        Slot 0 holds the inputs of the convolutions, slot 1 the Trigger's memory `m [B, 4, R]`:
-        the library's second *recurrent* state cannot be read back without a convolution state of
-        its own, and a convolution state of width R that receives R new columns is just replaced.
+        Slot 0 holds the inputs of the convolutions, slot 1 the Trigger's memory m `[B, 4, R]`. The
+        library's second recurrent state cannot be read without a convolution state of its own,
+        and a convolution state of width R that receives R new columns is replaced.
         """
         return 2 if self.has_memory else 1
 
     @property
     def has_memory(self) -> bool:
-        """Whether any Trigger carries its gradient along the sample."""
+        """Whether any Trigger has a decay above 0, and so a memory along the sample."""
         decays = self.trigger_decay
         if not self.has_trigger:
             return False
@@ -137,12 +137,24 @@ class NirvanaConfig(PreTrainedConfig):
         return any(decays) if isinstance(decays, list) else decays > 0
 
     def per_trigger(self, name: Literal["trigger_lr", "trigger_decay"], layer_idx: int) -> float:
-        """The value of a per-layer setting at a layer that has a Trigger."""
+        """The value of a per-layer setting.
+
+        Args:
+            name: of the setting.
+            layer_idx: of a layer with a Trigger, counted from 0.
+
+        Returns:
+            the value at that layer.
+        """
         value = getattr(self, name)
         return value[layer_idx - self.num_prelude_layers] if isinstance(value, list) else value
 
     def validate_architecture(self) -> None:
-        """Part of the library's validation of strict configurations."""
+        """Called by the library when it validates a strict configuration.
+
+        Raises:
+            InputError: for values that no model can have.
+        """
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -237,7 +249,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **overrides: Any) -> NirvanaConfig:
-    """The configuration called `name`, with any field overridden.
+    """Builds a preset's configuration.
+
+    Args:
+        name: one of `PRESETS`.
+        overrides: fields of `NirvanaConfig`.
+
+    Returns:
+        the configuration.
 
     Raises:
         InputError: for a name that is not in `PRESETS`, a field that does not exist, or values that
@@ -253,8 +272,18 @@ def preset(name: str, **overrides: Any) -> NirvanaConfig:
 
 
 def checked_config(fields: dict[str, Any], where: str) -> NirvanaConfig:
-    """The configuration with these fields; what is wrong with them is an `InputError` of one line
-    that begins with `where` they are from."""
+    """Builds a configuration from fields.
+
+    Args:
+        fields: of `NirvanaConfig`.
+        where: their source, with which an error begins.
+
+    Returns:
+        the configuration.
+
+    Raises:
+        InputError: for values that no model can have.
+    """
     try:
         return NirvanaConfig(**fields)
     except StrictDataclassError as error:

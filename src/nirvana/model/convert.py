@@ -1,8 +1,8 @@
 """Released checkpoints: the authors' format to ours and, where nothing is lost, back.
 
-The released code attends to everything, because it never hands its window on to its attention;
-here the configured window holds unless another is asked for (`window=None` is the code as
-released). It learns no positions, uses the truncated gradient, a step size of 0.01, no memory along
+The released code attends to all tokens, because it never passes its window to its attention; here
+the configured window applies unless another is given (`window=None` is the code as released). It
+has no positions, uses the truncated gradient, a step size of 0.01, no memory along
 the sample, and gates both branches independently.
 """
 
@@ -36,7 +36,7 @@ RELEASED = {
     "trigger_decay_learnable": False,
     "trigger_step": "plain",
 }
-"""What every released checkpoint means, in our configuration's words."""
+"""Fields of `NirvanaConfig` that are the same for every released checkpoint."""
 
 CONFIG_KEYS = {
     "hidden_size": "hidden_size",
@@ -93,12 +93,14 @@ def convert(
     """Converts the model in the folder `source` into the folder `destination`.
 
     Args:
-        source: `config.json` with the weights in `model.safetensors`, or in shards with their
-            index. A tokenizer there is copied.
+        source: a folder with `config.json` and the weights in `model.safetensors`, or in shards
+            with their index. Its tokenizer files are copied.
+        destination: the folder to write; an earlier result in it is replaced.
         window: "configured" keeps the configuration's; a number, or None for no window, instead.
         reverse: from our format to the authors'.
 
-    Returns: the absolute path of `destination`.
+    Returns:
+        the absolute path of `destination`.
 
     Raises:
         InputError: for what is not such a model; names all tensors that are missing, left over or
@@ -131,7 +133,19 @@ def convert(
 def released_config(
     given: dict[str, Any], where: str, window: int | str | None = "configured"
 ) -> NirvanaConfig:
-    """Our configuration for one in the authors' words; `where` names it in errors."""
+    """Converts the authors' configuration.
+
+    Args:
+        given: the contents of their `config.json`.
+        where: its path, for errors.
+        window: see `convert`.
+
+    Returns:
+        our configuration.
+
+    Raises:
+        InputError: if it is not a released checkpoint's.
+    """
     if given.get("model_type") == NirvanaConfig.model_type:
         raise InputError(f"{where}: this is a model of ours; --reverse converts those")
     missing = sorted(set(CONFIG_KEYS) - set(given) - {"window_size", "tie_word_embeddings"})

@@ -1,6 +1,6 @@
-"""Where samples begin and end within a row, what is padding, and which cached keys a query sees.
+"""Masks: the borders of samples within a row, padding, and the cached keys that a query attends to.
 
-Every way to say so ends in `row_layout`; docs/packing.md has its rules as one table.
+`row_layout` reads every form in which they are given; docs/packing.md lists its rules in a table.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def create_masks(
     cu_seqlens: Borders | None = None,
     seq_idx: Tensor | None = None,
 ) -> Masks:
-    """Makes the masks once for all layers.
+    """Creates the masks, once for all layers.
 
     Args:
         config: of the model.
@@ -40,22 +40,23 @@ def create_masks(
         seq_idx: see `row_layout`.
 
     Returns:
-        order: `[B, T]`, the columns in the order in which the layers read them (padding first), or
-            None: as they are. All the others are in that order.
-        segments: `[B, T]` or None, see `nirvana.ops`; padding is a sample of its own, so that it
-            reaches nothing.
-        window: `[B, 1, T, S]`, true where a query sees a cached or new key; None where
-            `window_attention` finds that out itself: unless a static cache has empty places, or
-            padding and borders lie among cached keys.
-        cu_seqlens: int32 `[samples + 1]`, the same borders and those of rows for the GPU's kernels;
-            None without segments, and on other devices. Borders given on the CPU are completed
-            there (`position_ids` beside them must agree), and those given on the GPU for one row
-            are used as they are; otherwise the borders are counted on the device, and the host
-            waits for that.
-        positions: `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0 again.
+        a dictionary of
+
+        - "order": `[B, T]`, the columns in the order in which the layers read them (padding first),
+          or None for the given order. All other masks are in that order.
+        - "segments": `[B, T]` or None, see `nirvana.ops`; padding is a sample of its own, so that
+          it affects no other.
+        - "window": `[B, 1, T, S]`, true where a query attends to a cached or new key. None where
+          `window_attention` needs no mask, that is, unless a static cache has empty slots or
+          padding and borders lie among cached keys.
+        - "cu_seqlens": int32 `[samples + 1]`, the same borders and those of rows for the kernels;
+          None without segments, and on other devices. Borders given on the CPU are completed there
+          (`position_ids` beside them must agree), and those given on the GPU for one row are used
+          unchanged; otherwise the borders are counted on the device, which the host waits for.
+        - "positions": `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0.
 
     Raises:
-        ValueError: for masks and borders that `row_layout` refuses.
+        ValueError: for masks and borders that `row_layout` rejects.
     """
     B, T = inputs_embeds.shape[:2]
     device = inputs_embeds.device
@@ -63,13 +64,13 @@ def create_masks(
     if cache is not None:
         counting = config.counting_layer
         past = cache.get_seq_length(counting)
-        past = int(past) if _may_read() else past  # a static cache counts on the device
+        past = int(past) if _may_sync() else past  # a static cache counts on the device
         num_keys, offset = cache.get_mask_sizes(T, counting)
     borders = None if cu_seqlens is None else torch.as_tensor(cu_seqlens)
     row = row_layout(
         attention_mask, position_ids, borders, seq_idx, B, T, past, device, cache is not None
     )
-    if cache is not None and isinstance(past, int) and _may_read():
+    if cache is not None and isinstance(past, int) and _may_sync():
         require_room(config, cache, past, T)
         require_rows(config, cache, past, B)
         _note_contents(cache, row, past, position_ids is not None)
@@ -96,7 +97,7 @@ def create_masks(
             window = window & (owner[:, None] == segments[:, :, None])
         if began is not None:
             window = window & (keys >= began[..., None])
-        # A padded query sees itself: a row that sees nothing would be NaN.
+        # A padded query attends to itself: the softmax of an empty row would be NaN.
         window = (window | (keys == new[:, None]))[:, None].expand(B, 1, -1, -1)
     positions = new[None] if row.positions is None else row.positions
     packed = borders is not None or seq_idx is not None
@@ -113,19 +114,22 @@ def create_masks(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """What `row_layout` found; all columns are in the order of `order`."""
+    """The result of `row_layout`; all columns are in the order of `order`.
+
+    Attributes:
+        order: `[B, T]`, the given column that each column holds; None for the given order.
+        numbers: `[B, past + T]`, 0 at padding, else the number of the sample; None without padding
+            and numbers.
+        positions: `[B, T]` or `[1, T]`, the given position ids.
+        border: `[B, T]`, true where a sample or padding begins; None if none does.
+        ended: whether a row ends with padding that was not moved to its front.
+    """
 
     order: Tensor | None
-    """`[B, T]`, the column that each place holds; None where every column keeps its place."""
     numbers: Tensor | None
-    """`[B, past + T]`, 0 at padding, else the number of the sample; None without padding and
-    numbers."""
     positions: Tensor | None
-    """`[B, T]` or `[1, T]`, the given position ids."""
     border: Tensor | None
-    """`[B, T]`, true where a token starts a sample, or padding begins; None where none does."""
     ended: bool
-    """Whether a row ends with padding that was not moved to its front."""
 
 
 def row_layout(
@@ -141,17 +145,17 @@ def row_layout(
 ) -> RowLayout:
     """Decides where samples begin and end, and where padding is.
 
-    A token starts a sample if any of the arguments says so, compared with the row's previous token
-    that is not padding. Padding takes no part: a sample goes on behind padding that interrupts it
-    (prompt, padding, completion). For that the columns are reordered with the padding first, which
-    is also done with padding at the end of rows that a cache will continue.
+    A token starts a sample if any of the arguments marks it, relative to the row's previous token
+    that is not padding. Padding is skipped: a sample continues after padding that interrupts it
+    (prompt, padding, completion). To that end the columns are reordered with the padding first, and
+    so is padding at the end of rows whose states a cache stores.
 
     Args:
         attention_mask: `[B, past + T]`, 0 at padding; other values number the samples (equal
             numbers side by side are one sample). Or `[B, 1, T, T]`, boolean or additive, if it
             is block-diagonal and causal within each block.
-        position_ids: `[B, T]` or `[1, T]`; a sample starts where they do not go on: by one, or by
-            as many as there are columns in between.
+        position_ids: `[B, T]` or `[1, T]`; a sample starts where they do not increase by one, or
+            by the number of columns in between.
         cu_seqlens: int `[samples + 1]`, ascending from 0 to B T, samples in the batch laid out as
             one row; equal borders are empty samples.
         seq_idx: `[B, T]` or `[1, T]`, a number for each sample.
@@ -161,11 +165,12 @@ def row_layout(
         device: of the tokens.
         cached: whether a cache takes the states of this row.
 
-    Returns: the layout.
+    Returns:
+        the layout.
 
     Raises:
         ValueError: for shapes and values outside of the above; for padding between a sample's
-            cached and new tokens; for `cu_seqlens` or `seq_idx` behind cached tokens.
+            cached and new tokens; for `cu_seqlens` or `seq_idx` after cached tokens.
     """
     columns = order = None
     ended = False
@@ -177,7 +182,7 @@ def row_layout(
     starts = _starts(cu_seqlens, seq_idx, B, T, past, device)
     if numbers is not None:
         plain, reorder = False, True
-        if _may_read():
+        if _may_sync():
             plain, interrupted, ended = _padding_facts(numbers, T)
             if interrupted and numbers.shape[1] > T:
                 raise ValueError(
@@ -214,7 +219,7 @@ def _border(
     past: int | Tensor,
     device: torch.device,
 ) -> Tensor | None:
-    """True where a column starts a sample or padding, see `row_layout`; None where none does."""
+    """True where a sample or padding begins, see `row_layout`; None if none does: `[B, T]`."""
     without_past = isinstance(past, int) and past == 0
     given = [x for x in (numbers, position_ids, starts) if x is not None]
     if not given or (T == 1 and without_past):
@@ -238,16 +243,16 @@ def _border(
     return None if _may_branch() and not border.any() else border
 
 
-def _may_read() -> bool:
-    """Whether values of tensors may be read: not while a graph is traced or captured."""
+def _may_sync() -> bool:
+    """Whether the host may read tensors: not while a graph is traced or captured."""
     if torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _may_branch() -> bool:
-    """Whether to wait for the device in order to leave masks out: not in a training step."""
-    return not torch.is_grad_enabled() and _may_read()
+    """Whether the host may wait for the device to leave out masks: not in a training step."""
+    return not torch.is_grad_enabled() and _may_sync()
 
 
 def _sample_numbers(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
@@ -267,7 +272,7 @@ def _sample_numbers(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
 def _from_blocks(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
     """The numbers of samples `[B, T]` of a block-diagonal causal mask `[B, 1, T, T]`."""
     how = "it must be block-diagonal and causal within each block, without a window"
-    if not _may_read():
+    if not _may_sync():
         raise ValueError("a 4D attention_mask cannot be read in a compiled forward: use 2D masks")
     if not isinstance(past, int) or past > 0:
         raise ValueError("a 4D attention_mask is for rows without cached tokens: use 2D masks")
@@ -277,23 +282,23 @@ def _from_blocks(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
         )
     mask = mask.expand(B, -1, -1, -1)[:, 0]
     if mask.is_floating_point():
-        seen = mask == 0
-        if (~seen & (mask > -1e4)).any():
+        visible = mask == 0
+        if (~visible & (mask > -1e4)).any():
             raise ValueError(
-                "a 4D attention_mask of floats must be additive: 0 where a token sees another, "
+                "a 4D attention_mask of floats must be additive: 0 where a token attends, "
                 "else the lowest number"
             )
     else:
-        seen = mask != 0
+        visible = mask != 0
     place = torch.arange(T, device=mask.device)
-    real = seen.any(-1)
-    start = seen.int().argmax(-1)  # the first token that each one sees
+    real = visible.any(-1)
+    start = visible.int().argmax(-1)  # the first token that each one attends to
     block = (
         (place <= place[:, None]) & (place >= start[..., None]) & real[:, None] & real[..., None]
     )
     begun = torch.where(real, start, 0).cummax(1).values
     ordered = (start.gather(1, start) == start) & (start == begun)
-    if not (torch.equal(seen, block) and (ordered | ~real).all()):
+    if not (torch.equal(visible, block) and (ordered | ~real).all()):
         raise ValueError(f"the 4D attention_mask has another form; {how}")
     return torch.where(real, start + 1, 0)
 
@@ -312,7 +317,8 @@ def _starts(
     past: int | Tensor,
     device: torch.device,
 ) -> Tensor | None:
-    """A number for every token that changes where a sample starts, `[B, T]`; None without any."""
+    """Numbers that change wherever a sample starts, `[B, T]`; None without `cu_seqlens` and
+    `seq_idx`."""
     for name, given in (("cu_seqlens", cu_seqlens), ("seq_idx", seq_idx)):
         if given is not None and isinstance(past, int) and past > 0:
             raise ValueError(f"{name} is for rows without cached tokens: use position_ids here")
@@ -344,13 +350,13 @@ def _starts(
 
 
 def _padding_facts(numbers: Tensor, T: int) -> list[bool]:
-    """Of a mask of numbers `[B, past + T]`: whether all is one sample without padding; whether
-    padding interrupts a row; and whether a row ends with padding. The last two are about padding
-    among the new tokens alone. The host waits for the device once."""
+    """Three facts about numbers `[B, past + T]`: whether they are one sample without padding;
+    whether padding interrupts a row; and whether a row ends with padding. The last two concern only
+    padding among the new tokens. The host waits for the device once."""
     real = numbers != 0
-    seen = real.cumsum(1) > 0
+    begun = real.cumsum(1) > 0
     behind = real.flip(1).cumsum(1).flip(1) > 0
-    after = (seen & ~real)[:, -T:]
+    after = (begun & ~real)[:, -T:]
     facts = [
         real.all() & (numbers == numbers[:, :1]).all(),
         (after & behind[:, -T:]).any(),
@@ -360,7 +366,7 @@ def _padding_facts(numbers: Tensor, T: int) -> list[bool]:
 
 
 def _note_contents(cache: Cache, row: RowLayout, past: int, positioned: bool) -> None:
-    """Refuses what would read the cached tokens wrongly, and stores what they are with the new."""
+    """Raises for calls that would misread the cached tokens; stores the cache's new contents."""
     before = CacheContents.of(cache, past)
     before.require(row.numbers is not None, positioned)
     numbers, border = row.numbers, row.border
@@ -372,8 +378,8 @@ def _note_contents(cache: Cache, row: RowLayout, past: int, positioned: bool) ->
 
 
 def _began(position_ids: Tensor | None, new: Tensor) -> Tensor | None:
-    """The column in which each new token's sample began `[B, T]`; None if all began the row. The
-    cached keys before it are of other samples."""
+    """The column in which each new token's sample began, `[B, T]`; None if all began with the row.
+    Cached keys before that column are of other samples."""
     if position_ids is None:
         return None
     began = new - position_ids
@@ -401,12 +407,12 @@ def _kernel_borders(
 
 
 def _counted(border: Tensor) -> Tensor:
-    """Where samples and rows start and end; on a GPU the host waits for it."""
+    """Starts and ends of samples and rows, `[samples + 1]`; on a GPU the host waits for them."""
     starts = border.clone()
     starts[:, 0] = True
     return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel())
 
 
 def _completed(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """Where samples and rows start and end, of what may leave out that rows do."""
+    """Adds the borders of rows to the given ones of samples."""
     return torch.cat([cu_seqlens, torch.arange(0, B * T + 1, T, device="cpu")]).unique()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,48 +12,28 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from nirvana.model.arguments import check_arguments
-from nirvana.model.cache import CACHE_FIELD, in_output, usable_cache
+from nirvana.model.cache import CACHE_FIELD, StepDecoder, in_output, usable_cache
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.decode import Decoder
 from nirvana.model.masks import Borders, Masks, create_masks
-from nirvana.model.trigger import NoBank, Trigger, TriggerReport, WeightBank
+from nirvana.model.outputs import (
+    NirvanaCausalLMOutputWithPast,
+    NirvanaOutputWithPast,
+    reordered,
+    restore_order,
+)
+from nirvana.model.trigger import NoBank, Trigger, TriggerTrace, WeightBank
 from nirvana.model.updater import Attention, RMSNorm, Updater
-from nirvana.ops import in_autocast, swiglu
-from nirvana.ops.cross_entropy import IGNORE, linear_cross_entropy
-
-
-class _CacheNamed:
-    """Gives outputs the cache's new name in releases of the library that know the old one alone."""
-
-    if CACHE_FIELD != "cache":
-
-        @property
-        def cache(self) -> Cache | None:
-            return getattr(self, CACHE_FIELD)
-
-
-@dataclass
-class NirvanaOutputWithPast(_CacheNamed, BaseModelOutputWithPast):
-    """The library's output, and `trigger`: one report for each layer with a Trigger."""
-
-    trigger: tuple[TriggerReport, ...] | None = None
-
-
-@dataclass
-class NirvanaCausalLMOutputWithPast(_CacheNamed, CausalLMOutputWithPast):
-    """The library's output, and `trigger`: one report for each layer with a Trigger."""
-
-    trigger: tuple[TriggerReport, ...] | None = None
+from nirvana.ops import in_autocast, linear_cross_entropy, swiglu
+from nirvana.ops.cross_entropy import IGNORE
 
 
 class _CheckpointedWithGradients:
-    """Gradient checkpointing only where gradients are on: without them a model in training mode
-    uses its cache as in evaluation. The library's own blocks do so since 5.24."""
+    """Gradient checkpointing only where gradients are enabled: without them a model in training
+    mode uses its cache as in evaluation. The library's own blocks do so since 5.24."""
 
     _checkpointing = False
 
@@ -68,7 +47,7 @@ class _CheckpointedWithGradients:
 
 
 class SwiGLU(nn.Module):
-    """silu(x W_gate) * (x W_up), then W_down; gate and up are one product."""
+    """silu(x W_gate) * (x W_up), then W_down; gate and up are one matrix product."""
 
     def __init__(self, config: NirvanaConfig):
         super().__init__()
@@ -77,6 +56,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`."""
         return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
@@ -98,15 +78,16 @@ class NirvanaBlock(_CheckpointedWithGradients, GradientCheckpointingLayer):
         bank: WeightBank,
         masks: Masks,
         cache: Cache | None = None,
-        reports: list[TriggerReport] | None = None,
+        traces: list[TriggerTrace] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        y, fast = self.updater(self.updater_norm(h), fast, bank, masks, cache, reports)
+        """The block's residual stream `[B, T, D]` and fast parameters; arguments: see `Updater`."""
+        y, fast = self.updater(self.updater_norm(h), fast, bank, masks, cache, traces)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), fast
 
 
 class NirvanaPreTrainedModel(PreTrainedModel):
-    """What the library needs to know, and every initialisation."""
+    """The declarations that the library reads, every initialisation, and the facts of the model."""
 
     config: NirvanaConfig
     config_class = NirvanaConfig
@@ -126,8 +107,8 @@ class NirvanaPreTrainedModel(PreTrainedModel):
         - decay: A uniform in 1..16, time step log-uniform in 0.001..0.1 through softplus;
         - second low-rank factors (window_up, window_out, zeta): zero, so a = 0 and zeta = 0;
         - a constant gate: logit zero, t = 1/2;
-        - bank: weight normal / sqrt(C R); gain 1 / R, so that f starts as x + n(z), and bias and
-          shift 0, each with noise, without which the R entries would stay equal for ever;
+        - bank: weight normal / sqrt(C R); gain 1 / R, so that f starts as x + n(z), bias and
+          shift 0; each with noise, without which the R entries would always stay equal;
         - Trigger: step size and decay from the configuration.
         """
         super()._init_weights(module)
@@ -156,6 +137,18 @@ class NirvanaPreTrainedModel(PreTrainedModel):
             if "decay_logit" in module._parameters:
                 decay = module.fixed_decay
                 init.constant_(module.decay_logit, math.log(decay / (1 - decay)))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimiser should not decay.
+
+        Gains, shifts and gates have a natural value that is not zero, and rows of an embedding
+        that occur rarely would only shrink: decay is for the matrices of linear maps.
+
+        Returns:
+            the names, as in `named_parameters`.
+        """
+        apart = ("bank.gain", "bank.bias", "bank.shift", "embed_tokens.weight")
+        return {n for n, p in self.named_parameters() if p.ndim < 2 or n.endswith(apart)}
 
 
 class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
@@ -189,14 +182,15 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
         output_trigger: bool = False,
         **kwargs: Any,
     ) -> NirvanaOutputWithPast:
-        """
+        """Computes hidden states.
+
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]` instead.
             attention_mask: `[B, past + T]`, 0 at padding; or another form that
-                `nirvana.model.masks.row_layout` reads, or what `create_masks` returned.
-            position_ids: `[B, T]`; wherever they do not go on by one, a new sample starts and no
+                `nirvana.model.masks.row_layout` reads, or the result of `create_masks`.
+            position_ids: `[B, T]`; wherever they do not increase by one, a new sample starts and no
                 state crosses (packed documents). When continuing from the cache of a packed row,
-                pass those that count within the current sample.
+                pass `position_ids` relative to the current sample.
             cache: the library's cache; `past_key_values` is its other name.
             inputs_embeds: `[B, T, D]`, in place of tokens.
             use_cache: return the cache, a new one if none is given.
@@ -205,14 +199,17 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
                 out as one row. `cu_seq_lens_q` is its other name.
             cu_seq_lens_q: see `cu_seqlens`.
             seq_idx: `[B, T]`, a number for each document.
-            output_trigger: return `trigger`, a `TriggerReport` for each layer with a Trigger.
-            kwargs: `output_hidden_states` and `return_dict` of the library, and what
+            output_trigger: return `trigger`, a `TriggerTrace` for each layer with a Trigger.
+            kwargs: `output_hidden_states` and `return_dict` of the library, and the arguments that
                 `nirvana.model.arguments` lists as without effect.
 
+        Returns:
+            hidden states `[B, T, D]` after the final norm, the cache and the traces.
+
         Raises:
-            TypeError: for an unknown argument, and a cache that is none.
+            TypeError: for an unknown argument, and for a cache that is not a `Cache`.
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for masks
-                and borders that `row_layout` refuses, and caches that `usable_cache` refuses.
+                and borders that `row_layout` rejects, and caches that `usable_cache` rejects.
         """
         check_arguments(type(self).forward, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -236,15 +233,17 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
             )
         order = masks["order"]
         if order is not None:
-            inputs_embeds = _reordered(inputs_embeds, order)
+            inputs_embeds = reordered(inputs_embeds, order)
         kwargs["return_dict"] = True
-        outputs = self._read(inputs_embeds, masks, cache, bool(use_cache), output_trigger, **kwargs)
+        outputs = self._run_blocks(
+            inputs_embeds, masks, cache, bool(use_cache), output_trigger, **kwargs
+        )
         if order is not None:
-            _restore_order(outputs, order.argsort(1))
+            restore_order(outputs, order.argsort(1))
         return outputs
 
     @capture_outputs
-    def _read(
+    def _run_blocks(
         self,
         inputs_embeds: Tensor,
         masks: Masks,
@@ -254,36 +253,20 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
         **kwargs: Any,
     ) -> NirvanaOutputWithPast:
         """The blocks, over columns in the order of the masks."""
-        reports: list[TriggerReport] | None = [] if output_trigger else None
+        traces: list[TriggerTrace] | None = [] if output_trigger else None
         h = in_autocast(inputs_embeds)  # else a float32 table would make all residuals float32
         fast = self.bank.start(h)
         for layer in self.layers if h.shape[1] > 0 else ():
-            h, fast = layer(h, fast, self.bank, masks, cache=cache, reports=reports)
+            h, fast = layer(h, fast, self.bank, masks, cache=cache, traces=traces)
         return NirvanaOutputWithPast(
             last_hidden_state=self.norm(h),
-            trigger=None if reports is None else tuple(reports),
+            trigger=None if traces is None else tuple(traces),
             **in_output(cache if use_cache else None),
         )
 
 
-def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    """x `[B, T, ...]` with its columns in another order, `[B, T]`."""
-    return x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), dim=1)
-
-
-def _restore_order(outputs: NirvanaOutputWithPast, order: Tensor) -> None:
-    """Puts the columns of all outputs back in their places."""
-    outputs["last_hidden_state"] = _reordered(outputs["last_hidden_state"], order)
-    if outputs.hidden_states is not None:
-        outputs["hidden_states"] = tuple(_reordered(h, order) for h in outputs.hidden_states)
-    if outputs.trigger is not None:
-        outputs["trigger"] = tuple(
-            TriggerReport(*(_reordered(x, order) for x in report)) for report in outputs.trigger
-        )
-
-
 class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
-    """`NirvanaModel` with the language head, tied to the embedding by default."""
+    """`NirvanaModel` with a language head, tied to the embedding by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -314,28 +297,34 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         output_trigger: bool = False,
         **kwargs: Any,
     ) -> NirvanaCausalLMOutputWithPast:
-        """As `NirvanaModel.forward`, and:
+        """Computes logits and the loss; arguments as of `NirvanaModel.forward`, and:
 
         Args:
             labels: `[B, T]`, -100 where the loss leaves a token out; the loss shifts them by one.
-            logits_to_keep: only the last so many positions get logits (0: all), or which ones.
+            logits_to_keep: the number of last positions that get logits (0: all), or their indices.
             shift_labels: `[B, T]`, labels that are shifted already, in place of `labels`.
-            num_items_in_batch: what the sum of the losses is divided by; None: the labels.
-            skip_logits: return the loss alone, without logits. With a plain head it comes from
-                `nirvana.ops.linear_cross_entropy`, and the logits of all tokens never exist
-                together; a head with an adapter, quantised or replaced makes them. For training;
-                needs labels, makes no cache.
+            num_items_in_batch: the divisor of the summed loss; None: the number of labels.
+            skip_logits: return the loss alone, for training; needs labels and returns no cache.
+                With a plain head `nirvana.ops.linear_cross_entropy` computes it, and the logits of
+                all tokens never exist together; a head with an adapter, quantised or replaced
+                computes them.
 
-        Returns: logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, hidden states
-            if `output_hidden_states`.
+        Returns:
+            logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, the traces, and
+            hidden states if `output_hidden_states`.
+
+        Raises:
+            TypeError: see `NirvanaModel.forward`.
+            ValueError: see `NirvanaModel.forward`; for `skip_logits` without labels; and for
+                arguments that a `StepDecoder` does not read.
         """
         check_arguments(type(self).forward, kwargs)
         if skip_logits and labels is None and shift_labels is None:
             raise ValueError("skip_logits leaves nothing to compute without labels")
         decoder = past_key_values if cache is None else cache
-        if isinstance(decoder, Decoder):
+        if isinstance(decoder, StepDecoder):
             packed = [cu_seqlens, cu_seq_lens_q, seq_idx]
-            _refuse_what_a_decoder_ignores(labels, position_ids, packed)
+            _require_decodable(labels, position_ids, packed)
             return self._decode(decoder, input_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
@@ -374,6 +363,42 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             **in_output(outputs.get(CACHE_FIELD)),
         )
 
+    def flops_per_token(self, context_length: int) -> float:
+        """Floating-point operations of a forward and a backward pass for each token of a row.
+
+        The useful ones: recomputation is not counted. Products with weights, 6 for each entry (the
+        tied embedding counts once, as the head); the delta rule, three products with the state;
+        window attention, two products with the keys that a token attends to on average in a row
+        that is one document; the Trigger, two products with the bank.
+
+        Args:
+            context_length: tokens of a row.
+
+        Returns:
+            FLOPs.
+        """
+        config = self.config
+        T, D, K = context_length, config.hidden_size, config.head_dim
+        others = ("conv_weight", "bank.gain", "bank.bias", "bank.shift")
+        weights = sum(
+            parameter.numel()
+            for name, parameter in self.named_parameters()
+            if (
+                (parameter.ndim == 2 and not name.endswith(others))
+                and (config.tie_word_embeddings or "embed_tokens" not in name)
+            )
+            or name.endswith("window_up")
+        )
+        W = T if config.sliding_window is None else min(T, config.sliding_window)
+        keys = W - W * (W - 1) / (2 * T)
+        later = config.num_hidden_layers - config.num_prelude_layers
+        linear = config.num_hidden_layers - (later if config.branches == "window" else 0)
+        windows = 0 if config.branches == "linear" else later
+        triggers = later if config.has_trigger else 0
+        forward = 2 * weights + linear * 6 * D * K + windows * 4 * keys * D
+        forward += triggers * 4 * config.task_dim**2 * config.bank_size
+        return 3.0 * forward
+
     def _fused_loss(
         self,
         h: Tensor,
@@ -392,9 +417,9 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
     def _decode(
-        self, decoder: Decoder, input_ids: Tensor | None, attention_mask: Tensor | Masks | None
+        self, decoder: StepDecoder, input_ids: Tensor | None, attention_mask: Tensor | Masks | None
     ) -> NirvanaCausalLMOutputWithPast:
-        """The last token's logits, by the decoder's graph."""
+        """The last token's logits, computed by the decoder."""
         if input_ids is None:
             raise ValueError("a Decoder reads input_ids, not inputs_embeds")
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
@@ -414,17 +439,18 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Masks | Tensor | None:
-        """The masks made outside a compiled forward; the library calls this by its name, with all
-        that any model of it reads here."""
+        """Creates the masks outside a compiled forward. The library calls this by its name, with
+        the arguments of all its models."""
         cache = past_key_values if cache is None else cache
-        if isinstance(cache, Decoder):
+        if isinstance(cache, StepDecoder):
             return attention_mask
         return create_masks(config, inputs_embeds, attention_mask, cache, position_ids)
 
 
-def _refuse_what_a_decoder_ignores(
+def _require_decodable(
     labels: Tensor | None, position_ids: Tensor | None, packed: list[Any]
 ) -> None:
+    """Raises for arguments that a `StepDecoder` does not read."""
     several = any(borders is not None for borders in packed)
     if position_ids is not None and position_ids.shape[-1] > 1:
         several = several or bool((position_ids.diff(dim=-1) != 1).any())
@@ -433,8 +459,8 @@ def _refuse_what_a_decoder_ignores(
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether a head is its weight and nothing else: no adapter, parametrisation, quantised or
-    offloaded weight, bias or hook that its own forward would apply."""
+    """Whether a head is a product with its weight and nothing else: no adapter, parametrisation,
+    quantised or offloaded weight, bias or hook that its own forward would apply."""
     return (
         type(head) is nn.Linear
         and head.bias is None
@@ -447,14 +473,19 @@ def _is_plain(head: nn.Module) -> bool:
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compiles every block in place, one by one; those of a kind share the code."""
+    """Compiles every block in place; blocks of one kind share the code.
+
+    Args:
+        blocks: the layers of a model.
+    """
     for block in blocks:
         block.compile(backend=_inductor, dynamic=False)
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """PyTorch's compiler, told to compute again in the backward what it would keep of the cheap
-    inputs of products (norms, SwiGLU's middle, the gated output): a third of the activations."""
+    """PyTorch's compiler, which recomputes in the backward the cheap inputs of matrix products
+    (norms, SwiGLU's product, the gated output) instead of saving them: a third of the
+    activations."""
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 

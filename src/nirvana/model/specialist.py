@@ -1,7 +1,7 @@
 """A specialist: tokens of another domain read by a frozen language model.
 
-The domain brings an encoder (signal -> tokens) and a decoder (tokens' hidden states -> signal);
-this module is what lies between and knows nothing of either.
+The domain supplies an encoder (signal -> tokens) and a decoder (hidden states of the tokens ->
+signal); this module connects them to the language model and depends on neither.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class SpecialistOutput(NamedTuple):
-    """What the backbone made of a sample.
+    """The backbone's output for a sample.
 
     Attributes:
         hidden: `[B, N, D]`, hidden states of the foreign tokens.
@@ -27,9 +27,8 @@ class SpecialistOutput(NamedTuple):
 class Specialist(nn.Module):
     """[start, N foreign tokens, end, text] through a frozen backbone.
 
-    Gradients flow through the backbone, never into it: its parameters do not require them and it
-    stays in eval mode. What is learned here is the normalisation of the foreign tokens and the
-    start and end vectors.
+    Gradients flow through the backbone, but its parameters do not require them, and it stays in
+    eval mode. The normalisation of the foreign tokens and the start and end vectors are learned.
 
     Args:
         backbone: a causal language model of the transformers library; None is the identity (the
@@ -50,7 +49,7 @@ class Specialist(nn.Module):
         self.end = nn.Parameter(torch.empty(dim))
         scale = 0.02
         if backbone is not None:
-            # Foreign tokens enter as loud as words do; the residual stream has no other scale.
+            # Foreign tokens get the scale of the word embeddings.
             embedding = backbone.get_input_embeddings().weight
             scale = float(torch.as_tensor(embedding).float().std())
         nn.init.constant_(self.norm.weight, scale)
@@ -64,10 +63,14 @@ class Specialist(nn.Module):
         return self
 
     def forward(self, foreign: Tensor, text: Tensor | None = None) -> SpecialistOutput:
-        """
+        """Reads foreign tokens, and optionally text after them.
+
         Args:
             foreign: `[B, N, D]`, tokens of the domain's encoder.
             text: `[B, M]`, token ids of prompt and answer after the end token.
+
+        Returns:
+            hidden states of the foreign tokens, and logits at the text's positions.
 
         Raises:
             ValueError: text for the identity, which has no head.
@@ -92,7 +95,14 @@ class Specialist(nn.Module):
 
 
 def own_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The state of `module` without that of any frozen backbone in it."""
+    """A module's state without that of the frozen backbones in it.
+
+    Args:
+        module: any module.
+
+    Returns:
+        the state by name, as of `state_dict`.
+    """
     frozen = [
         f"{name}.backbone." if name else "backbone."
         for name, part in module.named_modules()

@@ -5,26 +5,29 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nirvana.model.config import NirvanaConfig
-from nirvana.ops import at_least_float32, decayed_sum, no_autocast, suits_kernels
+from nirvana.ops import (
+    at_least_float32,
+    decayed_sum,
+    no_autocast,
+    trigger_apply,
+    trigger_gradient,
+)
 
-EPS = 1e-6
-"""Inside the root of the normalisation over C."""
-WIDEST = 128
-"""C that the kernels take."""
+STEP_EPS = 1e-6
+"""Added to the mean square of the step before the root, with `trigger_step` "normalised"."""
 
 
 class WeightBank(nn.Module):
     """Parameters shared by all layers and tokens, from which fast weights are mixed.
 
-    `weight [C, C, R]` (in, out, bank), `gain`, `bias` and `shift [C, R]`. With fast parameters
-    p = (p_w, p_g, p_b, p_s), each `[R]`, and n over C with biased variance:
+    `weight` `[C, C, R]` (in, out, bank), `gain`, `bias` and `shift` `[C, R]`, which
+    `nirvana.ops.trigger_apply` combines with fast parameters p = (p_w, p_g, p_b, p_s), each `[R]`.
 
-        z(x; p) = sum_ir x_i weight[i, :, r] p_w[r] + bias p_b
-        f(x; p) = x + (gain p_g) * n(z(x; p)) + shift p_s
+    Args:
+        config: of the model; C is `task_dim`, R `bank_size`.
     """
 
     def __init__(self, config: NirvanaConfig):
@@ -36,17 +39,19 @@ class WeightBank(nn.Module):
         self.shift = nn.Parameter(torch.empty(C, R))
 
     def start(self, x: Tensor) -> Tensor:
-        """Fast parameters before the first step, all ones: `[B, T, 4, R]` for x `[B, T, ...]`."""
+        """Fast parameters before the first step, all ones.
+
+        Args:
+            x: `[B, T, ...]`, for its shape, device and dtype.
+
+        Returns:
+            `[B, T, 4, R]`, float32 (float64 for float64).
+        """
         return at_least_float32(x.new_ones(*x.shape[:2], 4, self.gain.shape[1]))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """weight, gain, bias and shift."""
+        """weight, gain, bias and shift, the last arguments of the operations of the Trigger."""
         return self.weight, self.gain, self.bias, self.shift
-
-    def project(self, x: Tensor) -> Tensor:
-        """x `[..., C]` through every weight of the bank: U = x . weight, `[..., C, R]`."""
-        weight = self.weight.to(x.dtype)
-        return (x @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
 
 
 class NoBank(nn.Module):
@@ -56,17 +61,21 @@ class NoBank(nn.Module):
         super().__init__()
 
     def start(self, x: Tensor) -> Tensor:
-        """Nothing to carry: `[B, T, 4, 0]`."""
+        """Fast parameters of length 0, `[B, T, 4, 0]`, for x `[B, T, ...]`."""
         return at_least_float32(x.new_empty(*x.shape[:2], 4, 0))
 
 
 class Trigger(nn.Module):
     """One closed-form gradient step on 1/2 ||f(k; p) - v||^2, then the task vector f(q; p).
 
-    Along the sample the gradient is remembered, m_t = decay m_{t-1} + g_t, and p_t <- p_t - lr m_t
-    goes on to the next layer; a "normalised" step divides each of m's four vectors by its root mean
-    square first. No autograd inside, so it works under `torch.inference_mode`; all
-    arithmetic is float32 (float64 stays float64).
+    Along the sample gradients are summed with a decay, m_t = decay m_{t-1} + g_t, and the next
+    layer receives p_t - lr m_t; a "normalised" step first divides each of m's four vectors by its
+    root mean square. The gradient needs no autograd: it works under `torch.inference_mode`.
+    Arithmetic is float32 (float64 stays float64).
+
+    Args:
+        config: of the model.
+        layer_idx: of the layer, counted from 0; selects per-layer settings.
     """
 
     def __init__(self, config: NirvanaConfig, layer_idx: int):
@@ -76,7 +85,7 @@ class Trigger(nn.Module):
         self.enabled = True
         self.fixed_lr = config.per_trigger("trigger_lr", layer_idx)
         if config.trigger_lr_learnable:
-            # In hundredths: an optimiser's steps are then small against the value, not above it.
+            # In hundredths, so that an optimiser's step is small relative to the value.
             self.lr_percent = nn.Parameter(torch.empty(()))
         self.fixed_decay = config.per_trigger("trigger_decay", layer_idx)
         self.has_memory = config.has_memory
@@ -105,108 +114,71 @@ class Trigger(nn.Module):
         state: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """
+        """Takes the step of every token.
+
         Args:
             qkv: `[B, T, 3 C]`, the token's task query, key and value.
             fast: `[B, T, 4, R]`, fast parameters from the layer below.
+            bank: the model's bank.
             state: m before the first token, `[B, 4, R]`; None means zero.
             segments: `[B, T]`, see `nirvana.ops`; the memory restarts with every sample.
 
-        Returns: task vector `[B, T, C]`, fast parameters after the step, m after the last token
-            (None without memory).
+        Returns:
+            the task vector `[B, T, C]` in qkv's dtype; the fast parameters after the step,
+            `[B, T, 4, R]`; and m after the last token, `[B, 4, R]` (None without memory).
         """
         with no_autocast(qkv.device):
             q, k, v = qkv.chunk(3, dim=-1)
             if self.enabled:
-                g = trigger_gradient(k, v, fast, bank, self.exact)
+                g = trigger_gradient(k, v, fast, *bank.parts(), exact=self.exact)
                 if self.has_memory:
                     initial = None if state is None else state.flatten(1)
                     m, last = decayed_sum(g.flatten(2), self.decay, initial, segments)
                     g, state = m.view_as(g), last.view_as(g[:, 0])
                 if self.normalised:
-                    g = g * (g.square().mean(-1, keepdim=True) + EPS).rsqrt()
+                    g = g * (g.square().mean(-1, keepdim=True) + STEP_EPS).rsqrt()
                 fast = fast - self.lr * g
-            h_task = trigger_apply(q, fast, bank)
+            h_task = trigger_apply(q, fast, *bank.parts())
         return h_task.to(qkv.dtype), fast, state
 
 
-def trigger_gradient(
-    k: Tensor, v: Tensor, fast: Tensor, bank: WeightBank, exact: bool = True
-) -> Tensor:
-    """Gradient of 1/2 ||f(k; p) - v||^2 with respect to p, in closed form.
+class TriggerTrace(NamedTuple):
+    """What one layer's Trigger computed for every token; float32, without gradients.
 
-    Args:
-        k, v: `[..., C]`.
-        fast: p, `[..., 4, R]`.
-        exact: False leaves out the normalisation's own derivative, as the released code does.
-
-    Returns: `[..., 4, R]`.
+    Attributes:
+        loss_before: `[B, T]`, 1/2 ||f(k; p) - v||^2 with the fast parameters from the layer below.
+        loss_after: `[B, T]`, the same with those after the step.
+        change: `[B, T]`, Euclidean norm of the step in all four fast vectors.
+        gates: `[B, T, 1]` t, or `[B, T, 2]` t and t' ("independent"), in 0..1.
     """
-    if fused(k):
-        from nirvana.ops import triton_trigger
 
-        return triton_trigger.trigger_gradient(k, v, fast, *bank.parts(), exact)
-    k, v = at_least_float32(k), at_least_float32(v)
-    U = bank.project(k)
-    f, n, s = _apply(k, U, fast, bank)
-    gain, bias, shift = (x.to(k.dtype) for x in (bank.gain, bank.bias, bank.shift))
-    e = f - v
-    u = F.linear(fast[..., 1, :], gain) * e
-    if exact:
-        u = u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True)
-    dz = u / s
-    g_w = (U * dz[..., None]).sum(-2)
-    return torch.stack([g_w, (e * n) @ gain, dz @ bias, e @ shift], dim=-2)
-
-
-def trigger_apply(x: Tensor, fast: Tensor, bank: WeightBank) -> Tensor:
-    """f(x; p) `[..., C]`, for x `[..., C]` and p `[..., 4, R]`."""
-    if fused(x):
-        from nirvana.ops import triton_trigger
-
-        return triton_trigger.trigger_apply(x, fast, *bank.parts())
-    x = at_least_float32(x)
-    return _apply(x, bank.project(x), fast, bank)[0]
-
-
-def fused(x: Tensor) -> bool:
-    """Whether the Trigger's kernels take x `[B, T, C]`: half precision on a GPU, and not one token,
-    for which PyTorch's products are the faster ones; nor a C whose matrices of the bank are too
-    large for a multiprocessor's memory."""
-    return suits_kernels(x) and x.shape[-2] > 1 and x.shape[-1] <= WIDEST
-
-
-def _apply(x: Tensor, U: Tensor, fast: Tensor, bank: WeightBank) -> tuple[Tensor, Tensor, Tensor]:
-    """f(x; p) `[..., C]`, and the n and s that it met, for U = `bank.project(x)`."""
-    p_w, p_g, p_b, p_s = fast.unbind(-2)
-    gain, bias, shift = (y.to(x.dtype) for y in (bank.gain, bank.bias, bank.shift))
-    z = (U * p_w[..., None, :]).sum(-1) + F.linear(p_b, bias)
-    variance, mean = torch.var_mean(z, dim=-1, correction=0, keepdim=True)
-    s = (variance + EPS).sqrt()
-    n = (z - mean) / s
-    return x + F.linear(p_g, gain) * n + F.linear(p_s, shift), n, s
-
-
-class TriggerReport(NamedTuple):
-    """What one layer's Trigger did, for every token; float32, without gradients."""
-
-    loss_before: Tensor  # [B, T], 1/2 ||f(k; p) - v||^2 with the fast parameters from below
-    loss_after: Tensor  # [B, T], the same with those after the step
-    change: Tensor  # [B, T], Euclidean norm of the step in all four fast vectors
-    gates: Tensor  # [B, T, 1] t, or [B, T, 2] t and t' ("independent")
+    loss_before: Tensor
+    loss_after: Tensor
+    change: Tensor
+    gates: Tensor
 
 
 @torch.no_grad()
-def trigger_report(
+def trace_step(
     qkv: Tensor, before: Tensor, after: Tensor, gates: Tensor, bank: WeightBank
-) -> TriggerReport:
-    """The report of a step from `before` to `after`, each `[B, T, 4, R]`; qkv `[B, T, 3 C]`."""
+) -> TriggerTrace:
+    """Computes the trace of a step.
+
+    Args:
+        qkv: `[B, T, 3 C]`, the token's task query, key and value.
+        before: `[B, T, 4, R]`, fast parameters before the step.
+        after: `[B, T, 4, R]`, those after it.
+        gates: `[B, T, 1 or 2]`.
+        bank: the model's bank.
+
+    Returns:
+        the trace.
+    """
     with no_autocast(qkv.device):
         _, k, v = at_least_float32(qkv).chunk(3, dim=-1)
-        U = bank.project(k)
-        return TriggerReport(
-            loss_before=(_apply(k, U, before, bank)[0] - v).square().sum(-1) / 2,
-            loss_after=(_apply(k, U, after, bank)[0] - v).square().sum(-1) / 2,
+        return TriggerTrace(
+            loss_before=(trigger_apply(k, before, *bank.parts()) - v).square().sum(-1) / 2,
+            loss_after=(trigger_apply(k, after, *bank.parts()) - v).square().sum(-1) / 2,
             change=(after - before).flatten(2).norm(dim=-1),
             gates=at_least_float32(gates).detach(),
         )
@@ -214,7 +186,14 @@ def trigger_report(
 
 @contextmanager
 def without_trigger(model: nn.Module) -> Iterator[None]:
-    """Inside the block no Trigger of `model` takes its step: fast parameters stay all ones."""
+    """Disables the step of every Trigger of a model in a block: fast parameters stay all ones.
+
+    Args:
+        model: a model, or any module that contains Triggers.
+
+    Yields:
+        None.
+    """
     triggers = [module for module in model.modules() if isinstance(module, Trigger)]
     before = [trigger.enabled for trigger in triggers]
     try:

@@ -9,26 +9,26 @@ from transformers.cache_utils import Cache
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
-from nirvana.model.trigger import Trigger, TriggerReport, WeightBank, trigger_report
+from nirvana.model.trigger import Trigger, TriggerTrace, WeightBank, trace_step
 from nirvana.ops import (
+    add_low_rank,
     at_least_float32,
     linear_branch,
     masked_attention,
-    moved_heads,
     window_attention,
     window_branch,
 )
 
 
 class RMSNorm(nn.RMSNorm):
-    """Over the last dimension, in the input's dtype also where the weight is float32 (autocast)."""
+    """RMSNorm over the last dimension, in the input's dtype even if the weight is float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Updater(nn.Module):
-    """Gated delta rule and sliding-window attention on shared q, k, v, in SPEC's words the memory.
+    """Gated delta rule and sliding-window attention on shared q, k and v, blended by gates.
 
     The first `num_prelude_layers` layers have the linear branch alone: y = b. The others blend it
     with the window branch a, with t = sigmoid(h_task . w_t) and zeta = MLP([b, a, h_task]):
@@ -36,8 +36,12 @@ class Updater(nn.Module):
         "convex"       y = t a + (1 - t) b + t (1 - t) zeta
         "independent"  y = t a + t' b + t t' zeta
 
-    Without Trigger, `gate` = "input" puts x W in h_task's place, W: D -> C; with "constant" there
-    is no h_task, and t (and t') are the logistic function of learned numbers.
+    Without Trigger, `gate` = "input" replaces h_task by x W, W: D -> C; with "constant" there is no
+    h_task, and t (and t') are the logistic function of learned numbers.
+
+    Args:
+        config: of the model.
+        layer_idx: of the layer, counted from 0.
     """
 
     def __init__(self, config: NirvanaConfig, layer_idx: int):
@@ -89,11 +93,20 @@ class Updater(nn.Module):
         bank: WeightBank,
         masks: Masks,
         cache: Cache | None = None,
-        reports: list[TriggerReport] | None = None,
+        traces: list[TriggerTrace] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x `[B, T, D]` and fast parameters `[B, T, 4, R]` to y `[B, T, D]` and the new fast.
+        """Computes the layer's update of the residual stream.
 
-        A list given as `reports` receives what the Trigger did.
+        Args:
+            x: `[B, T, D]`, normalised.
+            fast: `[B, T, 4, R]`, fast parameters from the layer below.
+            bank: the model's bank.
+            masks: of `create_masks`.
+            cache: the states before x, updated in place; None means none.
+            traces: a list that receives the Trigger's trace.
+
+        Returns:
+            y `[B, T, D]`, and the fast parameters for the layer above, `[B, T, 4, R]`.
         """
         state = self._states(cache)
         qkv, gate, beta, alpha, *rest = _Split.apply(self.in_proj(x), self.sections)
@@ -104,23 +117,25 @@ class Updater(nn.Module):
         a = self.windowed(qkv, low_rank, masks, cache)
         if not self.has_trigger:
             return self.blend(a, b, task, self.gates(task)), fast
-        h_task, moved, memory = self.trigger(task, fast, bank, state["memory"], masks["segments"])
+        h_task, fast_next, memory = self.trigger(
+            task, fast, bank, state["memory"], masks["segments"]
+        )
         if cache is not None and memory is not None:
             cache.update_conv_state(memory, self.layer_idx, state_idx=1)
         gates = self.gates(h_task)
-        if reports is not None:
-            reports.append(trigger_report(task, fast, moved, gates, bank))
-        return self.blend(a, b, h_task, gates), moved
+        if traces is not None:
+            traces.append(trace_step(task, fast, fast_next, gates, bank))
+        return self.blend(a, b, h_task, gates), fast_next
 
     def gates(self, h_task: Tensor) -> Tensor:
-        """t, or t and t' ("independent"): `[B, T, 1 or 2]`."""
+        """t `[B, T, 1]`, or t and t' `[B, T, 2]`, in 0..1, for h_task `[B, T, C]`."""
         if self.constant:
             return self.gate_logit.sigmoid().to(h_task.dtype).expand(*h_task.shape[:2], -1)
         return self.gate_proj(h_task).sigmoid()
 
     def _states(self, cache: Cache | None) -> dict[str, Tensor | None]:
-        """The layer's states before this call; all are read before any is updated, because the
-        library's cache reports a layer as filled as soon as its convolution state is written."""
+        """The layer's states before this call. All are read before any is updated, because the
+        library's cache counts a layer as filled as soon as its convolution state is written."""
         if cache is None:
             return {"conv": None, "delta": None, "memory": None}
         has_memory = self.has_trigger and self.trigger.has_memory
@@ -140,7 +155,20 @@ class Updater(nn.Module):
         state: dict[str, Tensor | None],
         cache: Cache | None,
     ) -> Tensor:
-        """b: convolution, gated delta rule, gated norm, output projection."""
+        """The linear branch b: convolution, gated delta rule, gated norm, output projection.
+
+        Args:
+            qkv: `[B, T, 3 D]`.
+            gate: `[B, T, D]`, of the gated norm.
+            beta: `[B, T, H]`, logits of the write strength.
+            alpha: `[B, T, H]`, logits of the time step.
+            masks: of `create_masks`.
+            state: the layer's states before x, by name.
+            cache: receives the states after x.
+
+        Returns:
+            b `[B, T, D]`.
+        """
         rate, alpha, beta = (at_least_float32(y) for y in (self.A_log, alpha, beta))
         log_alpha = -rate.exp() * F.softplus(alpha + self.dt_bias)
         o, recent, S = linear_branch(
@@ -155,7 +183,7 @@ class Updater(nn.Module):
             masks["cu_seqlens"],
             final=cache is not None,
         )
-        if cache is not None:  # the cache writes in place: only now, after the old state was used
+        if cache is not None:  # the cache writes in place, so only after the old state was read
             assert recent is not None
             assert S is not None
             cache.update_conv_state(recent, self.layer_idx)
@@ -173,31 +201,51 @@ class Updater(nn.Module):
         masks: Masks,
         cache: Cache | None,
     ) -> Tensor:
-        """a: the window branch on q, k, v moved by a low-rank term."""
+        """The window branch a, on q, k and v plus their low-rank terms.
+
+        Args:
+            qkv: `[B, T, 3 D]`.
+            low_rank: `[B, T, 3 r]`.
+            masks: of `create_masks`.
+            cache: holds the keys and values of the past, and receives the new ones.
+
+        Returns:
+            a `[B, T, D]`.
+        """
         if cache is None and self.rope_theta is None and masks["window"] is None:
             borders = masks["segments"], masks["cu_seqlens"]
             o = window_branch(qkv, low_rank, self.window_up, self.head_dim, self.window, *borders)
             return self.window_out(o.flatten(2))
-        q, k, v = moved_heads(qkv, low_rank, self.window_up, self.head_dim)
+        q, k, v = add_low_rank(qkv, low_rank, self.window_up, self.head_dim)
         o = attend(q, k, v, self.window, self.rope_theta, masks, cache, self.layer_idx)
         return self.window_out(o.flatten(2))
 
     def blend(self, a: Tensor, b: Tensor, h_task: Tensor, gates: Tensor) -> Tensor:
-        """The interpolation of both branches."""
+        """The interpolation of both branches, see the class.
+
+        Args:
+            a: `[B, T, D]`, of the window branch.
+            b: `[B, T, D]`, of the linear branch.
+            h_task: `[B, T, C]`.
+            gates: `[B, T, 1 or 2]`.
+
+        Returns:
+            y `[B, T, D]`.
+        """
         t, other = (gates, 1 - gates) if self.convex else gates.split(1, dim=-1)
         together = torch.cat([b, a, h_task], dim=-1)
         zeta = self.zeta(together)
-        # Read back from there, so that a compiled backward keeps one copy of each and not two.
+        # Slices of the concatenation, so that a compiled backward saves one copy of each, not two.
         b, a = together[..., : 2 * b.shape[-1]].chunk(2, dim=-1)
         return t * (a + other * zeta) + other * b
 
 
 class _Split(torch.autograd.Function):
-    """x.split(sections, dim=-1), whose gradient is put together from more than eight pieces.
+    """x.split(sections, dim=-1), whose gradient concatenates more than eight pieces.
 
-    Up to eight PyTorch's compiler would make one kernel of a concatenation and all that its pieces
-    are computed from, which computes each piece's formula at every column: five times slower here
-    than each piece written to its place by a kernel of its own.
+    PyTorch's compiler fuses a concatenation of up to eight pieces with the kernels of its inputs,
+    and then evaluates every piece's formula at every column: five times slower here than one kernel
+    for each piece.
     """
 
     @staticmethod
@@ -205,13 +253,18 @@ class _Split(torch.autograd.Function):
         return x.split(sections, dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, *bars: Tensor) -> tuple[Tensor, None]:
-        qkv, gate, *others = bars
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        qkv, gate, *others = grads
         return torch.cat([*qkv.chunk(3, dim=-1), *gate.chunk(4, dim=-1), *others], dim=-1), None
 
 
 class Attention(nn.Module):
-    """The layer of a Transformer in the Updater's place: softmax attention alone, no low rank."""
+    """The layer of a Transformer in place of the Updater: softmax attention without low-rank terms.
+
+    Args:
+        config: of the model.
+        layer_idx: of the layer, counted from 0.
+    """
 
     def __init__(self, config: NirvanaConfig, layer_idx: int):
         super().__init__()
@@ -230,9 +283,12 @@ class Attention(nn.Module):
         bank: nn.Module,
         masks: Masks,
         cache: Cache | None = None,
-        reports: list[TriggerReport] | None = None,
+        traces: list[TriggerTrace] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x `[B, T, D]` to y `[B, T, D]`, arguments as the Updater's; fast comes back as it is."""
+        """Attention from x `[B, T, D]` to y `[B, T, D]`; arguments and returns as of the Updater.
+
+        `fast` is returned unchanged.
+        """
         q, k, v = self.in_proj(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         o = attend(q, k, v, self.window, self.rope_theta, masks, cache, self.layer_idx)
         return self.out_proj(o.flatten(2)), fast
@@ -248,7 +304,21 @@ def attend(
     cache: Cache | None,
     layer_idx: int,
 ) -> Tensor:
-    """Window attention of new tokens, q, k, v `[B, T, H, K]`, to themselves and to cached ones."""
+    """Window attention of new tokens to themselves and to cached ones.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k: `[B, T, H, K]`.
+        v: `[B, T, H, K]`.
+        window: tokens that a token attends to, itself included; None means all before it.
+        rope_theta: base of rotary positions; None means none.
+        masks: of `create_masks`.
+        cache: holds the keys and values of the past, and receives the new ones; None means none.
+        layer_idx: of the layer, for the cache.
+
+    Returns:
+        `[B, T, H, K]`.
+    """
     if rope_theta is not None:
         q, k = (rotate(x, masks["positions"], rope_theta) for x in (q, k))
     if cache is not None:
@@ -260,7 +330,16 @@ def attend(
 
 
 def rotate(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
-    """Rotary positions (Su et al., arXiv 2104.09864): x `[B, T, H, K]`, positions `[B, T]`."""
+    """Rotary positions (Su et al., arXiv 2104.09864).
+
+    Args:
+        x: `[B, T, H, K]`, K even.
+        positions: `[B, T]` or `[1, T]`.
+        theta: base of the frequencies.
+
+    Returns:
+        `[B, T, H, K]` in x's dtype.
+    """
     assert positions is not None
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)

@@ -1,62 +1,52 @@
-"""The operations of Nirvana: one public function each, backends behind it.
+"""The operations of Nirvana: one public function each.
 
-The backend is chosen per call by the tensors, never at import: `cuda` for half precision on a GPU
-(with fla-core and Triton installed), `chunked` for all else; `backend=` overrides the choice (tests
-compare `reference` with the others). Whatever the model's dtype, the recurrences and the Trigger
-compute in float32 (float64 stays float64) and return the dtype they were given.
+`nirvana.ops.dispatch` chooses, at every call, the backend that computes it: `cuda` for half
+precision on a GPU, `chunked` for everything else; inside `use_backend(name)` the named one.
+Whatever the model's dtype, the recurrences and the Trigger compute in float32 (float64 stays
+float64).
 
-`segments` tells samples apart within one row: an integer `[B, T]` that grows by one wherever a new
-sample starts. No state crosses such a border. A state handed in belongs to segment 0; the state
-handed back belongs to the last token's segment. None means that the whole row is segment 0. The
-kernels of `cuda` want the same borders as `cu_seqlens`, int32 `[samples + 1]`: where samples start
-and end in the batch laid out as one row (rows are samples, too). Segments without it are computed
-by `chunked`.
+Two arguments separate packed samples within a row:
+
+- `segments`, integer `[B, T]`, grows by one wherever a new sample starts. No state crosses such a
+  border. A state passed in belongs to segment 0; the state returned belongs to the last token's
+  segment. None means that the whole row is segment 0.
+- `cu_seqlens`, int32 `[samples + 1]`, holds the same borders for the kernels: the cumulative
+  lengths of all samples in the batch laid out as one row, where rows are borders too. Without it
+  packed samples are computed by `chunked`.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
-from types import ModuleType
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nirvana.ops import chunked, reference
+from nirvana.ops import dispatch
+from nirvana.ops.dispatch import BACKENDS, suits_kernels, use_backend
+from nirvana.ops.precision import at_least_float32, in_autocast, no_autocast
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
-
-HAS_KERNELS = find_spec("fla") is not None and find_spec("triton") is not None
-"""Whether `cuda` can be imported; it is, when it is first needed."""
-
-UNIT_EPS = 1e-6
-"""Inside the root of the normalisation of q and k along a head."""
+__all__ = [
+    "BACKENDS",
+    "MIN_LOG_ALPHA",
+    "add_low_rank",
+    "at_least_float32",
+    "causal_conv",
+    "decayed_sum",
+    "gated_delta_rule",
+    "in_autocast",
+    "linear_branch",
+    "linear_cross_entropy",
+    "masked_attention",
+    "no_autocast",
+    "suits_kernels",
+    "swiglu",
+    "trigger_apply",
+    "trigger_gradient",
+    "unit",
+    "use_backend",
+    "window_attention",
+    "window_branch",
+]
 
 MIN_LOG_ALPHA = -40.0
-"""Forgets everything (exp of it is below float64's rounding); backends sum log_alpha over a chunk,
-and a larger sum would swallow the small decays that follow."""
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32; float64 stays float64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def suits_kernels(x: Tensor) -> bool:
-    """Whether x is what the kernels for GPUs are for, and they are installed."""
-    return HAS_KERNELS and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside the block autocast is off; costs nothing where it was off before."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def in_autocast(x: Tensor) -> Tensor:
-    """x in the dtype of autocast's products where autocast is on; elsewhere as it is."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+"""Lower bound of log_alpha. exp(-40) is below float64's rounding, so the state is erased; backends
+sum log_alpha over a chunk, and a larger magnitude would absorb the small decays that follow."""
 
 
 def gated_delta_rule(
@@ -67,36 +57,34 @@ def gated_delta_rule(
     beta: Tensor,
     state: Tensor | None = None,
     segments: Tensor | None = None,
-    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule (Yang et al., arXiv 2412.06464), causal along T.
 
         S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T ;   o_t = S_t q_t / sqrt(K)
 
     Args:
-        q, k: `[B, T, H, K]`; k (and usually q) of unit length along K.
+        q: `[B, T, H, K]`, usually of unit length along K.
+        k: `[B, T, H, K]`, of unit length along K.
         v: `[B, T, H, V]`.
         log_alpha: `[B, T, H]`, logarithm of the decay, <= 0.
         beta: `[B, T, H]`, write strength in 0..1.
         state: `[B, H, K, V]`, the transpose of S before the first token; None means zero.
-        segments: see the module.
+        segments: `[B, T]`, see the module.
 
-    Returns: o `[B, T, H, V]` in v's dtype and the state after the last token, `[B, H, K, V]`.
+    Returns:
+        o `[B, T, H, V]` in v's dtype, and the state after the last token, `[B, H, K, V]`, in
+        float32 (float64 for float64).
     """
     with no_autocast(q.device):
         log_alpha = at_least_float32(log_alpha).clamp(min=MIN_LOG_ALPHA)
-        o, last = _backend(backend).gated_delta_rule(
+        o, last = dispatch.implementation("gated_delta_rule")(
             *(at_least_float32(x) for x in (q, k, v, log_alpha, beta)), state, segments
         )
     return o.to(v.dtype), last
 
 
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    state: Tensor | None = None,
-    segments: Tensor | None = None,
-    backend: str | None = None,
+    x: Tensor, weight: Tensor, state: Tensor | None = None, segments: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution and SiLU.
 
@@ -104,13 +92,28 @@ def causal_conv(
 
     Args:
         x: `[B, T, D]`.
-        weight: `[D, width]`; the last column meets the token itself.
+        weight: `[D, width]`; the last column multiplies the token itself.
         state: `[B, D, width - 1]`, the inputs before the first token; None means zero.
+        segments: `[B, T]`, see the module.
 
-    Returns: y `[B, T, D]` and the last inputs, `[B, D, width - 1]`.
+    Returns:
+        y `[B, T, D]` in x's dtype, and the last inputs, `[B, D, width - 1]`.
     """
-    y, last = _backend(backend).causal_conv(x, at_least_float32(weight), state, segments)
+    weight = at_least_float32(weight)
+    y, last = dispatch.implementation("causal_conv")(x, weight, state, segments)
     return y.to(x.dtype), last
+
+
+def unit(x: Tensor) -> Tensor:
+    """Scales vectors to unit length: x / sqrt(sum x^2 + 1e-6), along the last dimension.
+
+    Args:
+        x: `[..., K]`.
+
+    Returns:
+        `[..., K]` in float32 (float64 for float64).
+    """
+    return dispatch.implementation("unit")(x)
 
 
 def linear_branch(
@@ -124,46 +127,57 @@ def linear_branch(
     segments: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     final: bool = True,
-    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`causal_conv` of q, k and v, unit length of q and k, then `gated_delta_rule`.
+    """`causal_conv` of q, k and v, `unit` of q and k, then `gated_delta_rule`.
 
     Args:
         qkv: `[B, T, 3 H K]`, q, k and v side by side.
         conv_weight: `[3 H K, width]`.
-        log_alpha, beta, state: as of `gated_delta_rule`, `[B, T, H]` and `[B, H, K, K]`.
+        log_alpha: `[B, T, H]`, logarithm of the decay, <= 0.
+        beta: `[B, T, H]`, write strength in 0..1.
         head_dim: K.
-        conv_state: as of `causal_conv`.
-        final: whether the states after the last token are wanted.
+        conv_state: `[B, 3 H K, width - 1]`, as of `causal_conv`.
+        state: `[B, H, K, K]`, as of `gated_delta_rule`.
+        segments: `[B, T]`, see the module.
+        cu_seqlens: `[samples + 1]`, see the module.
+        final: whether to return the states after the last token.
 
-    Returns: o `[B, T, H, K]`; the last inputs of the convolution, `[B, 3 H K, width - 1]`, and the
-        delta rule's last state, `[B, H, K, K]`, both None unless `final`.
+    Returns:
+        o `[B, T, H, K]` in qkv's dtype; the last inputs of the convolution,
+        `[B, 3 H K, width - 1]`; and the delta rule's last state, `[B, H, K, K]`, in float32
+        (float64 for float64). Both states are None unless `final`.
     """
-    four = conv_weight.shape[1] == 4
-    if backend is None and four and _fused(qkv, head_dim, segments, cu_seqlens, conv_state, state):
-        from nirvana.ops import cuda
+    fits = dispatch.linear_branch_fits(
+        qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state, state
+    )
+    o, recent, last = dispatch.implementation("linear_branch", fits)(
+        qkv,
+        at_least_float32(conv_weight),
+        at_least_float32(log_alpha).clamp(min=MIN_LOG_ALPHA),
+        at_least_float32(beta),
+        head_dim,
+        conv_state,
+        state,
+        segments,
+        cu_seqlens,
+        final,
+    )
+    return o.to(qkv.dtype), recent, last
 
-        log_alpha = at_least_float32(log_alpha).clamp(min=MIN_LOG_ALPHA)
-        o, last = cuda.linear_branch(
-            qkv,
-            conv_weight,
-            log_alpha,
-            beta,
-            head_dim,
-            conv_state,
-            state,
-            segments,
-            cu_seqlens,
-            final,
-        )
-        width = conv_weight.shape[1]
-        recent = chunked.last_inputs(qkv, width, conv_state, segments) if final else None
-        return o, recent, last
-    mixed, recent = causal_conv(qkv, conv_weight, conv_state, segments, backend)
-    qk, v = mixed.unflatten(-1, (3, -1, head_dim)).split([2, 1], dim=2)
-    q, k = unit(qk).unbind(2)
-    o, last = gated_delta_rule(q, k, v.squeeze(2), log_alpha, beta, state, segments, backend)
-    return (o, recent, last) if final else (o, None, None)
+
+def add_low_rank(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """Adds a low-rank term to q, k and v: x_p + low_rank_p up_p for p = q, k, v.
+
+    Args:
+        qkv: `[B, T, 3 H K]`, q, k and v side by side.
+        low_rank: `[B, T, 3 r]`, the factors of q, k and v side by side.
+        up: `[3, r, H K]`.
+        head_dim: K.
+
+    Returns:
+        q, k and v, each `[B, T, H, K]`.
+    """
+    return dispatch.implementation("add_low_rank")(qkv, low_rank, up, head_dim)
 
 
 def window_branch(
@@ -174,36 +188,24 @@ def window_branch(
     window: int | None,
     segments: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
 ) -> Tensor:
-    """`window_attention` on q, k and v, each moved by a low-rank term.
+    """`window_attention` on the q, k and v of `add_low_rank`.
 
     Args:
         qkv: `[B, T, 3 H K]`, q, k and v side by side.
-        low_rank: `[B, T, 3 r]`.
+        low_rank: `[B, T, 3 r]`, the factors of q, k and v side by side.
         up: `[3, r, H K]`.
+        head_dim: K.
+        window: tokens that a token attends to, itself included; None means all before it.
+        segments: `[B, T]`, see the module.
+        cu_seqlens: `[samples + 1]`, see the module.
 
-    Returns: `[B, T, H, K]`.
+    Returns:
+        `[B, T, H, K]`.
     """
-    if backend is None and _fused(qkv, head_dim, segments, cu_seqlens):
-        from nirvana.ops import cuda
-
-        return cuda.window_branch(qkv, low_rank, up, head_dim, window, cu_seqlens)
-    q, k, v = moved_heads(qkv, low_rank, up, head_dim)
-    return window_attention(q, k, v, window, segments, cu_seqlens, backend)
-
-
-def moved_heads(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-    """q, k and v of `window_branch`, each `[B, T, H, K]`."""
-    factors = low_rank.flatten(0, 1).unflatten(-1, (3, -1)).transpose(0, 1)  # [3, B T, r]
-    move = torch.bmm(factors, up.to(factors.dtype)).transpose(0, 1)
-    return (qkv + move.reshape(qkv.shape)).unflatten(-1, (3, -1, head_dim)).unbind(2)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Unit length along the last dimension, in float32."""
-    x = at_least_float32(x)
-    return x * (x.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()
+    fits = dispatch.branch_fits(qkv, head_dim, segments, cu_seqlens)
+    compute = dispatch.implementation("window_branch", fits)
+    return compute(qkv, low_rank, up, head_dim, window, segments, cu_seqlens)
 
 
 def window_attention(
@@ -213,30 +215,30 @@ def window_attention(
     window: int | None,
     segments: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
 ) -> Tensor:
     """Causal softmax attention within a window, scale 1/sqrt(K).
 
-    A token sees itself and the `window - 1` tokens before it; None means all before it.
+    A token attends to itself and the `window - 1` tokens before it.
 
     Args:
         q: `[B, T, H, K]`.
-        k, v: `[B, S, H, K]`; the last T of them are the queries' own, those before are the past.
-        segments: see the module; only where S = T.
+        k: `[B, S, H, K]`; the last T keys are the queries' own, the S - T before are the past.
+        v: `[B, S, H, K]`.
+        window: tokens that a token attends to, itself included; None means all before it.
+        segments: `[B, T]`, see the module; only with S = T.
+        cu_seqlens: `[samples + 1]`, see the module.
 
-    Returns: `[B, T, H, K]`.
+    Returns:
+        `[B, T, H, K]`.
 
     Raises:
-        ValueError: for segments where S differs from T.
+        ValueError: if there are segments and S differs from T.
     """
     if segments is not None and k.shape[1] != q.shape[1]:
-        raise ValueError("segments tell new tokens apart, not those of the past")
-    differentiable = q.shape == k.shape or not torch.is_grad_enabled()
-    if backend is None and differentiable and _fused(q, q.shape[-1], segments, cu_seqlens):
-        from nirvana.ops import cuda
-
-        return cuda.window_attention(q, k, v, window, cu_seqlens)
-    return _backend(backend).window_attention(q, k, v, window, segments)
+        raise ValueError("segments separate new tokens, not those of the past")
+    fits = dispatch.attention_fits(q, k, segments, cu_seqlens)
+    compute = dispatch.implementation("window_attention", fits)
+    return compute(q, k, v, window, segments, cu_seqlens)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -244,30 +246,88 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         q: `[B, T, H, K]`.
-        k, v: `[B, S, H, K]`.
-        mask: bool, broadcasts to `[B, H, T, S]`.
+        k: `[B, S, H, K]`.
+        v: `[B, S, H, K]`.
+        mask: bool, broadcasts to `[B, H, T, S]`; true somewhere in every row.
 
-    Returns: `[B, T, H, K]`.
+    Returns:
+        `[B, T, H, K]`.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return dispatch.implementation("masked_attention")(q, k, v, mask)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, for gate and up side by side.
+    """silu(gate) * up, for gate and up side by side (Shazeer, arXiv 2002.05202).
 
     Args:
-        x: `[B, T, 2 F]`.
+        x: `[..., 2 F]`.
 
-    Returns: `[B, T, F]`.
+    Returns:
+        `[..., F]`.
     """
-    # Where no gradient is wanted, a compiler does as well, and fuses it with what is around.
-    if suits_kernels(x) and x.requires_grad:
-        from nirvana.ops import triton_swiglu
+    return dispatch.implementation("swiglu", dispatch.swiglu_fits(x))(x)
 
-        return triton_swiglu.swiglu(x)
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+
+def trigger_gradient(
+    k: Tensor,
+    v: Tensor,
+    fast: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    exact: bool = True,
+) -> Tensor:
+    """Gradient of 1/2 ||f(k; p) - v||^2 with respect to p, in closed form; f as of `trigger_apply`.
+
+    With e = f(k; p) - v, gamma = gain p_g, U_r = k weight[:, :, r] and
+    delta = P(gamma e) / s, where P(u) = u - mean(u) - n mean(u n):
+
+        g_w[r] = U_r . delta      g_g = gain^T (e n)      g_b = bias^T delta      g_s = shift^T e
+
+    Args:
+        k: `[..., T, C]`, the task keys.
+        v: `[..., T, C]`, the task values.
+        fast: p, `[..., T, 4, R]`, float32 (float64 for float64).
+        weight: `[C, C, R]` (in, out, bank).
+        gain: `[C, R]`.
+        bias: `[C, R]`.
+        shift: `[C, R]`.
+        exact: False leaves out the derivative of the normalisation (P(u) = u), as the authors'
+            released code does.
+
+    Returns:
+        `[..., T, 4, R]`, the gradients of p_w, p_g, p_b and p_s, in fast's dtype.
+    """
+    compute = dispatch.implementation("trigger_gradient", dispatch.trigger_fits(k))
+    return compute(k, v, fast, weight, gain, bias, shift, exact)
+
+
+def trigger_apply(
+    x: Tensor, fast: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shift: Tensor
+) -> Tensor:
+    """The function f of the Trigger, whose weights are mixed from a bank by the fast parameters.
+
+    With p = (p_w, p_g, p_b, p_s), each `[R]`:
+
+        z(x; p) = sum_ir x_i weight[i, :, r] p_w[r] + bias p_b
+        f(x; p) = x + (gain p_g) n + shift p_s      n = (z - mean(z)) / s,  s^2 = var(z) + 1e-6
+
+    Mean and (biased) variance are over C.
+
+    Args:
+        x: `[..., T, C]`.
+        fast: p, `[..., T, 4, R]`, float32 (float64 for float64).
+        weight: `[C, C, R]` (in, out, bank).
+        gain: `[C, R]`.
+        bias: `[C, R]`.
+        shift: `[C, R]`.
+
+    Returns:
+        `[..., T, C]`; float32 or x's dtype.
+    """
+    compute = dispatch.implementation("trigger_apply", dispatch.trigger_fits(x))
+    return compute(x, fast, weight, gain, bias, shift)
 
 
 def decayed_sum(
@@ -275,41 +335,36 @@ def decayed_sum(
     decay: Tensor | float,
     state: Tensor | None = None,
     segments: Tensor | None = None,
-    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The memory along the sample, m_t = decay m_{t-1} + g_t.
+    """The Trigger's memory along the sample, m_t = decay m_{t-1} + g_t.
 
     Args:
         g: `[B, T, F]`.
         decay: one number in 0..1.
-        state: m before the first token `[B, F]`; None means zero.
+        state: `[B, F]`, m before the first token; None means zero.
+        segments: `[B, T]`, see the module.
 
-    Returns: m `[B, T, F]` and its last row `[B, F]`.
+    Returns:
+        m `[B, T, F]` and its last row, `[B, F]`, in float32 (float64 for float64).
     """
     with no_autocast(g.device):
-        return _backend(backend).decayed_sum(at_least_float32(g), decay, state, segments)
+        compute = dispatch.implementation("decayed_sum")
+        return compute(at_least_float32(g), decay, state, segments)
 
 
-def _fused(
-    x: Tensor,
-    head_dim: int,
-    segments: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *states: Tensor | None,
-) -> bool:
-    """Whether `cuda` computes this: more than one token, and borders that its kernels can take."""
-    if not suits_kernels(x) or x.shape[1] == 1:
-        return False
-    if segments is not None and (cu_seqlens is None or any(s is not None for s in states)):
-        return False
-    from nirvana.ops import cuda
+def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """sum_t -log softmax(weight h_t)[labels_t], over the tokens whose label is not -100.
 
-    return head_dim in cuda.HEAD_DIMS
+    The logits are in h's dtype; the softmax is computed in float32 (float64 for float64).
 
+    Args:
+        h: `[N, D]`, in autocast's dtype where autocast is on.
+        weight: `[V, D]`, the same.
+        labels: `[N]`, int64, in 0..V-1, or -100 (`cross_entropy.IGNORE`).
 
-def _backend(name: str | None) -> ModuleType:
-    if name is None:
-        return chunked
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+    Returns:
+        a scalar, float32 (float64 for float64).
+    """
+    h, weight = in_autocast(h), in_autocast(weight)
+    fits = dispatch.cross_entropy_fits(h)
+    return dispatch.implementation("linear_cross_entropy", fits)(h, weight, labels)

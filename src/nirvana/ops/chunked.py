@@ -1,12 +1,40 @@
-"""The operations in PyTorch, in chunks, on any device: linear in T in time and memory."""
+"""The operations in PyTorch, in chunks, on any device: linear in T in time and memory.
+
+The functions of the Trigger and the loss, which this backend has too, are in `trigger` and
+`cross_entropy`.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nirvana.ops.cross_entropy import linear_cross_entropy
+from nirvana.ops.precision import at_least_float32, no_autocast
+from nirvana.ops.reference import UNIT_EPS
+from nirvana.ops.trigger import trigger_apply, trigger_gradient
+
+__all__ = [
+    "add_low_rank",
+    "causal_conv",
+    "decayed_sum",
+    "gated_delta_rule",
+    "linear_branch",
+    "linear_cross_entropy",
+    "masked_attention",
+    "swiglu",
+    "trigger_apply",
+    "trigger_gradient",
+    "unit",
+    "window_attention",
+    "window_branch",
+]
+
 DELTA_CHUNK = 64
+"""Tokens of a chunk of the gated delta rule."""
 SOLVE_SIZE = 16
+"""Triangular matrices up to this size are inverted by the library."""
 SUM_CHUNK = 64
+"""Tokens of a chunk of the decayed sum."""
 
 
 def gated_delta_rule(
@@ -18,8 +46,10 @@ def gated_delta_rule(
     state: Tensor | None,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of 64 tokens: within a chunk the writes solve one unit triangular system (the WY form
-    of arXiv 2412.06464, section 3.3), so only what moves the state goes from chunk to chunk.
+    """See `nirvana.ops.gated_delta_rule`.
+
+    Within a chunk the writes solve one unit triangular system (the WY form of arXiv 2412.06464,
+    section 3.3); only the update of the state runs from chunk to chunk.
     """
     B, T, H, K = q.shape
     if state is None:
@@ -83,7 +113,7 @@ class _UnitInverse(torch.autograd.Function):
 
 
 def _invert(L: Tensor, X: Tensor) -> None:
-    """Writes (I + L)^-1 into X, halves first: most of the work is products, and none overflows."""
+    """Writes (I + L)^-1 into X, halves first: mostly products, none of which overflows."""
     n = L.shape[-1]
     if n <= SOLVE_SIZE:
         eye = torch.eye(n, dtype=L.dtype, device=L.device).expand_as(L)
@@ -123,7 +153,10 @@ def _pad_segments(segments: Tensor, c: int) -> Tensor:
 def causal_conv(
     x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A sum of shifted copies: exact at sample borders, and one pass when compiled."""
+    """See `nirvana.ops.causal_conv`.
+
+    A sum of shifted copies: exact at sample borders, and one pass when compiled.
+    """
     T, width = x.shape[1], weight.shape[1]
     if state is None:
         inputs = F.pad(x, (0, 0, width - 1, 0))
@@ -142,8 +175,17 @@ def causal_conv(
 
 
 def last_inputs(x: Tensor, width: int, state: Tensor | None, segments: Tensor | None) -> Tensor:
-    """What the convolution of the next token reads: the last `width - 1` inputs, `[B, D, width -
-    1]`, as far as they are of the last token's sample."""
+    """The inputs that the convolution of the next token reads.
+
+    Args:
+        x: `[B, T, D]`, the inputs of this call.
+        width: of the convolution.
+        state: `[B, D, width - 1]`, the inputs before; None means zero.
+        segments: `[B, T]`, see `nirvana.ops`.
+
+    Returns:
+        `[B, D, width - 1]`, zero where an input is not of the last token's sample.
+    """
     T = x.shape[1]
     missing = max(0, width - 1 - T)
     last = x[:, max(0, T - width + 1) :]
@@ -158,18 +200,89 @@ def last_inputs(x: Tensor, width: int, state: Tensor | None, segments: Tensor | 
     return last.mT
 
 
-def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Tensor | None
+def unit(x: Tensor) -> Tensor:
+    """See `nirvana.ops.unit`."""
+    x = at_least_float32(x)
+    return x * (x.square().sum(-1, keepdim=True) + UNIT_EPS).rsqrt()
+
+
+def linear_branch(
+    qkv: Tensor,
+    conv_weight: Tensor,
+    log_alpha: Tensor,
+    beta: Tensor,
+    head_dim: int,
+    conv_state: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    final: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `nirvana.ops.linear_branch`."""
+    mixed, recent = causal_conv(qkv, conv_weight, conv_state, segments)
+    mixed = mixed.to(qkv.dtype).unflatten(-1, (3, -1, head_dim))
+    qk, v = mixed.split([2, 1], dim=2)
+    q, k = unit(qk).unbind(2)
+    with no_autocast(qkv.device):
+        v = at_least_float32(v.squeeze(2))
+        o, last = gated_delta_rule(q, k, v, log_alpha, beta, state, segments)
+    o = o.to(qkv.dtype)
+    return (o, recent, last) if final else (o, None, None)
+
+
+def add_low_rank(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """See `nirvana.ops.add_low_rank`."""
+    factors = low_rank.flatten(0, 1).unflatten(-1, (3, -1)).transpose(0, 1)  # [3, B T, r]
+    delta = torch.bmm(factors, up.to(factors.dtype)).transpose(0, 1)
+    return (qkv + delta.reshape(qkv.shape)).unflatten(-1, (3, -1, head_dim)).unbind(2)
+
+
+def window_branch(
+    qkv: Tensor,
+    low_rank: Tensor,
+    up: Tensor,
+    head_dim: int,
+    window: int | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Blocks of one window: a block of queries meets its own and the previous block of keys."""
+    """See `nirvana.ops.window_branch`."""
+    q, k, v = add_low_rank(qkv, low_rank, up, head_dim)
+    return window_attention(q, k, v, window, segments, cu_seqlens)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """See `nirvana.ops.masked_attention`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """See `nirvana.ops.swiglu`."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """See `nirvana.ops.window_attention`.
+
+    In blocks of one window: a block of queries attends to its own and the previous block of keys.
+    """
     T, S = q.shape[1], k.shape[1]
     if T == 1:
         k, v = (x if window is None else x[:, -window:] for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    if T < S:  # rows without a question take the places of the earlier keys
+    if T < S:  # queries of zeros at the places of the earlier keys; their rows are dropped
         q = F.pad(q, (0, 0, 0, 0, S - T, 0))
-        return window_attention(q, k, v, window, segments)[:, S - T :]
+        return window_attention(q, k, v, window, segments, cu_seqlens)[:, S - T :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if window is None or window >= T:
         if segments is None:
@@ -202,7 +315,10 @@ def window_attention(
 def decayed_sum(
     g: Tensor, decay: Tensor | float, state: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Products with a triangle of powers; chunk ends are summed by the same rule, recursively."""
+    """See `nirvana.ops.decayed_sum`.
+
+    Products with a triangle of powers; chunk ends are summed by the same rule, recursively.
+    """
     B, T, _ = g.shape
     if state is None:
         state = torch.zeros_like(g[:, 0])

@@ -1,11 +1,19 @@
-"""The definitions of the operations, step by step.
+"""The definitions of the operations, token by token.
 
-Slow and obvious; the other backends are tested against these in values and gradients.
+Slow and obvious, one for every public function of `nirvana.ops`, with its arguments. The other
+backends are tested against these in values and gradients.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nirvana.ops.precision import at_least_float32, no_autocast
+
+UNIT_EPS = 1e-6
+"""Added to the squared length of q and k before the root."""
+TRIGGER_EPS = 1e-6
+"""Added to the variance over C before the root, in the Trigger."""
 
 
 def gated_delta_rule(
@@ -17,6 +25,7 @@ def gated_delta_rule(
     state: Tensor | None,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """See `nirvana.ops.gated_delta_rule`."""
     B, T, H, K = q.shape
     S = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state.to(q.dtype)
     outputs = []
@@ -33,6 +42,7 @@ def gated_delta_rule(
 def causal_conv(
     x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """See `nirvana.ops.causal_conv`."""
     B, T, D = x.shape
     width = weight.shape[1]
     if state is None:
@@ -50,9 +60,63 @@ def causal_conv(
     return F.silu(torch.stack(outputs, dim=1)), (inputs[:, T:] * own[..., None]).transpose(1, 2)
 
 
-def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Tensor | None
+def unit(x: Tensor) -> Tensor:
+    """See `nirvana.ops.unit`."""
+    x = at_least_float32(x)
+    return x / (x.square().sum(-1, keepdim=True) + UNIT_EPS).sqrt()
+
+
+def linear_branch(
+    qkv: Tensor,
+    conv_weight: Tensor,
+    log_alpha: Tensor,
+    beta: Tensor,
+    head_dim: int,
+    conv_state: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    final: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `nirvana.ops.linear_branch`."""
+    with no_autocast(qkv.device):
+        mixed, recent = causal_conv(at_least_float32(qkv), conv_weight, conv_state, segments)
+        q, k, v = mixed.unflatten(-1, (3, -1, head_dim)).unbind(2)
+        o, last = gated_delta_rule(unit(q), unit(k), v, log_alpha, beta, state, segments)
+    return (o, recent, last) if final else (o, None, None)
+
+
+def add_low_rank(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """See `nirvana.ops.add_low_rank`."""
+    factors = low_rank.unflatten(-1, (3, -1))
+    delta = torch.einsum("btpr,prd->btpd", factors, up.to(factors.dtype))
+    q, k, v = (qkv.unflatten(-1, (3, -1)) + delta).unbind(2)
+    return tuple(x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
+
+
+def window_branch(
+    qkv: Tensor,
+    low_rank: Tensor,
+    up: Tensor,
+    head_dim: int,
+    window: int | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
+    """See `nirvana.ops.window_branch`."""
+    q, k, v = add_low_rank(qkv, low_rank, up, head_dim)
+    return window_attention(q, k, v, window, segments, cu_seqlens)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """See `nirvana.ops.window_attention`."""
     S, K = k.shape[1], k.shape[-1]
     past = S - q.shape[1]
     outputs = []
@@ -66,9 +130,85 @@ def window_attention(
     return torch.stack(outputs, dim=1)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """See `nirvana.ops.masked_attention`."""
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshk->bthk", weights, v)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """See `nirvana.ops.swiglu`."""
+    gate, up = x.unflatten(-1, (2, -1)).unbind(-2)
+    return gate * torch.sigmoid(gate) * up
+
+
+def trigger_gradient(
+    k: Tensor,
+    v: Tensor,
+    fast: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    exact: bool = True,
+) -> Tensor:
+    """See `nirvana.ops.trigger_gradient`."""
+    k, v, weight, gain, bias, shift = map(at_least_float32, (k, v, weight, gain, bias, shift))
+    outputs = []
+    for t in range(k.shape[-2]):
+        k_t, v_t, p = k[..., t, :], v[..., t, :], fast[..., t, :, :]
+        f, n, s = _trigger_token(k_t, p, weight, gain, bias, shift)
+        e = f - v_t
+        u = torch.einsum("cr,...r->...c", gain, p[..., 1, :]) * e  # of n
+        if exact:  # the derivative of the normalisation
+            u = u - u.mean(-1, keepdim=True) - n * (u * n).mean(-1, keepdim=True)
+        delta = u / s  # of z
+        g = [
+            torch.einsum("...i,icr,...c->...r", k_t, weight, delta),
+            torch.einsum("cr,...c->...r", gain, e * n),
+            torch.einsum("cr,...c->...r", bias, delta),
+            torch.einsum("cr,...c->...r", shift, e),
+        ]
+        outputs.append(torch.stack(g, dim=-2))
+    return torch.stack(outputs, dim=-3)
+
+
+def trigger_apply(
+    x: Tensor, fast: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shift: Tensor
+) -> Tensor:
+    """See `nirvana.ops.trigger_apply`."""
+    x, weight, gain, bias, shift = map(at_least_float32, (x, weight, gain, bias, shift))
+    outputs = []
+    for t in range(x.shape[-2]):
+        f, _, _ = _trigger_token(x[..., t, :], fast[..., t, :, :], weight, gain, bias, shift)
+        outputs.append(f)
+    return torch.stack(outputs, dim=-2)
+
+
+def _trigger_token(
+    x: Tensor, p: Tensor, weight: Tensor, gain: Tensor, bias: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x; p), n and s of one token: x `[..., C]`, p `[..., 4, R]`."""
+    p_w, p_g, p_b, p_s = p.unbind(-2)
+    W = torch.einsum("icr,...r->...ic", weight, p_w)
+    z = torch.einsum("...i,...ic->...c", x, W) + torch.einsum("cr,...r->...c", bias, p_b)
+    s = (z.var(-1, correction=0, keepdim=True) + TRIGGER_EPS).sqrt()
+    n = (z - z.mean(-1, keepdim=True)) / s
+    f = x + torch.einsum("cr,...r->...c", gain, p_g) * n
+    return f + torch.einsum("cr,...r->...c", shift, p_s), n, s
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """See `nirvana.ops.linear_cross_entropy`."""
+    logits = at_least_float32(h @ weight.mT)
+    return F.cross_entropy(logits, labels, reduction="sum")  # which leaves out -100, as we do
+
+
 def decayed_sum(
     g: Tensor, decay: Tensor | float, state: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """See `nirvana.ops.decayed_sum`."""
     m = torch.zeros_like(g[:, 0]) if state is None else state.to(g.dtype)
     outputs = []
     for t in range(g.shape[1]):

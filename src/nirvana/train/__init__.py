@@ -1,1 +1,1 @@
-"""Training: configuration, token shards, optimiser, checkpoints and the one training loop."""
+"""Training: settings, the loop, the optimiser step, parallelism, checkpoints and export."""

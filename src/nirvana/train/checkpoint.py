@@ -1,10 +1,10 @@
-"""Checkpoints: folders that are whole or absent, and are known to be undamaged when read.
+"""Checkpoints: folders that are complete or absent, and are verified when read.
 
-`RUN/checkpoints/step-00001000/` holds a `shard-*.safetensors` of each process that wrote it (what
-is trained, buffers, and the optimiser's moments under "parameter:moment") and `state.json` (step,
-position in the data, resolved configuration, SHA-256 of the shards). A shard tells where its
-tensors lie in the whole ones, so that any number of processes reads what any other number wrote.
-Nothing in it is ever unpickled.
+`RUN/checkpoints/step-00001000/` holds a `shard-*.safetensors` of each process that wrote it
+(trained parameters, buffers, and the optimiser's moments under "parameter:moment") and `state.json`
+(step, position in the data, resolved configuration, SHA-256 of the shards). The metadata of a shard
+gives the offsets of its tensors in the whole ones, so that any number of processes can read what
+any other number wrote. No part of a checkpoint is ever unpickled.
 """
 
 import errno
@@ -32,37 +32,39 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from nirvana.errors import InputError
 from nirvana.files import publish_folder, sha256, write_json
-from nirvana.train.world import World
+from nirvana.train.distributed import ProcessContext
 
 _NAME = re.compile(r"step-(\d{8,})")
-# A process alone is no mistake here.
+# Checkpoints of a single process are intended.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for what is written
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk or the quota is full
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk."""
+    """A complete checkpoint on the disk."""
 
     folder: Path
-    step: int  # updates done
+    step: int  # steps done
     config: dict[str, Any]  # resolved configuration of the run that wrote it
     position: dict[str, Any]  # which data follow, see `Task.position`
-    skipped: int  # steps left out because they were not finite
+    skipped: int  # steps skipped because loss or gradient was not finite
 
 
 class Writer:
-    """Writes the checkpoints of a run while it goes on, one at a time; at its end, as a context
-    manager, it waits until the last one is whole.
+    """Writes the checkpoints of a run in the background, one at a time.
+
+    As a context manager it waits at the end until the last one is complete.
 
     Args:
         run: the run's folder.
-        model: its trained parameters and its persistent buffers are saved; frozen parameters are
-            not, because training leaves them as they were built.
+        model: its trained parameters and persistent buffers are saved; frozen parameters are not,
+            since training does not change them.
         parameters: the trained ones by name.
+        optimizer: its state is saved.
         config: resolved configuration.
-        keep: how many of the newest checkpoints stay.
-        world: all processes of it call every method together.
+        keep: number of the newest checkpoints that are kept.
+        processes: the processes of the run; all of them call every method together.
     """
 
     def __init__(
@@ -73,11 +75,11 @@ class Writer:
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         keep: int,
-        world: World,
+        processes: ProcessContext,
     ) -> None:
         self._run, self._config, self._keep = Path(run), config, keep
         self._model, self._named = model, list(parameters)
-        self._optimizer, self._world = optimizer, world
+        self._optimizer, self._processes = optimizer, processes
         self._writing: Future | None = None
 
     def __enter__(self) -> "Writer":
@@ -87,35 +89,43 @@ class Writer:
         self.wait()
 
     def save(self, step: int, position: dict[str, Any], skipped: int = 0) -> Path:
-        """Copies the state of a step, writes it in the background, and tells its folder to be.
+        """Copies the state of a step and starts writing it in the background.
+
+        Args:
+            step: steps done.
+            position: see `Task.position`.
+            skipped: steps skipped so far.
+
+        Returns:
+            The folder, which appears when the checkpoint is complete.
 
         Raises:
-            InputError: when there is no room for this checkpoint or the one before.
+            InputError: when the disk is too full for this checkpoint or the previous one.
         """
         self.wait()
         folder = folder_of(self._run, step)
         partial = folder.with_name(f".{folder.name}.partial")
-        if self._world.first:
-            for remains in folder.parent.glob(".step-*"):  # of a save that was killed
+        if self._processes.is_main:
+            for remains in folder.parent.glob(".step-*"):  # a killed process was writing there
                 shutil.rmtree(remains)
             partial.mkdir(parents=True)
-        self._world.wait()
+        self._processes.barrier()
         state = {"step": step, "position": position, "config": self._config, "skipped": skipped}
         with _one_line(folder):
             self._writing = async_save(
                 _tensors(self._model, self._named, self._optimizer),
                 storage_writer=_Storage(partial, folder, state, self._keep),
-                process_group=self._world.background,
-                no_dist=self._world.size == 1,
+                process_group=self._processes.background,
+                no_dist=self._processes.size == 1,
             )  # type: ignore[assignment]
         self._folder = folder
         return folder
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is whole on the disk.
+        """Waits until the last checkpoint is complete on the disk.
 
         Raises:
-            InputError: when there was no room for it.
+            InputError: when the disk was too full for it.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
@@ -124,28 +134,28 @@ class Writer:
 
 
 class _Storage(HuggingFaceStorageWriter):
-    """Safetensors shards in a temporary folder, which gets its name when all are written."""
+    """Writes safetensors shards into a temporary folder and renames it when all are written."""
 
     def __init__(self, partial: Path, folder: Path, state: dict[str, Any], keep: int) -> None:
         super().__init__(str(partial), save_distributed=True)
         self._partial, self._folder, self._state, self._keep = partial, folder, state, keep
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """Called in the first process alone, after every process has written its shard."""
+        """Publishes the folder; called in the main process, after all have written their shard."""
         sums = {file.name: sha256(file) for file in sorted(self._partial.glob("*.safetensors"))}
         state = {**self._state, "sha256": sums}
         write_json(self._partial / "state.json", {**state, "sum": _sum(state)})
         publish_folder(self._partial, self._folder)
         folders = _folders(self._folder.parents[1])
-        # A later step than this one was damaged, or the run would have resumed there.
-        whole = [each for each in folders if _step(each) <= self._state["step"]]
-        for old in set(folders).difference(whole[: self._keep]):
+        # A later checkpoint must be damaged: otherwise the run would have resumed from it.
+        earlier = [each for each in folders if _step(each) <= self._state["step"]]
+        for old in set(folders).difference(earlier[: self._keep]):
             shutil.rmtree(old)
 
 
 @contextmanager
 def _one_line(folder: Path) -> Iterator[None]:
-    """Turns a full disk into one line to the user."""
+    """Turns a full disk into an `InputError`."""
     try:
         yield
     except (OSError, CheckpointException) as error:
@@ -155,27 +165,41 @@ def _one_line(folder: Path) -> Iterator[None]:
         for reason in reasons:
             if isinstance(reason, OSError) and reason.errno in FULL:
                 raise no_room(folder, reason) from error
-        # The library's exception is none that `except Exception` would catch.
+        # CheckpointException is a BaseException, which `except Exception` does not catch.
         raise RuntimeError(f"{folder} could not be written") from error
 
 
 def no_room(path: Path, reason: OSError) -> InputError:
-    """What a run says when it cannot write any more."""
+    """Returns the error of a run that can no longer write.
+
+    Args:
+        path: file or folder that was being written.
+        reason: the error of the operating system.
+    """
     return InputError(
-        f"{path} cannot be written: {reason.strerror}; the checkpoints that are whole stay. "
-        "Make room, then continue with --resume"
+        f"{path} cannot be written: {reason.strerror}; complete checkpoints are kept. "
+        "Free some space, then continue with --resume"
     )
 
 
 def folder_of(run: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Returns the folder of a checkpoint.
+
+    Args:
+        run: the run's folder.
+        step: steps done.
+    """
     return Path(run) / "checkpoints" / f"step-{step:08d}"
 
 
 def latest(run: str | Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; None when the run has none at all.
+    """Finds the newest undamaged checkpoint of a run; warns about each damaged one.
 
-    A damaged one is named in a warning, and the one before it is taken.
+    Args:
+        run: the run's folder.
+
+    Returns:
+        The checkpoint; None when the run has none at all.
 
     Raises:
         InputError: when there are checkpoints and every one is damaged.
@@ -185,7 +209,7 @@ def latest(run: str | Path) -> Checkpoint | None:
         try:
             return read(folder)
         except InputError as error:
-            warnings.warn(f"{error}; passed over", stacklevel=2)
+            warnings.warn(f"{error}; skipped", stacklevel=2)
     if folders:
         raise InputError(
             f"{Path(run) / 'checkpoints'}: every checkpoint is damaged; train into another folder"
@@ -194,16 +218,22 @@ def latest(run: str | Path) -> Checkpoint | None:
 
 
 def read(folder: str | Path) -> Checkpoint:
-    """The checkpoint in a folder, after every file was compared with its SHA-256.
+    """Reads the state of a checkpoint and verifies the SHA-256 of every file.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        The checkpoint.
 
     Raises:
-        InputError: naming what is damaged.
+        InputError: naming the file that is damaged.
     """
     folder = Path(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        known = (state[name] for name in ("step", "config", "position", "skipped"))
-        checkpoint = Checkpoint(folder, *known)
+        values = (state[name] for name in ("step", "config", "position", "skipped"))
+        checkpoint = Checkpoint(folder, *values)
         if state.pop("sum") != _sum(state):
             raise ValueError("state.json: its SHA-256 is not the recorded one")
         for name, expected in state["sha256"].items():
@@ -222,10 +252,14 @@ def restore(
     optimizer: torch.optim.Optimizer | None = None,
     alone: bool = True,
 ) -> None:
-    """Puts a checkpoint's values into a model and, if it is given, its optimiser, in place.
+    """Loads a checkpoint into a model and, if given, its optimiser, in place.
 
     Args:
-        alone: False when all processes of a run call this together, each for its parts.
+        checkpoint: see `read` and `latest`.
+        model: of the configuration that wrote the checkpoint.
+        parameters: the trained ones by name.
+        optimizer: over `parameters`; None: its state is not loaded.
+        alone: False when all processes of a run call this together, each for its shards.
 
     Raises:
         InputError: when the checkpoint is of another model.
@@ -248,7 +282,7 @@ def restore(
         for full in moments:
             name, _, key = full.rpartition(":")
             like = parameter[name].detach()
-            # The fused optimiser counts its steps beside each parameter.
+            # The fused optimiser keeps its step counters on the parameter's device.
             optimizer.state[parameter[name]][key] = (
                 torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
             )
@@ -260,7 +294,7 @@ def restore(
 
 
 def _sum(state: dict[str, Any]) -> str:
-    """The SHA-256 of what state.json says, whatever its spacing."""
+    """The SHA-256 of the content of state.json, independent of its whitespace."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

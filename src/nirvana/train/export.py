@@ -1,4 +1,4 @@
-"""A checkpoint of a language model's training as a folder of the transformers library."""
+"""Export of a language model's checkpoint to a folder of the transformers library."""
 
 import json
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from nirvana.config import from_dict
 from nirvana.data.tokenizer import (
     TOKENIZER_FILES,
     copy_tokenizer,
@@ -21,7 +22,7 @@ from nirvana.files import atomic_folder, check_outputs, replaceable_folder
 from nirvana.model.config import NirvanaConfig, preset
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.train.checkpoint import Checkpoint, latest, read, restore
-from nirvana.train.config import LanguageConfig, from_dict
+from nirvana.train.config import LanguageConfig
 
 RESULTS = (
     "config.json",
@@ -68,17 +69,19 @@ def export(
     """Writes a checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
-        source: a run's folder, whose newest whole checkpoint is taken, or one checkpoint.
+        source: a run's folder, of which the newest undamaged checkpoint is exported, or the folder
+            of a checkpoint.
         out: folder to write: safetensors, configuration, tokenizer, and a card, README.md; results
             of an earlier export are replaced.
-        precision: "float32" or "bf16"; empty: `run.export_precision` of the run.
+        precision: "float32" or "bf16"; "": `run.export_precision` of the run.
         tokenizer: folder of the tokenizer; None: the run's.
 
     Returns:
-        the checkpoint that was taken.
+        The checkpoint that was exported.
 
     Raises:
-        InputError: for what is no run or checkpoint of a language model, or is damaged.
+        InputError: for a folder that is not a run or checkpoint of a language model, and for a
+            damaged checkpoint.
     """
     source = Path(source)
     is_run = (source / "checkpoints").is_dir()
@@ -93,24 +96,31 @@ def export(
     if checkpoint is None:
         raise InputError(f"{source}: holds no checkpoint yet")
     config = from_dict(LanguageConfig, checkpoint.config, "")
-    place = tokenizer_folder(given)
+    tokenizer_source = tokenizer_folder(given)
     if precision not in ("", "float32", "bf16"):
         raise InputError(f"precision {precision!r} must be float32 or bf16")
     chosen = precision or config.run.export_precision
-    model = NirvanaForCausalLM(model_config(config, load_tokenizer(place)))
+    model = NirvanaForCausalLM(model_config(config, load_tokenizer(tokenizer_source)))
     restore(checkpoint, model, model.named_parameters())
     nn.Module.to(model, torch.bfloat16 if chosen == "bf16" else torch.float32)
     with atomic_folder(out) as folder:
         with _quiet():
             model.save_pretrained(folder)
-        copy_tokenizer(place, folder)
+        copy_tokenizer(tokenizer_source, folder)
         card = _card(checkpoint, config, model, chosen, metrics)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return checkpoint
 
 
 def model_config(config: LanguageConfig, tokenizer: Any) -> NirvanaConfig:
-    """The model's configuration; its vocabulary is the tokenizer's unless the file says otherwise.
+    """Builds the model's configuration.
+
+    Args:
+        config: preset and overridden fields.
+        tokenizer: gives the vocabulary size and special tokens that the fields do not set.
+
+    Returns:
+        The configuration of the model.
 
     Raises:
         InputError: for a vocabulary smaller than the tokenizer's.
@@ -133,13 +143,13 @@ def model_config(config: LanguageConfig, tokenizer: Any) -> NirvanaConfig:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's own progress bars, beside which ours would be torn."""
-    shown = logging.is_progress_bar_enabled()
+    """Disables the progress bars of transformers, which would break up ours."""
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
 
 

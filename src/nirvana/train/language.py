@@ -1,4 +1,4 @@
-"""Training a language model from token shards."""
+"""Training of a language model on token shards."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +10,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nirvana.data.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_folder
+from nirvana.config import load_config, to_dict
+from nirvana.data.loader import PackedLoader, ReadAhead
+from nirvana.data.shards import TokenShards
+from nirvana.data.tokenizer import copy_tokenizer, load_tokenizer, text_encoder, tokenizer_folder
 from nirvana.errors import InputError
-from nirvana.evaluate.perplexity import Score, score_tokens
+from nirvana.evaluate.likelihood import token_log_likelihoods
+from nirvana.evaluate.perplexity import Score
 from nirvana.model.nirvana import NirvanaForCausalLM
-from nirvana.text import text_encoder
-from nirvana.train.config import LanguageConfig, load_config, to_dict
-from nirvana.train.data import PackedLoader, ReadAhead, TokenShards
-from nirvana.train.estimate import flops_per_token, memory_bytes, peak_flops
+from nirvana.train.config import LanguageConfig
+from nirvana.train.distributed import ProcessContext, init_distributed
+from nirvana.train.estimate import memory_bytes, peak_flops
 from nirvana.train.export import export, model_config
 from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.parallel import make_mesh, parallelize
 from nirvana.train.task import Task
-from nirvana.train.world import World, join
 
-ASSUMED_MFU = 0.4  # of the estimates before a run
+ASSUMED_MFU = 0.4  # for the estimate of a run's duration
 
 
 class LanguageTask(Task):
@@ -32,11 +34,11 @@ class LanguageTask(Task):
 
     Args:
         config: of the whole run.
-        device: where the model lies; "meta" makes one without weights, for estimates.
+        device: of the model; "meta" builds one without weights, for estimates.
 
     Raises:
-        InputError: for unusable shards, shards of different tokenizers, or a model's
-            configuration that is wrong or whose vocabulary is smaller than the tokenizer's.
+        InputError: for unusable shards, shards of different tokenizers, a wrong configuration of
+            the model, or a vocabulary smaller than the tokenizer's.
     """
 
     unit = "tokens"
@@ -68,23 +70,24 @@ class LanguageTask(Task):
         self.units_per_step = data.context_length * data.batch_size * config.optim.accumulation
         self.architecture = model_config(config, self.tokenizer)
         with torch.device("meta" if device.type == "meta" else "cpu"):
-            self.model: nn.Module = NirvanaForCausalLM(self.architecture)
-        nn.Module.to(self.model, device)
-        per_token = flops_per_token(self.model, self.architecture, data.context_length)
-        self.flops_per_step = per_token * self.units_per_step
+            model = NirvanaForCausalLM(self.architecture)
+        nn.Module.to(model, device)
+        self.model: nn.Module = model
+        self.undecayed = model.no_weight_decay()
+        self.flops_per_step = model.flops_per_token(data.context_length) * self.units_per_step
 
-    def prepare(self, world: World, compiled: bool) -> None:
-        """Recompute, compile, shard."""
+    def prepare(self, processes: ProcessContext, compiled: bool) -> None:
+        """Applies recomputation, compilation and sharding; see `Task.prepare`."""
         blocks = list(self.model.model.layers)  # type: ignore[union-attr,arg-type]
-        rounded = self.config.run.autocast_dtype(world.device)
-        parallelize(self.model, blocks, self.config.parallel, world, compiled, rounded)
+        rounded = self.config.run.autocast_dtype(processes.device)
+        parallelize(self.model, blocks, self.config.parallel, processes, compiled, rounded)
 
     def begin(self, folder: Path) -> None:
-        """The run carries its tokenizer, so that its checkpoints can be exported anywhere."""
+        """Copies the tokenizer into the run's folder, so that checkpoints can be exported."""
         copy_tokenizer(self.tokenizer_folder, folder / "tokenizer")
 
     def position(self, step: int) -> dict[str, Any]:
-        """The loader's."""
+        """See `PackedLoader.position`."""
         return self.loader.position(step)
 
     def batch(self, step: int, micro: int) -> dict[str, Tensor]:
@@ -92,8 +95,15 @@ class LanguageTask(Task):
         return self.ahead.get(step, micro)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy, in nats, of the tokens that follow in the same document."""
-        borders = _borders(batch["position_ids"])  # on the CPU: a GPU need not be waited for
+        """Computes the mean cross-entropy of next-token prediction within documents.
+
+        Args:
+            batch: see `PackedLoader.batch`, on the CPU.
+
+        Returns:
+            The loss in nats per token, and no other scalars.
+        """
+        borders = _borders(batch["position_ids"])  # on the CPU, to avoid a synchronisation
         batch = self._on_device(batch)
         output = self.model(
             input_ids=batch["input_ids"],
@@ -106,24 +116,30 @@ class LanguageTask(Task):
         return output.loss, {}
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-        """What the Triggers do on the first row: the mean of their loss before and after the step,
-        and of the window branch's gate, over all tokens and layers; and the gate layer by layer.
-        Nothing without Trigger."""
+        """Computes means over the first row of a batch of what the Triggers do.
+
+        Args:
+            batch: see `PackedLoader.batch`, on the CPU.
+
+        Returns:
+            "trigger" -> loss before and after the Trigger's step and the window branch's gate, each
+            over all tokens and layers, and the gate of each layer. Empty without Trigger.
+        """
         if not self.architecture.has_trigger:
             return {}
         first = self._on_device({name: value[:1] for name, value in batch.items()})
-        reports = self.model(
+        traces = self.model(
             input_ids=first["input_ids"],
             position_ids=first["position_ids"],
             use_cache=False,
             output_trigger=True,
             logits_to_keep=1,
         ).trigger
-        gates = torch.stack([report.gates[..., 0].mean() for report in reports])
+        gates = torch.stack([trace.gates[..., 0].mean() for trace in traces])
         means = torch.stack(
             [
-                torch.stack([report.loss_before.mean() for report in reports]).mean(),
-                torch.stack([report.loss_after.mean() for report in reports]).mean(),
+                torch.stack([trace.loss_before.mean() for trace in traces]).mean(),
+                torch.stack([trace.loss_after.mean() for trace in traces]).mean(),
                 gates.mean(),
                 *gates,
             ]
@@ -131,16 +147,19 @@ class LanguageTask(Task):
         prelude = self.architecture.num_prelude_layers
         names = ["loss_before", "loss_after", "gate"]
         names += [f"gate_layer_{prelude + i:02d}" for i in range(len(gates))]
-        # A loss that is not finite is counted by the loop; here it would only break the log.
+        # JSON has no NaN; the loop counts losses that are not finite.
         values = {n: v for n, v in zip(names, means, strict=True) if abs(v) < float("inf")}
         return {"trigger": values}
 
     def validate(self) -> dict[str, float]:
-        """Bits per byte of the first documents of every domain, and their mean over domains.
+        """Computes bits per byte of the first documents of every domain.
 
-        Of a long document the first `valid_tokens` tokens are read, and the bytes that they spell
-        are counted (a character that the cut divides may be miscounted by two bytes). Every process
-        reads all of them, so that the figures do not depend on how many there are.
+        Of a long document the first `valid_tokens` tokens are scored against the bytes that they
+        decode to (off by up to two bytes where the cut splits a character). Every process scores
+        all documents, so that the figures do not depend on the number of processes.
+
+        Returns:
+            "DOMAIN_bits_per_byte" of each domain, and "mean_bits_per_byte" over the domains.
         """
         figures = {}
         for name, shards in self.valid.items():
@@ -150,21 +169,21 @@ class LanguageTask(Task):
                 if len(tokens) > self.data.valid_tokens:
                     tokens = tokens[: self.data.valid_tokens]
                     num_bytes = len(self.tokenizer.decode(tokens[1:]).encode("utf-8"))
-                costs = score_tokens(self.model, torch.from_numpy(tokens))
-                total += Score(float(costs.sum()), len(costs), num_bytes, 1)
+                ((nll, _),) = token_log_likelihoods(self.model, [torch.from_numpy(tokens)])
+                total += Score(float(nll.sum()), len(nll), num_bytes, 1)
             figures[f"{name}_bits_per_byte"] = total.bits_per_byte
         if figures:
             figures["mean_bits_per_byte"] = sum(figures.values()) / len(figures)
         return figures
 
     def samples(self) -> dict[str, str]:
-        """A continuation of every prompt, sampled."""
+        """Samples a continuation of every prompt; see `Task.samples`."""
         encode = text_encoder(self.tokenizer)
         return {prompt: self._continue(encode([prompt])[0]) for prompt in self.data.sample_prompts}
 
     def _continue(self, prompt: list[int]) -> str:
-        """Always the same number of tokens: processes that hold parts of one model must all call it
-        equally often."""
+        """Samples a fixed number of tokens: all processes that hold shards of the model must call
+        it equally often."""
         ids = torch.tensor([[self.tokenizer.bos_token_id, *prompt]], device=self.device)
         length = ids.shape[1]
         past, new = None, ids
@@ -176,7 +195,7 @@ class LanguageTask(Task):
         return self.tokenizer.decode(ids[0, length:])
 
     def export(self, folder: Path) -> None:
-        """Writes the newest checkpoint as a transformers folder."""
+        """Writes the newest checkpoint as a transformers folder; see `Task.export`."""
         export(self.config.run.out, folder)
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,7 +208,7 @@ class LanguageTask(Task):
 
 
 def _borders(position_ids: Tensor) -> Tensor:
-    """Where samples and rows `[B, T]` start and end in the batch laid out as one row."""
+    """Cumulative sample lengths, int32 [samples + 1], of rows `[B, T]` laid out as one row."""
     starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
     return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).int()
 
@@ -201,49 +220,56 @@ def train(
     accept_changes: bool = False,
     make_task: Callable[[LanguageConfig, torch.device], LanguageTask] = LanguageTask,
 ) -> Outcome:
-    """Trains a language model as a configuration file says, alone or under torchrun.
+    """Trains a language model from a configuration file, in one process or under torchrun.
 
     Args:
         config_path: TOML of `LanguageConfig`, or the config.json that a run saved.
         overrides: `["--optim.lr", "1e-3", ...]`.
-        resume: continue the newest checkpoint in `run.out`.
-        accept_changes: also when settings or data are not those of the checkpoint.
-        make_task: builds the task; one that also measures, for example.
+        resume: continue from the newest checkpoint in `run.out`.
+        accept_changes: resume even if settings or data differ from those of the checkpoint.
+        make_task: builds the task; for example a subclass that also measures time.
+
+    Returns:
+        How the run ended.
 
     Raises:
-        InputError: for whatever is wrong in the configuration, the data or the run's folder.
+        InputError: for errors in the configuration, the data or the run's folder.
     """
     config = load_config(LanguageConfig, config_path, overrides)
     shards = [*config.data.train.values(), *config.data.valid.values()]
     check_run(config.run.out, config_path, shards)
-    with join(config.run.device) as world:
+    with init_distributed(config.run.device) as processes:
         torch.manual_seed(config.run.seed)
-        task = make_task(config, world.device)
+        task = make_task(config, processes.device)
         return fit(
             task,
             config.optim,
             config.run,
             to_dict(config),
             resume,
-            world,
+            processes,
             accept_changes=accept_changes,
         )
 
 
 def estimate(config_path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Checks a configuration and its data, prints what the training will take, writes nothing.
+    """Checks a configuration and its data and prints what the training needs; writes no file.
+
+    Args:
+        config_path: see `train`.
+        overrides: see `train`.
 
     Returns:
-        the printed figures.
+        The printed figures by name.
 
     Raises:
         InputError: as `train`.
     """
     config = load_config(LanguageConfig, config_path, overrides)
-    with join(config.run.device) as world:
-        world.share(config.optim.accumulation)
+    with init_distributed(config.run.device) as processes:
+        processes.local_micro_batches(config.optim.accumulation)
         task = LanguageTask(config, torch.device("meta"))
-        parts = make_mesh(config.parallel, world).size(-1) if world.size > 1 else 1
+        parts = make_mesh(config.parallel, processes).size(-1) if processes.size > 1 else 1
         data, model = config.data, task.model
         rows = memory_bytes(
             model,
@@ -253,7 +279,7 @@ def estimate(config_path: str | Path, overrides: list[str] | None = None) -> dic
             config.parallel.recompute,
         )
         corpus = sum(shards.num_tokens for shards in task.sources.values())
-        peak = peak_flops(world.device, config.run.precision)
+        peak = peak_flops(processes.device, config.run.precision)
         figures: dict[str, Any] = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "tokens per step": task.units_per_step,
@@ -262,17 +288,17 @@ def estimate(config_path: str | Path, overrides: list[str] | None = None) -> dic
             "tokens of the data": corpus,
             "epochs": task.units_per_step * config.run.steps / corpus,
             "FLOP per token": task.flops_per_step / task.units_per_step,
-            "processes": world.size,
+            "processes": processes.size,
             "state per device, GiB": rows["state"] / 2**30,
             "activations per device, GiB, about": rows["activations"] / 2**30,
         }
         if peak:
-            seconds = task.flops_per_step / (ASSUMED_MFU * peak * world.size)
+            seconds = task.flops_per_step / (ASSUMED_MFU * peak * processes.size)
             figures[f"seconds per step, at {ASSUMED_MFU:.0%} MFU"] = seconds
             figures[f"days of the run, at {ASSUMED_MFU:.0%} MFU"] = (
                 seconds * config.run.steps / 86400
             )
-        if world.first:
+        if processes.is_main:
             table = Table("", "", show_header=False)
             for name, value in figures.items():
                 table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")

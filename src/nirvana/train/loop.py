@@ -1,4 +1,4 @@
-"""The one training loop: language models and MRI specialists differ only in their `Task`."""
+"""The training loop of language models and MRI specialists, which differ only in their `Task`."""
 
 import contextlib
 import json
@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
+from nirvana.config import changed_keys
 from nirvana.errors import InputError
 from nirvana.files import check_outputs, sole_use, write_json
 from nirvana.train import checkpoint
-from nirvana.train.config import OptimConfig, RunConfig, changed_keys
+from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.distributed import ProcessContext
 from nirvana.train.metrics import MetricsLog
 from nirvana.train.optim import build_optimizer
-from nirvana.train.step import Trainer, seed_generators
 from nirvana.train.task import Task
-from nirvana.train.world import World
+from nirvana.train.trainer import Trainer, seed_generators
 
-ECHO = 3.0  # seconds in which a terminal, a scheduler and torchrun may all pass one signal on
-STOP, UNREADABLE = 1, 2  # what a process may tell the others before a step
+# A terminal, a scheduler and torchrun may each forward the same signal within this time.
+SIGNAL_GRACE_SECONDS = 3.0
+STOP, UNREADABLE = 1, 2  # reasons to end the run; the largest of all processes applies to all
 
-# Settings that change neither the weights nor what they are trained on; the data themselves are
-# compared by `Task.position`.
-FREE = (
+# Settings that affect neither the weights nor the data; the data are compared by `Task.position`.
+NON_SEMANTIC_KEYS = (
     "run.out",
     "run.device",
     "run.compile",
@@ -46,7 +47,7 @@ FREE = (
 )
 
 
-# What a run writes into its folder.
+# Files that a run writes into its folder.
 RUN_FILES = (
     "checkpoints",
     "config.json",
@@ -62,19 +63,20 @@ RUN_FILES = (
 class Outcome:
     """How a run ended."""
 
-    step: int  # updates done
-    finished: bool  # False when a signal stopped it before its last step
+    step: int  # steps done
+    finished: bool  # False when a signal stopped the run before its last step
     last: dict[str, Any]  # the last line of metrics.jsonl
 
 
 def check_run(
     out: str | Path, config_path: str | Path | None, inputs: Iterable[str | Path | None]
 ) -> None:
-    """Refuses a folder `run.out` in which a run would write over what it reads.
+    """Checks that the run would not overwrite its own inputs.
 
     Args:
-        config_path: the file of the configuration; the run's own config.json is none of its inputs.
-        inputs: data, weights and whatever else it begins with.
+        out: `run.out`.
+        config_path: file of the configuration; the run's own config.json does not count as input.
+        inputs: data, weights and other files that the run reads.
 
     Raises:
         InputError: see `nirvana.files.check_outputs`.
@@ -91,30 +93,37 @@ def fit(
     run: RunConfig,
     config: dict[str, Any],
     resume: bool,
-    world: World,
-    say: Callable[[str], None] | None = None,
+    processes: ProcessContext,
+    notify: Callable[[str], None] | None = None,
     accept_changes: bool = False,
 ) -> Outcome:
-    """Trains `task` to `run.steps`; writes everything into the folder `run.out`.
+    """Trains `task` to `run.steps` and writes the results into the folder `run.out`.
 
-    There: `config.json`, `metrics.jsonl` (a line for every log, validation and last step),
+    The folder gets `config.json`, `metrics.jsonl` (a line for every log, validation and last step),
     `samples.jsonl`, `tensorboard/` when tensorboard is installed, `checkpoints/`, and at the end
-    `model/`. SIGINT and SIGTERM, to any process, end the run after the current step, with a
-    checkpoint. A step whose loss or gradient is not finite changes nothing and is counted.
+    `model/`. SIGINT and SIGTERM to any process end the run after the current step, with a
+    checkpoint. A step whose loss or gradient is not finite changes no weight and is counted.
 
     Args:
+        task: model, data and loss.
+        optim: settings of the optimiser.
+        run: settings of the run.
         config: resolved configuration, saved with the run and in its checkpoints.
-        resume: go on from the newest checkpoint, or begin when there is none.
-        world: the processes that train together; all of them call this.
-        say: takes each message to the user; None prints to standard error.
-        accept_changes: resume although settings or data are not those of the checkpoint.
+        resume: continue from the newest checkpoint, or start when there is none.
+        processes: the processes of the run; all of them call this function.
+        notify: receives each message to the user; None prints to standard error.
+        accept_changes: resume even if settings or data differ from those of the checkpoint.
+
+    Returns:
+        How the run ended.
 
     Raises:
-        InputError: for a run folder that is in use, a checkpoint of another run, data that vanish,
-            a full disk, or a loss that was not finite for `run.most_skipped` steps in a row.
+        InputError: for a run folder that is in use, a checkpoint of another run, data that can no
+            longer be read, a full disk, or a loss that was not finite for `run.most_skipped` steps
+            in a row.
     """
     out = Path(run.out)
-    log = MetricsLog(out, run.steps, task.unit, say, active=world.first, wandb=run.wandb)
+    log = MetricsLog(out, run.steps, task.unit, notify, active=processes.is_main, wandb=run.wandb)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a folder as --run.out")
     if not resume and out.exists() and any(file.name != ".lock" for file in out.iterdir()):
@@ -122,9 +131,9 @@ def fit(
             f"{out}: holds a run already; give --resume to continue it, or another "
             "folder as --run.out"
         )
-    world.wait()  # until all have looked: the first will write there
-    with sole_use(out) if world.first else contextlib.nullcontext(), _disk_errors(out):
-        return _fit(task, optim, run, config, resume, world, log, accept_changes)
+    processes.barrier()  # all have checked the folder before the main process writes into it
+    with sole_use(out) if processes.is_main else contextlib.nullcontext(), _disk_errors(out):
+        return _fit(task, optim, run, config, resume, processes, log, accept_changes)
 
 
 def _fit(
@@ -133,77 +142,77 @@ def _fit(
     run: RunConfig,
     config: dict[str, Any],
     resume: bool,
-    world: World,
+    processes: ProcessContext,
     log: MetricsLog,
     accept_changes: bool,
 ) -> Outcome:
     out = Path(run.out)
-    on_cuda = world.device.type == "cuda"
+    on_cuda = processes.device.type == "cuda"
     if not on_cuda and run.precision == "bf16":
-        log.say("note: bf16 is for CUDA; this run computes in float32")
+        log.notify("note: bf16 is for CUDA; this run computes in float32")
     if run.compile and not on_cuda:
-        log.say("note: compilation is for CUDA; this run is not compiled")
-    task.prepare(world, run.compile and on_cuda)
+        log.notify("note: compilation is for CUDA; this run is not compiled")
+    task.prepare(processes, run.compile and on_cuda)
     parameters = list(task.trainable())
-    optimizer = build_optimizer(parameters, optim)
-    trainer = Trainer(task, optim, run, parameters, optimizer, world)
+    optimizer = build_optimizer(parameters, optim, task.undecayed)
+    trainer = Trainer(task, optim, run, parameters, optimizer, processes)
     done = 0
     if resume:
-        found = _newest(out, task, config, world, log, accept_changes)
+        found = _resumable(out, task, config, processes, log, accept_changes)
         if found is not None:
-            checkpoint.restore(found, task.model, parameters, optimizer, world.size == 1)
+            checkpoint.restore(found, task.model, parameters, optimizer, processes.size == 1)
             done = found.step
             trainer.skipped = trainer.zero + found.skipped
-    if world.first:
+    if processes.is_main:
         write_json(out / "config.json", config)
     writer = checkpoint.Writer(
-        out, task.model, parameters, optimizer, config, run.keep_checkpoints, world
+        out, task.model, parameters, optimizer, config, run.keep_checkpoints, processes
     )
     last: dict[str, Any] = {}
     saved = done if done else None
     failure: InputError | None = None
     verdict = 0
-    if world.first:
+    if processes.is_main:
         task.begin(out)
     task.model.train()
     with _signals() as stopped, log.open(done), writer:
         while done < run.steps:
-            batches, failure = _read(task, done, trainer.mine)
-            verdict = world.worst(UNREADABLE if failure else STOP if stopped() else 0)
+            batches, failure = _read(task, done, trainer.micro_batches)
+            verdict = processes.all_reduce_max(UNREADABLE if failure else STOP if stopped() else 0)
             if verdict:
                 break
             trainer.step(done, batches)
             done += 1
             validating = _due(done, run.validation_interval) or done == run.steps
             if done % run.log_interval == 0 or validating:
-                last = _tell(task, trainer, log, done, batches[-1], validating)
+                last = _log_progress(task, trainer, log, done, batches[-1], validating)
             if _due(done, run.checkpoint_interval) or done == run.steps:
                 writer.save(done, task.position(done), int(trainer.skipped))
                 saved = done
                 trainer.restart_clock()
         if trainer.num_steps:
-            last = _tell(task, trainer, log, done, None, False)
+            last = _log_progress(task, trainer, log, done, None, False)
         if saved != done:
             writer.save(done, task.position(done), int(trainer.skipped))
         log.status(f"step {done}: writing the checkpoint")
     folder = checkpoint.folder_of(out, done)
     if done < run.steps:
         if failure is not None:
-            raise InputError(f"{failure}; saved in {folder}: mend it, then continue with --resume")
+            raise InputError(f"{failure}; saved in {folder}: repair the data, then give --resume")
         if verdict == UNREADABLE:
             raise InputError(f"another process could not read its data; saved in {folder}")
-        log.say(f"stopped after step {done}; saved in {folder}; continue with --resume")
+        log.notify(f"stopped after step {done}; saved in {folder}; continue with --resume")
         return Outcome(done, False, last)
-    if world.first:
+    if processes.is_main:
         task.model.eval()
         task.export(out / "model")
-    world.wait()
-    log.say(f"done: {done} steps; the model is in {out / 'model'}")
+    processes.barrier()
+    log.notify(f"done: {done} steps; the model is in {out / 'model'}")
     return Outcome(done, True, last)
 
 
 def _read(task: Task, step: int, mine: range) -> tuple[list[Any], InputError | None]:
-    """This process's batches of a step, or why there are none."""
+    """This process's batches of a step, or the error that reading them raised."""
     try:
         return [task.batch(step, micro) for micro in mine], None
     except InputError as error:
@@ -214,20 +223,20 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _tell(
+def _log_progress(
     task: Task, trainer: Trainer, log: MetricsLog, done: int, batch: Any, validating: bool
 ) -> dict[str, Any]:
-    """Logs the steps since the last time, what the model does with `batch` (None: nothing), and a
-    validation."""
-    line = trainer.report(done)
+    """Logs the steps since the last call, the task's figures on `batch` (unless None), and a
+    validation if `validating`."""
+    line = trainer.metrics(done)
     if line["most_skipped_in_row"] >= trainer.run.most_skipped:
         raise InputError(
             f"the loss or gradient was not finite for {line['most_skipped_in_row']} steps in a row "
-            f"before step {done}, {line['skipped']} in all; nothing of them entered the weights. "
+            f"before step {done}, {line['skipped']} in all; none of them changed the weights. "
             "Lower optim.lr, lengthen optim.warmup_steps or use run.precision = float32, then "
             f"continue the run in {trainer.run.out} with --resume --accept-changes"
         )
-    with _watching(task, trainer, done):
+    with _evaluation_mode(task, trainer, done):
         if batch is not None:
             line |= task.observe(batch)
         if validating:
@@ -240,28 +249,29 @@ def _tell(
 
 
 @contextlib.contextmanager
-def _watching(task: Task, trainer: Trainer, done: int) -> Iterator[None]:
-    """Eval mode without gradients; leaves no trace, so that no interval changes a result."""
+def _evaluation_mode(task: Task, trainer: Trainer, done: int) -> Iterator[None]:
+    """Eval mode without gradients. The generators are seeded for the step, so that what is sampled
+    here does not depend on the intervals."""
     task.model.eval()
     seed_generators(trainer.run.seed, done)
-    # Documents have all lengths: compiled blocks would be compiled anew for every one of them.
+    # Documents differ in length: compiled blocks would be recompiled for each of them.
     with torch.no_grad(), trainer.autocast(), torch.compiler.set_stance("force_eager"):
         yield
     task.model.train()
 
 
-def _newest(
+def _resumable(
     out: Path,
     task: Task,
     config: dict[str, Any],
-    world: World,
+    processes: ProcessContext,
     log: MetricsLog,
     accept_changes: bool,
 ) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint, if it is one of this configuration and these data."""
-    found = world.same(checkpoint.latest(out) if world.first else None)
+    """The newest complete checkpoint, after checking that it is of this configuration and data."""
+    found = processes.broadcast_object(checkpoint.latest(out) if processes.is_main else None)
     if found is None:
-        log.say(f"no checkpoint in {out} yet: beginning at step 0")
+        log.notify(f"no checkpoint in {out} yet: beginning at step 0")
         return None
     plain = json.loads(json.dumps([config, task.position(found.step)]))
     changes = [
@@ -269,20 +279,20 @@ def _newest(
         *changed_keys(found.position, plain[1], "position."),
     ]
     for change in changes:
-        if accept_changes or change.startswith(FREE):
-            log.say(f"note: changed since the checkpoint: {change}")
+        if accept_changes or change.startswith(NON_SEMANTIC_KEYS):
+            log.notify(f"note: changed since the checkpoint: {change}")
         else:
             raise InputError(
-                f"{found.folder} is of another run, {change} (there -> here); give the setting or "
-                "data of then, or --accept-changes to go on with those of now"
+                f"{found.folder} is of another run: {change} (there -> here); restore the setting "
+                "or the data, or give --accept-changes to continue with the present ones"
             )
-    log.say(f"continuing after step {found.step} from {found.folder}")
+    log.notify(f"continuing after step {found.step} from {found.folder}")
     return found
 
 
 @contextlib.contextmanager
 def _disk_errors(out: Path) -> Iterator[None]:
-    """A full disk is told in one line, whichever file met it."""
+    """Turns a full disk into an `InputError`, whichever file was being written."""
     try:
         yield
     except OSError as error:
@@ -293,14 +303,14 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM came; one that comes later than
-    `ECHO` after the first acts as always."""
+    """Yields a function that returns whether SIGINT or SIGTERM was received. A second signal later
+    than `SIGNAL_GRACE_SECONDS` after the first has its usual effect."""
     received: list[float] = []
     before: dict[int, Any] = {}
 
     def receive(number: int, _frame: FrameType | None) -> None:
         received.append(time.monotonic())
-        if received[-1] - received[0] > ECHO:
+        if received[-1] - received[0] > SIGNAL_GRACE_SECONDS:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress line, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Logs of a run: a progress line, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import hashlib
 import importlib
@@ -16,18 +16,18 @@ from nirvana.files import atomic_file
 
 
 class MetricsLog:
-    """The lines of one run.
+    """The logs of one run.
 
     Args:
         folder: the run's folder.
-        steps: updates of the whole run.
+        steps: steps of the whole run.
         unit: what throughput counts.
-        say: takes each message to the user; None prints to standard error.
-        active: False in all but one of several processes: nothing is written or shown then.
-        wandb: log to Weights & Biases, too.
+        notify: receives each message to the user; None prints to standard error.
+        active: False in all processes but the main one, which then neither write nor print.
+        wandb: whether to log to Weights & Biases as well.
 
     Raises:
-        InputError: when `wandb` is asked for and not installed.
+        InputError: when `wandb` is true and the package is not installed.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class MetricsLog:
         folder: Path,
         steps: int,
         unit: str,
-        say: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
         active: bool = True,
         wandb: bool = False,
     ) -> None:
@@ -46,17 +46,19 @@ class MetricsLog:
         self._board_folder = folder / "tensorboard"
         self._steps, self._unit = steps, unit
         self._console = Console(stderr=True, highlight=False)
-        self._take = say or (lambda text: self._console.print(text, markup=False, soft_wrap=True))
+        self._notify = notify or (
+            lambda text: self._console.print(text, markup=False, soft_wrap=True)
+        )
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self._console, transient=True)
 
     @contextmanager
     def open(self, start: int) -> Iterator[None]:
-        """Shows progress and takes lines while the block runs.
+        """Opens the logs and shows progress for the duration of the block.
 
         Args:
-            start: updates done before; lines of later steps, from a run that was killed after its
-                last checkpoint, are dropped.
+            start: steps done before; lines of later steps, written by a run that was killed after
+                its last checkpoint, are removed.
         """
         if not self._active:
             yield
@@ -68,11 +70,11 @@ class MetricsLog:
         if self._wandb is not None:
             folder = self._file.parent
             folder.mkdir(parents=True, exist_ok=True)
-            # One folder is one run there, too, however often it is resumed.
+            # A resumed run continues the same run there: its id is a hash of the folder.
             name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
             self._run = self._wandb.init(dir=folder, name=folder.name, id=name, resume="allow")
         self._bar = self._progress.add_task(f"step {start}", total=self._steps, completed=start)
-        # Without a terminal a bar would print nothing until the end: there, a line per report.
+        # Without a terminal a bar prints only at the end, so `write` prints a line per log instead.
         try:
             if self._console.is_terminal:
                 self._progress.start()
@@ -84,13 +86,22 @@ class MetricsLog:
             if self._run is not None:
                 self._run.finish()
 
-    def say(self, text: str) -> None:
-        """Tells the user something."""
+    def notify(self, text: str) -> None:
+        """Prints a message to the user.
+
+        Args:
+            text: one line.
+        """
         if self._active:
-            self._take(text)
+            self._notify(text)
 
     def write_samples(self, step: int, samples: dict[str, str]) -> None:
-        """Appends prompts and what the model made of them to samples.jsonl."""
+        """Appends samples to samples.jsonl.
+
+        Args:
+            step: steps done.
+            samples: prompt -> continuation.
+        """
         if not self._active or not samples:
             return
         with open(self._samples, "a", encoding="utf-8") as handle:
@@ -100,7 +111,11 @@ class MetricsLog:
                 self._board.add_text(f"sample/{number}", f"**{prompt}**{text}", step)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl and shows it."""
+        """Appends a line to metrics.jsonl and shows it.
+
+        Args:
+            line: figures, those of `Trainer.metrics` and groups of figures.
+        """
         if not self._active:
             return
         with open(self._file, "a", encoding="utf-8") as handle:
@@ -113,10 +128,14 @@ class MetricsLog:
         self._progress.update(self._bar, completed=line["step"])
         self.status(self._describe(line))
         if not self._console.is_terminal or "valid" in line:
-            self.say(self._describe(line))
+            self.notify(self._describe(line))
 
     def status(self, text: str) -> None:
-        """Replaces the text of the progress line."""
+        """Replaces the text of the progress line.
+
+        Args:
+            text: one line.
+        """
         if not self._active:
             return
         self._progress.update(self._bar, description=text)
@@ -133,7 +152,7 @@ class MetricsLog:
 
 
 def _drop_after(file: Path, start: int) -> None:
-    """Leaves out of a file of JSON lines those of steps after `start`."""
+    """Removes from a file of JSON lines those of steps after `start`."""
     if not file.exists():
         return
     kept = []
@@ -142,7 +161,7 @@ def _drop_after(file: Path, start: int) -> None:
             if json.loads(line)["step"] <= start:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
-            continue  # the last line of a run that was killed while it wrote
+            continue  # the last line of a run that was killed while writing it
     with atomic_file(file) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 

@@ -1,8 +1,8 @@
-"""AdamW, what it decays, and its learning rate as a function of the step."""
+"""AdamW, the parameters it decays, and the learning rate schedule."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -10,32 +10,41 @@ from torch.distributed.tensor import DTensor
 
 from nirvana.train.config import OptimConfig
 
-# Gains, shifts and gates have a natural value that is not zero, and rows of an embedding that are
-# rarely seen would only shrink: decay is for the matrices of linear maps.
-_NOT_DECAYED = re.compile(
-    r"(^|\.)(bias|gain|shift|A_log|dt_bias|lr_percent|decay_logit)$|embed|norm", re.IGNORECASE
-)
+_NOT_DECAYED = re.compile(r"(^|\.)bias$|embed|norm", re.IGNORECASE)
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices that are no embedding, norm, gain, shift or bias."""
+    """Whether weight decay applies to a parameter of any model: to matrices that are not an
+    embedding, norm or bias."""
     return parameter.ndim >= 2 and not _NOT_DECAYED.search(name)
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    undecayed: Collection[str] = (),
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters: groups with and without weight decay, each of either parameters
-    that are cut over processes or whole ones, which no kernel of the fused form takes together.
+    """Builds AdamW over named parameters.
 
-    On CUDA in its fused form, which can leave a step out under a tensor's control (`found_inf`),
-    without the host looking at it. Not on the CPU: there that form rounds the last few entries of a
-    tensor differently, so that the result would depend on how parameters are cut.
+    The groups separate parameters with weight decay from those without, and sharded parameters from
+    whole ones, which the fused kernels do not accept together. On CUDA the fused form is used,
+    which can skip a step depending on a tensor (`found_inf`), without synchronisation. On the CPU
+    it is not: there it rounds the last few entries of a tensor differently, so that the result
+    would depend on the sharding.
+
+    Args:
+        parameters: the trained parameters by name.
+        config: learning rate, betas, epsilon and weight decay.
+        undecayed: names that take no weight decay, beside those that `is_decayed` leaves out.
+
+    Returns:
+        The optimiser, without state.
     """
     named = list(parameters)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        kind = (is_decayed(name, parameter), isinstance(parameter, DTensor))
+        decayed = name not in undecayed and is_decayed(name, parameter)
+        kind = (decayed, isinstance(parameter, DTensor))
         groups.setdefault(kind, []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -50,11 +59,15 @@ def build_optimizer(
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
-    """The learning rate of an update: linear warm-up, then a cosine down to `min_lr`.
+    """Computes the learning rate of a step: linear warm-up, then a cosine down to `min_lr`.
 
     Args:
-        step: which update, 0..steps-1.
-        steps: updates of the whole run; the last has `min_lr`.
+        step: 0 to steps - 1.
+        config: `lr`, `min_lr` and `warmup_steps`.
+        steps: steps of the whole run; the last one has `min_lr`.
+
+    Returns:
+        The learning rate, from above 0 to `lr`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -1,16 +1,17 @@
-"""Parallelism, applied to a model from outside and in one order: recompute, compile, shard.
+"""Parallelism, applied to a model from outside and in a fixed order: recompute, compile, shard.
 
-The model knows nothing of it. Parameters, gradients and the optimiser's state are cut into equal
-parts over the processes of a mesh (FSDP2); each block is gathered while it computes. With
-`parallel.shard` below the number of processes, groups of that many hold a whole copy each, and
-gradients are also summed across groups (hybrid sharding): gathering then stays within a machine.
+The model contains no parallel code. Parameters, gradients and the optimiser's state are sharded
+evenly over the processes of a mesh (FSDP2); each block is gathered while it computes. With
+`parallel.shard` below the number of processes, groups of that many processes hold a whole copy
+each, and gradients are also summed across groups (hybrid sharding): gathering then stays within a
+machine.
 
-Parameters without a dimension (the Trigger's learned step size and decay) cannot be cut: every
+Parameters without a dimension (the Trigger's learned step size and decay) cannot be sharded: every
 process keeps them, and `reduce_gradients` sums their gradients.
 
-Where autocast would round the weights of linear maps for every product, they are rounded before
-they are gathered: half the bytes travel, and the products are the same. All else in a block is
-small and keeps its precision, so every process keeps it whole, too.
+Where autocast rounds the weights of linear maps for every product, they are rounded before they are
+gathered: half the bytes are sent, and the products are the same. The other parameters of a block
+are small and keep their precision, so every process keeps them whole.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,41 +29,47 @@ from torch.utils.checkpoint import checkpoint
 from nirvana.errors import InputError
 from nirvana.model.nirvana import compile_blocks
 from nirvana.train.config import ParallelConfig
-from nirvana.train.world import World
+from nirvana.train.distributed import ProcessContext
 
 
 def parallelize(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     config: ParallelConfig,
-    world: World,
+    processes: ProcessContext,
     compiled: bool,
     rounded: torch.dtype | None,
 ) -> None:
-    """Changes `model` in place into one that trains on all processes of `world`.
+    """Prepares `model`, in place, to be trained on all processes.
 
     Args:
-        model: whole, with the same weights in every process, on the process's device.
-        blocks: its large repeated parts, each of which calls no other.
-        compiled: compile each block.
-        rounded: what autocast computes products in, None without autocast.
+        model: unsharded, with the same weights in every process, on the process's device.
+        blocks: its large repeated modules, none within another.
+        config: sharding and recomputation.
+        processes: the processes of the run.
+        compiled: whether to compile each block.
+        rounded: the type in which autocast computes products, None without autocast.
 
     Raises:
-        InputError: for a mesh that the number of processes does not allow.
+        InputError: when `config.shard` does not divide the number of processes.
     """
     recompute_blocks(blocks, config.recompute)
     if compiled:
         compile_blocks(blocks)
-    if world.size > 1:
-        shard(model, blocks, config, world, rounded)
+    if processes.size > 1:
+        shard(model, blocks, config, processes, rounded)
 
 
 def recompute_blocks(blocks: Sequence[nn.Module], every: int) -> None:
-    """Activation checkpointing of every n-th block: its inside is computed again in the backward
-    pass instead of being kept. 0: of none."""
+    """Enables activation checkpointing: the blocks are recomputed in the backward pass.
+
+    Args:
+        blocks: all blocks of the model.
+        every: recompute every n-th block, from the first; 0: none.
+    """
     for index, block in enumerate(blocks):
         if every and index % every == 0:
-            # The library's own switch for its layers, which leaves parameter names as they are.
+            # The switch of transformers for its layers: parameter names stay the same.
             setattr(block, "gradient_checkpointing", True)  # noqa: B010
             setattr(  # noqa: B010
                 block, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False)
@@ -73,15 +80,26 @@ def shard(
     model: nn.Module,
     blocks: Iterable[nn.Module],
     config: ParallelConfig,
-    world: World,
+    processes: ProcessContext,
     rounded: torch.dtype | None = None,
 ) -> None:
-    """FSDP2 of each block, and of the rest of the model around them; see `parallelize`."""
-    mesh = make_mesh(config, world)
+    """Applies FSDP2 to each block and to the rest of the model.
+
+    Args:
+        model: see `parallelize`.
+        blocks: see `parallelize`.
+        config: sharding.
+        processes: the processes of the run, more than one.
+        rounded: see `parallelize`.
+
+    Raises:
+        InputError: see `make_mesh`.
+    """
+    mesh = make_mesh(config, processes)
     whole: set[Any] = {p for p in model.parameters() if p.ndim == 0}
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard}
     if rounded is not None:
-        # What enters a block stays as it is: autocast decides about that.
+        # Inputs of a block are not cast: autocast does that.
         options["mp_policy"] = MixedPrecisionPolicy(rounded, torch.float32, None, False)
     for block in blocks:
         if rounded is not None:
@@ -90,46 +108,66 @@ def shard(
     fully_shard(model, mesh=mesh, ignored_params=whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The losses are already divided by the number of micro batches: a plain sum is what
-            # one process alone would accumulate, to the bit for two summands.
+            # The losses are already divided by the number of micro batches: a plain sum equals what
+            # one process would accumulate, bitwise for two summands.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def linear_weights(module: nn.Module) -> set[Tensor]:
-    """The matrices in it that autocast rounds."""
+    """Returns the weights of all linear layers of a module: those that autocast rounds.
+
+    Args:
+        module: searched recursively.
+    """
     return {part.weight for part in module.modules() if isinstance(part, nn.Linear)}
 
 
-def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
-    """All processes in one row, or `[copies, parts of a copy]` with hybrid sharding.
+def make_mesh(config: ParallelConfig, processes: ProcessContext) -> DeviceMesh:
+    """Arranges the processes in a mesh.
+
+    Args:
+        config: `shard`, processes over which one copy is sharded; 0: all.
+        processes: the processes of the run.
+
+    Returns:
+        A mesh ("shard",) of all processes, or ("replicate", "shard") with hybrid sharding.
 
     Raises:
-        InputError: when the processes cannot be arranged so.
+        InputError: when `shard` does not divide the number of processes.
     """
-    parts = config.shard or world.size
-    if world.size % parts:
+    parts = config.shard or processes.size
+    if processes.size % parts:
         raise InputError(
-            f"configuration: parallel.shard = {parts} must divide the {world.size} processes"
+            f"configuration: parallel.shard = {parts} must divide the {processes.size} processes"
         )
-    kind = world.device.type
-    if parts == world.size:
+    kind = processes.device.type
+    if parts == processes.size:
         return init_device_mesh(kind, (parts,), mesh_dim_names=("shard",))
-    shape = (world.size // parts, parts)
+    shape = (processes.size // parts, parts)
     return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def synchronize_gradients(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass ends in a reduction over the processes: only that of a step's
-    last micro batch has to."""
+    """Sets whether the next backward pass reduces gradients over the processes.
+
+    Args:
+        model: sharded or not.
+        enabled: needed in the last micro batch of a step only.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
 
 
-def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Sums the gradients that FSDP does not: those of the parameters that are not cut."""
+def reduce_gradients(parameters: Iterable[nn.Parameter], processes: ProcessContext) -> None:
+    """Sums, in place, the gradients that FSDP does not: those of unsharded parameters.
+
+    Args:
+        parameters: all trained parameters.
+        processes: the processes of the run.
+    """
     whole = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    if world.size == 1 or not whole:
+    if processes.size == 1 or not whole:
         return
     flat = torch.cat([gradient.flatten() for gradient in whole])
     dist.all_reduce(flat)
@@ -140,23 +178,27 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """The Euclidean norm of the whole gradient, which is then scaled down to `largest`.
+    """Clips the gradient to a Euclidean norm of `largest`, in place.
 
-    On the CPU cut gradients are gathered first: a norm summed part by part would depend, in its
-    last bits, on the number of parts, and with it every weight.
+    On the CPU sharded gradients are gathered first: the last bits of a norm summed shard by shard,
+    and with them every weight, would depend on the number of shards.
 
     Args:
-        largest: 0 leaves the gradient as it is.
+        parameters: all trained parameters.
+        largest: norm above which the gradient is scaled down; 0: never.
+
+    Returns:
+        The norm before clipping, a scalar.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    cut = [g for g in gradients if isinstance(g, DTensor)]
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
     whole = [g for g in gradients if not isinstance(g, DTensor)]
-    if cut and gradients[0].device.type == "cpu":
+    if sharded and gradients[0].device.type == "cpu":
         norm = nn.utils.get_total_norm(
             [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
         )
-    elif cut:
-        norm = nn.utils.get_total_norm(cut).full_tensor()  # type: ignore[union-attr]
+    elif sharded:
+        norm = nn.utils.get_total_norm(sharded).full_tensor()  # type: ignore[union-attr]
         norm = torch.hypot(norm, nn.utils.get_total_norm(whole).to(norm))
     else:
         norm = nn.utils.get_total_norm(whole)

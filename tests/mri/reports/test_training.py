@@ -35,7 +35,7 @@ from nirvana.mri.reports.samples import Scanner, report_batch
 from nirvana.mri.reports.train import ReportConfig, ReportSection, ReportTask, train_reporter
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.world import World
+from nirvana.train.distributed import ProcessContext
 
 
 def scan_of(count: int) -> tuple[torch.Tensor, ...]:
@@ -187,7 +187,7 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     assert any(not torch.equal(before[name], trained[name]) for name in trained)
     with torch.no_grad():
         task.heads.codec.specialist.start.fill_(2.0)  # as of a backbone with larger embeddings
-    task.prepare(World(torch.device("cpu")), compiled=False)
+    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
     after = task.heads.codec.encoder.state_dict()
     assert all(torch.equal(after[name], trained[name]) for name in trained)
     assert (task.heads.codec.specialist.start == 2.0).all()
@@ -202,7 +202,7 @@ def test_a_training_begins_with_a_codec(tmp_path):
     trained = load_reporter(folder).model
     task = ReportTask(config_of(tmp_path, "run", 4, start=str(folder)), torch.device("cpu"))
     own = task.heads.codec.specialist.start.detach().clone()
-    task.prepare(World(torch.device("cpu")), compiled=False)
+    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
     for part in ("encoder", "sensitivities", "encoder_cascades"):
         wanted = getattr(trained, part).state_dict()
         found = getattr(task.heads.codec, part).state_dict()
@@ -222,7 +222,7 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     longer = config_of(tmp_path, "run", 4, start=str(folder))
     longer = replace(longer, codec=replace(first.codec, encoder_cascades=3))
     task = ReportTask(longer, torch.device("cpu"))
-    task.prepare(World(torch.device("cpu")), compiled=False)
+    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
     grown = task.heads.codec
     for name, value in trained.encoder_cascades.state_dict().items():
         assert torch.equal(grown.encoder_cascades.state_dict()[name], value)
@@ -232,7 +232,9 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
     kept = replace(longer, data=replace(longer.data, freeze_frontend=True))
     with pytest.raises(InputError, match=r"another encoder: codec.encoder_cascades.1"):
-        ReportTask(kept, torch.device("cpu")).prepare(World(torch.device("cpu")), compiled=False)
+        ReportTask(kept, torch.device("cpu")).prepare(
+            ProcessContext(torch.device("cpu")), compiled=False
+        )
     assert train_reporter(longer).finished
 
 

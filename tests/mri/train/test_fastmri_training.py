@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from nirvana import InputError
+from nirvana.config import load_config
 from nirvana.mri.data.fastmri import ScanPool, cut
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig
 from nirvana.mri.train.task import train
-from nirvana.train.config import load_config
 
 CONFIG = Path(__file__).parents[3] / "configs" / "mri-fastmri.toml"
 SMALL = [

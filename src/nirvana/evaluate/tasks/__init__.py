@@ -1,15 +1,16 @@
-"""Benchmarks whose questions lie in local files, as tasks of the lm-eval library.
+"""Benchmarks with questions in local files, as tasks of the lm-eval library.
 
-A file is `NAME.jsonl` (also .xz, .gz, .zst) in one folder, one question a line. Three forms are
-read, whatever the benchmark:
+A file is `NAME.jsonl` (also .xz, .gz, .zst) in one folder, with one question per line, in one of
+these forms:
 
-    choice   {"query", "choices": [text, ...], "gold": index}     which text goes on best?
+    choice   {"query", "choices": [text, ...], "gold": index}     which text continues the query?
     blank    {"context_options": [text, ...], "continuation", "gold": index}
-                                                                  after which text does it go on?
-    last     {"text"}                                             is its last word foretold?
+                                                                  which text precedes it?
+    last     {"text"}                                             is the last word predicted?
+    verdict  {"context", "continuation": yes, no or maybe}        which answer follows?
 
-"acc" takes the likeliest choice, "acc_norm" the likeliest by its length in characters. All are
-asked without examples (zero-shot). The wording of a file's questions is the file's own.
+"acc" selects the most likely choice, "acc_norm" the most likely per character. All tasks are
+zero-shot. The prompts are the texts of the file.
 """
 
 import os
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nirvana.data.documents import read_records
 from nirvana.errors import InputError
-from nirvana.text import read_records
 
 SUFFIXES = (".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
 ANSWER = "\nAnswer:"
@@ -27,17 +28,23 @@ ANSWER = "\nAnswer:"
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One benchmark: its file's name without suffix, and how a line of it is read."""
+    """One benchmark: the name of its file without suffix, and the form of a line."""
 
     file: str
     form: Callable[[dict[str, Any], str], dict[str, Any]]
-    cue: str = ""  # what is put behind the question before the choices
+    cue: str = ""  # appended to the question, before the choices
 
     def read(self, path: Path) -> list[dict[str, Any]]:
-        """The questions of a file in the fields that `CONFIGS` names.
+        """Reads the questions of a file.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The fields of each question that `CONFIGS` refers to.
 
         Raises:
-            InputError: for a line that is not of this form, or a file without any.
+            InputError: for a line of another form, or a file without questions.
         """
         questions = []
         for where, record in read_records(path):
@@ -67,7 +74,7 @@ def _last(record: dict[str, Any], cue: str) -> dict[str, Any]:
     query, space, target = record["text"].rstrip().rpartition(" ")
     if not space:
         raise ValueError("a single word")
-    return {"query": query + cue, "target": " " + target}  # as lm-eval wants it here
+    return {"query": query + cue, "target": " " + target}  # lm-eval expects the space here
 
 
 def _verdict(record: dict[str, Any], cue: str) -> dict[str, Any]:
@@ -97,13 +104,13 @@ _CHOICES = {
     "doc_to_target": "gold",
     "metric_list": [_ACCURACY, {**_ACCURACY, "metric": "acc_norm"}],
 }
-# How lm-eval asks a question of each form.
+# The task configuration of lm-eval for each form.
 CONFIGS: dict[Callable[..., Any], dict[str, Any]] = {
     _choice: _CHOICES,
     _verdict: _CHOICES,
     _blank: {
         "output_type": "multiple_choice",
-        "doc_to_text": "gold",  # lm-eval's convention for choices that stand in front
+        "doc_to_text": "gold",  # lm-eval's convention for choices before the continuation
         "doc_to_choice": "contexts",
         "doc_to_target": "continuation",
         "metric_list": [_ACCURACY],
@@ -137,8 +144,14 @@ TASKS = {
 
 
 def answers(question: dict[str, Any]) -> tuple[list[tuple[str, str]], int]:
-    """(context, continuation) of each possible answer to a question that `LocalTask.read` gave, as
-    lm-eval asks them, and which is right."""
+    """Lists the possible answers to a question, worded as in lm-eval.
+
+    Args:
+        question: an item of `LocalTask.read`.
+
+    Returns:
+        (context, continuation) of each answer, and the index of the right one.
+    """
     if "choices" in question:
         return [(question["query"], " " + each) for each in question["choices"]], question["gold"]
     if "contexts" in question:
@@ -150,13 +163,18 @@ def answers(question: dict[str, Any]) -> tuple[list[tuple[str, str]], int]:
 def answer_tokens(
     encode: Callable[[list[str]], list[list[int]]], context: str, continuation: str
 ) -> tuple[list[int], int]:
-    """Tokens of context and continuation, and the first that belongs to the continuation.
+    """Encodes context and continuation together.
 
-    A token that spans the border belongs to the continuation; white space at the end of the
-    context does, too, for that is where it stands in a token.
+    A token that spans the boundary counts to the continuation. So does white space at the end of
+    the context, which tokenizers join to the following word.
 
     Args:
-        encode: see `nirvana.text.text_encoder`.
+        encode: see `nirvana.data.tokenizer.text_encoder`.
+        context: may be empty.
+        continuation: not empty.
+
+    Returns:
+        The tokens, without BOS, and the index of the continuation's first token.
     """
     stem = context.rstrip()
     whole = encode([stem + context[len(stem) :] + continuation])[0]
@@ -168,10 +186,16 @@ def answer_tokens(
 
 
 def benchmark_folder(folder: str | Path | None) -> Path:
-    """Where the benchmark files are: the folder given, else `benchmarks` in `NIRVANA_DATA`.
+    """Finds the folder of the benchmark files.
+
+    Args:
+        folder: the folder; None: `benchmarks` in the folder that `NIRVANA_DATA` names.
+
+    Returns:
+        The folder, which exists.
 
     Raises:
-        InputError: when neither is there.
+        InputError: when there is none.
     """
     if folder is None:
         data = os.environ.get("NIRVANA_DATA")
@@ -187,7 +211,14 @@ def benchmark_folder(folder: str | Path | None) -> Path:
 
 
 def task_file(name: str, folder: Path) -> Path:
-    """The file that one of `TASKS` reads.
+    """Finds the file of a task.
+
+    Args:
+        name: one of `TASKS`.
+        folder: see `benchmark_folder`.
+
+    Returns:
+        The first existing file among those of `SUFFIXES`.
 
     Raises:
         InputError: when the folder has none.
@@ -200,10 +231,17 @@ def task_file(name: str, folder: Path) -> Path:
 
 
 def task_config(name: str, folder: Path) -> dict[str, Any]:
-    """One of `TASKS` as lm-eval's task manager takes it, its questions read and checked.
+    """Reads the questions of a task and builds its configuration for lm-eval's task manager.
+
+    Args:
+        name: one of `TASKS`.
+        folder: see `benchmark_folder`.
+
+    Returns:
+        The configuration.
 
     Raises:
-        InputError: for a file that is absent or of another form.
+        InputError: for a file that is missing or of another form.
     """
     from datasets import Dataset
 

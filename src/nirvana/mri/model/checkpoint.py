@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nirvana.config import from_dict, to_dict
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder
 from nirvana.model.assets import resolve
@@ -15,7 +16,6 @@ from nirvana.model.backbone import fingerprint, load_backbone
 from nirvana.model.specialist import own_state_dict
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.model.config import CodecConfig
-from nirvana.train.config import from_dict, to_dict
 
 
 def save_codec(model: CodecModel, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nirvana.data.tokenizer import text_encoder
 from nirvana.errors import InputError
 from nirvana.ops.cross_entropy import IGNORE
-from nirvana.text import text_encoder
 
 PROMPT = "Report:"
 LENGTHS = 32  # text is padded to multiples of it: kernels are tuned or compiled for every length

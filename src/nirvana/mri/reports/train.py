@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nirvana.config import require, to_dict
 from nirvana.cuda_graphs import TrainingGraphs
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
@@ -31,10 +32,10 @@ from nirvana.mri.reports.reporter import MAX_SLICES_AT_ONCE, Reporter, save_repo
 from nirvana.mri.reports.samples import ReportBatch, simulate_report_batch, undersample_alike
 from nirvana.mri.reports.score import auc
 from nirvana.train.checkpoint import latest, restore
-from nirvana.train.config import OptimConfig, RunConfig, require, to_dict
+from nirvana.train.config import OptimConfig, RunConfig
+from nirvana.train.distributed import ProcessContext, init_distributed
 from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.task import Task
-from nirvana.train.world import World, join
 
 CODEC = "codec."  # prefix of the codec's parameters among those of `AuxiliaryHeads`
 ADAPTER = "codec.specialist."  # parameters between tokens and backbone
@@ -153,7 +154,7 @@ class ReportTask(Task):
             and (not name.startswith(CODEC) or in_encoder(name.removeprefix(CODEC)))
         )
 
-    def prepare(self, world: World, compiled: bool) -> None:
+    def prepare(self, world: ProcessContext, compiled: bool) -> None:
         """Starts from another encoder, if one is given, but keeps the parameters between tokens and
         backbone, which are scaled to this backbone's embeddings."""
         super().prepare(world, compiled)
@@ -293,7 +294,7 @@ def train_reporter(config: ReportConfig, resume: bool = False) -> Outcome:
     """
     read = [config.data.brain_slices, config.data.start or None, config.codec.weights]
     check_run(config.run.out, None, read)
-    with join(config.run.device) as world:
+    with init_distributed(config.run.device) as world:
         torch.manual_seed(config.run.seed)
         task = ReportTask(config, world.device)
         return fit(task, config.optim, config.run, to_dict(config), resume, world)

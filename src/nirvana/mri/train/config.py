@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nirvana.config import require
 from nirvana.mri.data.simulate import Simulation
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.model.report_tokens import PROMPT
 from nirvana.mri.physics.masks import MaskKind, Sampling
-from nirvana.train.config import OptimConfig, ParallelConfig, RunConfig, require
+from nirvana.train.config import OptimConfig, ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nirvana.config import load_config, to_dict
 from nirvana.cuda_graphs import TrainingGraphs
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
@@ -30,11 +31,10 @@ from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig
 from nirvana.mri.train.loss import ssim
 from nirvana.train import checkpoint
-from nirvana.train.config import load_config, to_dict
+from nirvana.train.distributed import ProcessContext, init_distributed
 from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.parallel import shard
 from nirvana.train.task import Task
-from nirvana.train.world import World, join
 
 
 class ReconstructionTask(Task):
@@ -144,7 +144,7 @@ class ReconstructionTask(Task):
                     rows.setdefault(prefix + name, []).append(scores[name])
         return {name: float(np.mean(values)) for name, values in rows.items()}
 
-    def prepare(self, world: World, compiled: bool) -> None:
+    def prepare(self, world: ProcessContext, compiled: bool) -> None:
         """Shards codec and backbone over several processes (FSDP2), or prepares CUDA graphs.
 
         Args:
@@ -261,7 +261,7 @@ def train(
     data, weights = config.data, [config.codec.weights, config.stage.initial or None]
     files = [*expand(data.train), *expand(data.valid), data.reports or None]
     check_run(config.run.out, config_path, [*files, *weights])
-    with join(config.run.device) as world:
+    with init_distributed(config.run.device) as world:
         torch.manual_seed(config.run.seed)
         task = ReconstructionTask(config, world.device)
         return fit(

@@ -1,0 +1,1 @@
+"""Decoding of text, one token after another."""

@@ -1,0 +1,498 @@
+"""One token of one text through a layer, for CUDA tensors.
+
+The cost of a decoded token is that of reading the weights once, plus the launches of short kernels
+in sequence. States are updated in place; a barrier separates the reads of a value by several lanes
+from the write. Vectors have no batch dimension; the output of a token's in_proj has the layout of
+`Updater.sections`: q k v | gate | beta | alpha | low rank of q k v | task.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nirvana.ops.cuda.launch import blocks, launch, padded
+
+UNIT_EPS = tl.constexpr(1e-6)
+"""Epsilon of the unit length of q and k, and of the Trigger's normalisation."""
+KEYS = 64
+"""Slots of the ring buffer that a program of the attention reads."""
+NEVER = tl.constexpr(-1e30)
+"""The largest score of a program that has none."""
+
+
+@triton.jit
+def _rows(
+    weight, x, norm, row, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr
+):  # fmt: skip
+    """Rows of weight `[N, K]` times x, or times x of unit root mean square, scaled by norm."""
+    sums = tl.zeros((row.shape[0], COLUMNS), tl.float32)
+    squares = tl.zeros((COLUMNS,), tl.float32)
+    start = weight + row[:, None].to(tl.int64) * K
+    for first in tl.static_range(0, K, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        w = tl.load(start + k[None, :], (row < N)[:, None] & (k < K)[None, :], 0.0)
+        v = tl.load(x + k, k < K, 0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += v * v
+            v *= tl.load(norm + k, k < K, 0.0).to(tl.float32)
+        sums += w.to(tl.float32) * v[None, :]
+    y = tl.sum(sums, 1)
+    if HAS_NORM:
+        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    return y
+
+
+@triton.jit
+def rows_kernel(
+    weight, x, norm, added, out, N, eps,
+    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_ADDED: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    y = _rows(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM)
+    if SILU:
+        y *= tl.sigmoid(y)
+    if HAS_ADDED:
+        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
+    tl.store(out + row, y, row < N)
+
+
+@triton.jit
+def swiglu_rows_kernel(
+    weight, x, norm, out, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    gate = _rows(weight, x, norm, row, N, eps, K, COLUMNS, True)
+    up = _rows(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True)
+    tl.store(out + row, gate * tl.sigmoid(gate) * up, row < N)
+
+
+@triton.jit
+def blend_kernel(
+    weight, x, together, gates, h, N,
+    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CONVEX: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    zeta = _rows(weight, x, x, row, N, 0.0, K, COLUMNS, False)
+    b = tl.load(together + row, row < N, 0.0).to(tl.float32)
+    a = tl.load(together + N + row, row < N, 0.0).to(tl.float32)
+    old = tl.load(h + row, row < N, 0.0).to(tl.float32)
+    t = tl.load(gates)
+    other = 1 - t if CONVEX else tl.load(gates + 1)
+    tl.store(h + row, old + t * (a + other * zeta) + other * b, row < N)
+
+
+@triton.jit
+def mix_kernel(x, state, weight, mixed, H, K: tl.constexpr):
+    """The convolution of one head of q, k or v, SiLU, unit length of q (over sqrt(K)) and k."""
+    head = tl.program_id(0)
+    c = head * K + tl.arange(0, K)
+    x0, x1 = tl.load(x + c), tl.load(state + c * 3 + 2)
+    x2, x3 = tl.load(state + c * 3 + 1), tl.load(state + c * 3)
+    a = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
+    a += x1.to(tl.float32) * tl.load(weight + c * 4 + 2).to(tl.float32)
+    a += x2.to(tl.float32) * tl.load(weight + c * 4 + 1).to(tl.float32)
+    a += x3.to(tl.float32) * tl.load(weight + c * 4).to(tl.float32)
+    y = a * tl.sigmoid(a)
+    if head < 2 * H:
+        y *= tl.rsqrt((tl.sum(y * y, 0) + UNIT_EPS) * tl.where(head < H, K, 1))
+    tl.store(mixed + c, y)
+    tl.debug_barrier()
+    tl.store(state + c * 3, x2)
+    tl.store(state + c * 3 + 1, x1)
+    tl.store(state + c * 3 + 2, x0)
+
+
+@triton.jit
+def delta_kernel(
+    x, mixed, A_log, dt_bias, state, o, H, K: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """The gated delta rule for some columns of one head's state; columns are independent."""
+    head = tl.program_id(0)
+    D, i, j = H * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    places = state + head * K * K + i[:, None] * K + j[None, :]
+    S = tl.load(places)
+    q, k = tl.load(mixed + head * K + i), tl.load(mixed + D + head * K + i)
+    v = tl.load(mixed + 2 * D + head * K + j)
+    beta = tl.sigmoid(tl.load(x + 4 * D + head).to(tl.float32))
+    step = tl.load(x + 4 * D + H + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+    # Softplus. For small exp(step), log(1 + exp(step)) loses digits and exp(step) is exact enough.
+    small, middle = tl.exp(step), tl.log(1 + tl.exp(tl.minimum(step, 20.0)))
+    step = tl.where(step > 20, step, tl.where(step < -10, small, middle))
+    S *= tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * step)
+    S += k[:, None] * (beta * (v - tl.sum(S * k[:, None], 0)))[None, :]
+    tl.store(o + head * K + j, tl.sum(S * q[:, None], 0))
+    tl.debug_barrier()
+    tl.store(places, S)
+
+
+@triton.jit
+def gated_rows_kernel(
+    weight, o, norm, gate, added, out, N, eps,
+    D: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
+):  # fmt: skip
+    """Rows of weight `[N, D]` times o, every head of unit root mean square, scaled and gated."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    start = weight + row[:, None].to(tl.int64) * D
+    for first in tl.static_range(0, D, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        w = tl.load(start + c[None, :], (row < N)[:, None] & (c < D)[None, :], 0.0)
+        heads = tl.reshape(tl.load(o + c, c < D, 0.0), (COLUMNS // K, K))
+        heads *= tl.rsqrt(tl.sum(heads * heads, 1) / K + eps)[:, None]
+        g = tl.load(gate + c, c < D, 0.0).to(tl.float32)
+        v = tl.reshape(heads, (COLUMNS,)) * tl.load(norm + c % K).to(tl.float32)
+        sums += w.to(tl.float32) * (v * g * tl.sigmoid(g))[None, :]
+    y = tl.sum(sums, 1)
+    if HAS_ADDED:
+        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
+    tl.store(out + row, y, row < N)
+
+
+@triton.jit
+def low_rank_kernel(
+    x, factors, up, q, keys, values, count, SLOTS, D, RANK,
+    K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part, r = tl.program_id(1), tl.arange(0, PADDED)
+    tile = up + (part * RANK + r)[:, None] * D + c[None, :]
+    tile = tl.load(tile, (r < RANK)[:, None] & (c < D)[None, :], 0.0).to(tl.float32)
+    factor = tl.load(factors + part * RANK + r, r < RANK, 0.0).to(tl.float32)
+    y = tl.load(x + part * D + c, c < D, 0.0).to(tl.float32) + tl.sum(factor[:, None] * tile, 0)
+    place = (tl.load(count) % SLOTS).to(tl.int32)
+    ring = ((c // K).to(tl.int64) * SLOTS + place) * K + c % K
+    if part == 0:
+        tl.store(q + c, y, c < D)
+    elif part == 1:
+        tl.store(keys + ring, y, c < D)
+    else:
+        tl.store(values + ring, y, c < D)
+
+
+@triton.jit
+def attention_kernel(
+    q, keys, values, count, o, most, total, SLOTS, scale, K: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, i = split * KEYS + tl.arange(0, KEYS), tl.arange(0, K)
+    real = (n < SLOTS) & (n <= tl.load(count))
+    near = (head * SLOTS + n)[:, None] * K + i[None, :]
+    k = tl.load(keys + near, real[:, None], 0.0).to(tl.float32)
+    v = tl.load(values + near, real[:, None], 0.0).to(tl.float32)
+    score = tl.sum(k * tl.load(q + head * K + i).to(tl.float32)[None, :], 1) * scale
+    score = tl.where(real, score, float("-inf"))
+    top = tl.maximum(tl.max(score, 0), NEVER)
+    p = tl.exp(score - top)
+    at = head * tl.num_programs(1) + split
+    tl.store(most + at, top)
+    tl.store(total + at, tl.sum(p, 0))
+    tl.store(o + at * K + i, tl.sum(p[:, None] * v, 0))
+
+
+@triton.jit
+def combine_kernel(o, most, total, out, SPLITS, K: tl.constexpr, PADDED: tl.constexpr):
+    head, s, i = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED), tl.arange(0, K)
+    largest = tl.max(tl.load(most + head * SPLITS + s, s < SPLITS, NEVER), 0)
+    for first in range(PADDED, SPLITS, PADDED):
+        at = first + s
+        largest = tl.maximum(
+            largest, tl.max(tl.load(most + head * SPLITS + at, at < SPLITS, NEVER), 0)
+        )
+    length, sums = tl.zeros((), tl.float32), tl.zeros((K,), tl.float32)
+    for first in range(0, SPLITS, PADDED):
+        at = head * SPLITS + first + s
+        real = first + s < SPLITS
+        share = tl.exp(tl.load(most + at, real, NEVER) - largest)
+        length += tl.sum(share * tl.load(total + at, real, 0.0), 0)
+        parts = tl.load(o + at[:, None] * K + i[None, :], real[:, None], 0.0)
+        sums += tl.sum(share[:, None] * parts, 0)
+    tl.store(out + head * K + i, sums / length)
+
+
+@triton.jit
+def project_kernel(
+    task, bank, U, C, CR, PADDED: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    c, i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, PADDED)
+    tile = bank + i[:, None] * CR + c[None, :]
+    tile = tl.load(tile, (i < C)[:, None] & (c < CR)[None, :], 0.0).to(tl.float32)
+    q = tl.load(task + i, i < C, 0.0).to(tl.float32)
+    k = tl.load(task + C + i, i < C, 0.0).to(tl.float32)
+    tl.store(U + c, tl.sum(q[:, None] * tile, 0), c < CR)
+    tl.store(U + CR + c, tl.sum(k[:, None] * tile, 0), c < CR)
+
+
+@triton.jit
+def _normalised(z, C, real):
+    """n and s of z over its C real entries."""
+    z = tl.where(real, z - tl.sum(tl.where(real, z, 0.0), 0) / C, 0.0)
+    s = tl.sqrt(tl.sum(z * z, 0) / C + UNIT_EPS)
+    return z / s, s
+
+
+@triton.jit
+def trigger_kernel(
+    task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R,
+    PC: tl.constexpr, PR: tl.constexpr, START: tl.constexpr, EXACT: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, GATES: tl.constexpr,
+):  # fmt: skip
+    c, r = tl.arange(0, PC), tl.arange(0, PR)
+    real, some = c < C, r < R
+    cr = c[:, None] * R + r[None, :]
+    both = real[:, None] & some[None, :]
+    gain = tl.load(gain + cr, both, 0.0).to(tl.float32)
+    bias = tl.load(bias + cr, both, 0.0).to(tl.float32)
+    shift = tl.load(shift + cr, both, 0.0).to(tl.float32)
+    U_q, U_k = tl.load(U + cr, both, 0.0), tl.load(U + C * R + cr, both, 0.0)
+    q = tl.load(task + c, real, 0.0).to(tl.float32)
+    k = tl.load(task + C + c, real, 0.0).to(tl.float32)
+    v = tl.load(task + 2 * C + c, real, 0.0).to(tl.float32)
+    if START:
+        p_w = tl.where(some, 1.0, 0.0)
+        p_g, p_b, p_s = p_w, p_w, p_w
+    else:
+        p_w, p_g = tl.load(fast + r, some, 0.0), tl.load(fast + R + r, some, 0.0)
+        p_b, p_s = tl.load(fast + 2 * R + r, some, 0.0), tl.load(fast + 3 * R + r, some, 0.0)
+    # The gradient at k: see `nirvana.ops.trigger_gradient`.
+    scale = tl.sum(gain * p_g[None, :], 1)
+    n, s = _normalised(tl.sum(U_k * p_w[None, :] + bias * p_b[None, :], 1), C, real)
+    e = tl.where(real, scale * n + tl.sum(shift * p_s[None, :], 1) + k - v, 0.0)
+    u = scale * e
+    if EXACT:
+        u = tl.where(real, u - tl.sum(u, 0) / C - n * (tl.sum(u * n, 0) / C), 0.0)
+    dz = u / s
+    g_w, g_g = tl.sum(U_k * dz[:, None], 0), tl.sum(gain * (e * n)[:, None], 0)
+    g_b, g_s = tl.sum(bias * dz[:, None], 0), tl.sum(shift * e[:, None], 0)
+    lr, decay = tl.load(rates), tl.load(rates + 1)
+    if HAS_MEMORY:
+        g_w += decay * tl.load(memory + r, some, 0.0)
+        g_g += decay * tl.load(memory + R + r, some, 0.0)
+        g_b += decay * tl.load(memory + 2 * R + r, some, 0.0)
+        g_s += decay * tl.load(memory + 3 * R + r, some, 0.0)
+    p_w, p_g, p_b, p_s = p_w - lr * g_w, p_g - lr * g_g, p_b - lr * g_b, p_s - lr * g_s
+    n, _ = _normalised(tl.sum(U_q * p_w[None, :] + bias * p_b[None, :], 1), C, real)
+    h = q + tl.sum(gain * p_g[None, :], 1) * n + tl.sum(shift * p_s[None, :], 1)
+    tl.store(h_task + c, h, real)
+    for g in tl.static_range(GATES):
+        w = tl.load(gate_weight + g * C + c, real, 0.0).to(tl.float32)
+        tl.store(gates + g, tl.sigmoid(tl.sum(w * h, 0)))
+    tl.debug_barrier()
+    tl.store(fast + r, p_w, some)
+    tl.store(fast + R + r, p_g, some)
+    tl.store(fast + 2 * R + r, p_b, some)
+    tl.store(fast + 3 * R + r, p_s, some)
+    if HAS_MEMORY:
+        tl.store(memory + r, g_w, some)
+        tl.store(memory + R + r, g_g, some)
+        tl.store(memory + 2 * R + r, g_b, some)
+        tl.store(memory + 3 * R + r, g_s, some)
+
+
+def product(
+    weight: Tensor,
+    x: Tensor,
+    out: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    added: Tensor | None = None,
+    silu: bool = False,
+) -> None:
+    """out = silu(weight norm(x)) + added, where norm, SiLU and sum are optional.
+
+    Args:
+        weight: `[N, K]`.
+        x: `[K]`.
+        out: `[N]`, written.
+        norm: `[K]`, the scale of an RMSNorm of x; None means none.
+        eps: of that norm.
+        added: `[N]`, may be `out`; None means zero.
+        silu: whether to apply SiLU.
+    """
+    N, K = weight.shape
+    columns, rows, warps = _tile(N, K)
+    flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None, "SILU": silu}
+    sizes = {"K": K, "COLUMNS": columns, "ROWS": rows, "num_warps": warps}
+    given = (weight, x, norm, added, out, N, eps)
+    launch(rows_kernel, (blocks(N, rows),), *given, **sizes, **flags)
+
+
+def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
+    """out = silu(gate) * up, for gate and up = weight norm(x).
+
+    Args:
+        weight: `[2 F, K]`.
+        x: `[K]`.
+        norm: `[K]`, the scale of the RMSNorm of x.
+        eps: of that norm.
+        out: `[F]`, written.
+    """
+    N, K = out.numel(), weight.shape[1]
+    columns = min(2048, padded(K))
+    given = (weight, x, norm, out, N, eps)
+    launch(swiglu_rows_kernel, (N,), *given, K=K, COLUMNS=columns, ROWS=1, num_warps=4)
+
+
+def blend(
+    weight: Tensor, x: Tensor, together: Tensor, gates: Tensor, h: Tensor, convex: bool
+) -> None:
+    """h += the interpolation of both branches, with zeta = weight x.
+
+    Args:
+        weight: `[D, rank]`.
+        x: `[rank]`.
+        together: `[2 D + C]`: b, a and h_task side by side.
+        gates: `[1]` t (convex), or `[2]` t and t'.
+        h: `[D]`, the residual stream, updated in place.
+        convex: whether the interpolation is convex.
+    """
+    N, K = weight.shape
+    columns, rows, warps = _tile(N, K)
+    sizes = {"K": K, "COLUMNS": columns, "ROWS": rows, "num_warps": warps}
+    given = (weight, x, together, gates, h, N)
+    launch(blend_kernel, (blocks(N, rows),), *given, CONVEX=convex, **sizes)
+
+
+def linear(
+    x: Tensor,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    scratch: Tensor,
+    out: Tensor,
+    added: Tensor | None = None,
+) -> None:
+    """out = the linear branch for one token + added; updates both states in place.
+
+    Args:
+        x: the output of in_proj; q k v, gate, beta and alpha are read.
+        conv_state: `[3 D, 3]`, the last inputs of the convolution.
+        conv_weight: `[3 D, 4]`.
+        A_log: `[H]`.
+        dt_bias: `[H]`.
+        state: `[H, K, K]`, float32.
+        norm: `[K]`, the scale of the norm of a head.
+        eps: of that norm.
+        weight: `[D, D]`, of the output projection.
+        scratch: `[4 D]`, float32, overwritten.
+        out: `[D]`, written.
+        added: `[D]`, may be `out`; None means zero.
+    """
+    H, K, _ = state.shape
+    D = H * K
+    mixed, o = scratch[: 3 * D], scratch[3 * D :]
+    launch(mix_kernel, (3 * H,), x, conv_state, conv_weight, mixed, H, K=K, num_warps=1)
+    given, columns = (x, mixed, A_log, dt_bias, state, o, H), min(K, 32)
+    launch(delta_kernel, (H, K // columns), *given, K=K, COLUMNS=columns, num_warps=4)
+    columns, rows, warps = _tile(D, D)
+    sizes = {"D": D, "K": K, "COLUMNS": max(K, columns), "ROWS": rows, "num_warps": warps}
+    given = (weight, o, norm, x[3 * D :], added, out, D, eps)
+    launch(gated_rows_kernel, (blocks(D, rows),), *given, **sizes, HAS_ADDED=added is not None)
+
+
+def window(
+    x: Tensor,
+    factors: Tensor,
+    up: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    scratch: dict[str, Tensor],
+    out: Tensor,
+) -> None:
+    """out = the window branch for one token, before its output projection.
+
+    The token's key and value are written to slot `count` modulo the number of slots.
+
+    Args:
+        x: the output of in_proj; q k v are read.
+        factors: `[3 r]`, the low-rank factors of q, k and v.
+        up: `[3, r, D]`.
+        keys: `[H, slots, K]`, a ring buffer.
+        values: `[H, slots, K]`, a ring buffer.
+        count: `[1]`, int64, tokens read before this one.
+        scratch: of `window_scratch`, overwritten.
+        out: `[D]`, written.
+    """
+    H, slots, K = keys.shape
+    _, rank, D = up.shape
+    columns = 64
+    sizes = {"K": K, "PADDED": padded(rank), "COLUMNS": columns}
+    given = (x, factors, up, scratch["q"], keys, values, count, slots, D, rank)
+    launch(low_rank_kernel, (blocks(D, columns), 3), *given, **sizes)
+    parts = (scratch["o"], scratch["most"], scratch["total"])
+    splits = blocks(slots, KEYS)
+    given = (scratch["q"], keys, values, count, *parts, slots, K**-0.5)
+    launch(attention_kernel, (H, splits), *given, K=K, KEYS=KEYS)
+    given = (*parts, out, splits)
+    launch(combine_kernel, (H,), *given, K=K, PADDED=min(64, padded(splits)))
+
+
+def window_scratch(keys: Tensor) -> dict[str, Tensor]:
+    """Allocates the scratch memory of `window`, for keys `[H, slots, K]`."""
+    H, slots, K = keys.shape
+    parts = torch.empty(H * blocks(slots, KEYS), K + 2, dtype=torch.float32, device=keys.device)
+    o, most, total = parts.flatten().split([parts.shape[0] * n for n in (K, 1, 1)])
+    return {"q": keys.new_empty(H * K), "o": o, "most": most, "total": total}
+
+
+def trigger(
+    task: Tensor,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    fast: Tensor,
+    memory: Tensor | None,
+    rates: Tensor,
+    gate_weight: Tensor,
+    U: Tensor,
+    h_task: Tensor,
+    gates: Tensor,
+    start: bool,
+    exact: bool,
+) -> None:
+    """The Trigger's step for one token.
+
+    Args:
+        task: `[3 C]`, task query, key and value.
+        bank: weight `[C, C, R]`, gain, bias and shift `[C, R]`.
+        fast: `[4, R]`, float32, updated in place.
+        memory: `[4, R]`, float32, updated in place; None without memory.
+        rates: `[2]`, float32, step size and decay.
+        gate_weight: `[1 or 2, C]`.
+        U: `[2, C R]`, float32, overwritten.
+        h_task: `[C]`, written.
+        gates: `[2]`, float32, written: t, or t and t'.
+        start: whether this is the first layer with a Trigger, whose fast parameters are ones.
+        exact: as of `nirvana.ops.trigger_gradient`.
+    """
+    weight, gain, bias, shift = bank
+    C, R = gain.shape
+    pads, columns = {"PC": padded(C), "PR": padded(R)}, 64
+    launch(
+        project_kernel,
+        (blocks(C * R, columns),),
+        *(task, weight, U, C, C * R),
+        PADDED=pads["PC"],
+        COLUMNS=columns,
+    )
+    flags = {"START": start, "EXACT": exact, "HAS_MEMORY": memory is not None}
+    given = (task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R)
+    launch(trigger_kernel, (1,), *given, **pads, **flags, GATES=gate_weight.shape[0])
+
+
+def _tile(N: int, K: int) -> tuple[int, int, int]:
+    """Columns, rows and warps of a program of a product: the fastest of a few settings on an H200
+    for the sizes of the 1.3b preset."""
+    if K <= 512:
+        return padded(K), 8, 4
+    if N <= 512:
+        return min(2048, padded(K)), 1, 4
+    if K > 4096:
+        return 1024, 1, 2
+    return 1024, 4 if N > 4096 else 2, 4

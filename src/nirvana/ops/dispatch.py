@@ -1,0 +1,206 @@
+"""Which backend computes a call of an operation.
+
+Three backends: `reference`, the definitions, token by token; `chunked`, PyTorch on any device,
+linear in the number of tokens; `cuda`, the Triton, cuDNN and fla-core kernels for half precision on
+a GPU. The tensors decide at every call: `cuda` where its kernels fit, else `chunked`. Nothing else
+in the package chooses. `use_backend` overrides the choice, for tests.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nirvana.device import HAS_KERNELS
+from nirvana.ops import chunked, reference
+
+BACKENDS = ("reference", "chunked", "cuda")
+"""The names of the backends."""
+KERNELS = (
+    "linear_branch",
+    "window_branch",
+    "window_attention",
+    "swiglu",
+    "trigger_gradient",
+    "trigger_apply",
+    "linear_cross_entropy",
+)
+"""The operations that `cuda` has kernels for."""
+HEAD_DIMS = (32, 64, 128)
+"""Head sizes K that the kernels of both branches take."""
+CONV_WIDTH = 4
+"""Width of the convolution that the linear branch's kernels take."""
+MAX_TASK_DIM = 128
+"""Largest C of the Trigger's kernels: one matrix of a wider bank exceeds a multiprocessor's shared
+memory."""
+
+_forced: str | None = None
+_recorded: dict[str, list[str]] | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Computes every operation in the block with one backend, in all threads of the process.
+
+    With "cuda", operations that have no kernels are computed by "chunked", and a call that the
+    kernels do not take raises ValueError.
+
+    Args:
+        name: one of `BACKENDS`.
+
+    Yields:
+        None.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def recorded_backends() -> Iterator[dict[str, list[str]]]:
+    """Records which backends compute which operations in the block; not in compiled code.
+
+    Yields:
+        the names of the backends by the name of the operation, filled as the block runs.
+    """
+    global _recorded
+    before, _recorded = _recorded, {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def implementation(operation: str, fits: bool = False) -> Callable[..., Any]:
+    """The function that computes a call of an operation.
+
+    Args:
+        operation: the name of a public function of `nirvana.ops`.
+        fits: whether the kernels of `cuda` take this call.
+
+    Returns:
+        a function with the arguments of the public one.
+
+    Raises:
+        ValueError: inside `use_backend("cuda")`, if the kernels do not take this call.
+    """
+    name = ("cuda" if fits else "chunked") if _forced is None else _forced
+    if name == "cuda":
+        if operation not in KERNELS:
+            name = "chunked"
+        elif not fits:
+            raise ValueError(f"the kernels of the cuda backend do not take this {operation}")
+    if _recorded is not None:
+        names = _recorded.setdefault(operation, [])
+        if name not in names:
+            names.append(name)
+    if name == "cuda":
+        return getattr(_kernel_module(operation), operation)
+    return getattr(reference if name == "reference" else chunked, operation)
+
+
+def _kernel_module(operation: str) -> Any:
+    # Plain imports: a compiler traces through them, which it does not through import_module.
+    if operation == "swiglu":
+        from nirvana.ops.cuda import swiglu
+
+        return swiglu
+    if operation.startswith("trigger"):
+        from nirvana.ops.cuda import trigger
+
+        return trigger
+    if operation == "linear_cross_entropy":
+        from nirvana.ops.cuda import cross_entropy
+
+        return cross_entropy
+    from nirvana.ops.cuda import branches
+
+    return branches
+
+
+def suits_kernels(x: Tensor) -> bool:
+    """Whether x is a half-precision CUDA tensor and the kernels' packages are installed."""
+    return HAS_KERNELS and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def branch_fits(
+    x: Tensor,
+    head_dim: int,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *states: Tensor | None,
+) -> bool:
+    """Whether the kernels of a branch of the Updater take a call.
+
+    They take more than one token, and packed samples only with `cu_seqlens` and without states.
+
+    Args:
+        x: `[B, T, ...]`, the input.
+        head_dim: K.
+        segments: `[B, T]`, see `nirvana.ops`.
+        cu_seqlens: `[samples + 1]`, see `nirvana.ops`.
+        states: the states before the first token.
+
+    Returns:
+        True if they do.
+    """
+    if not suits_kernels(x) or x.shape[1] == 1:
+        return False
+    if segments is not None and (cu_seqlens is None or any(s is not None for s in states)):
+        return False
+    return head_dim in HEAD_DIMS
+
+
+def linear_branch_fits(
+    qkv: Tensor,
+    conv_weight: Tensor,
+    head_dim: int,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *states: Tensor | None,
+) -> bool:
+    """Whether the kernels of `linear_branch` take a call; arguments as of `branch_fits`."""
+    four = conv_weight.shape[1] == CONV_WIDTH
+    return four and branch_fits(qkv, head_dim, segments, cu_seqlens, *states)
+
+
+def attention_fits(
+    q: Tensor, k: Tensor, segments: Tensor | None, cu_seqlens: Tensor | None
+) -> bool:
+    """Whether the kernels of `window_attention` take a call.
+
+    They have no gradient where keys of the past precede those of the queries (S > T).
+    """
+    differentiable = q.shape == k.shape or not torch.is_grad_enabled()
+    return differentiable and branch_fits(q, q.shape[-1], segments, cu_seqlens)
+
+
+def trigger_fits(x: Tensor) -> bool:
+    """Whether the Trigger's kernels take tokens x `[..., T, C]`.
+
+    For a single token the products of PyTorch are faster.
+    """
+    return suits_kernels(x) and x.shape[-2] > 1 and x.shape[-1] <= MAX_TASK_DIM
+
+
+def swiglu_fits(x: Tensor) -> bool:
+    """Whether the kernels of `swiglu` compute it for x `[..., 2 F]`.
+
+    Without a gradient a compiler does as well, and fuses SwiGLU with its neighbours.
+    """
+    return suits_kernels(x) and x.requires_grad
+
+
+def cross_entropy_fits(h: Tensor) -> bool:
+    """Whether the loss over chunks of logits is compiled: on a GPU, in any dtype."""
+    return h.is_cuda

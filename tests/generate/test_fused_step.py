@@ -1,0 +1,64 @@
+"""The kernels for one token compute the forward pass; without a GPU, in Triton's interpreter."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from nirvana.generate import fused_step
+from nirvana.generate.fused_step import FusedStep
+from nirvana.generate.graph_decoder import Decoder
+
+pytest.importorskip("triton")
+from triton import knobs
+
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 1,
+    "num_hidden_layers": 3,
+    "num_prelude_layers": 1,
+    "intermediate_size": 32,
+}
+KINDS = {
+    "memory": {},
+    "each token alone": {"trigger_decay": 0.0, "interpolation": "independent"},
+    "truncated, learned, odd sizes": {
+        "trigger_gradient": "truncated",
+        "trigger_lr_learnable": True,
+        "trigger_decay_learnable": True,
+        "task_dim": 7,
+        "bank_size": 5,
+        "intermediate_size": 41,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _where_triton_runs(device):
+    if device == "cpu" and not knobs.runtime.interpret:
+        pytest.skip("Triton is compiled for the GPU here")
+
+
+def test_adapters_are_not_for_the_kernels(small_model, monkeypatch):
+    monkeypatch.setattr(fused_step, "suits_kernels", lambda x: True)
+    model = small_model(**SIZES)
+    assert FusedStep.fits(model, 1)
+    assert not FusedStep.fits(model, 2)
+    part = model.model.layers[1].updater
+    part.in_proj = torch.nn.utils.parametrizations.weight_norm(part.in_proj)
+    assert not FusedStep.fits(model, 1)
+
+
+@pytest.mark.parametrize("length", [1, 30], ids=lambda n: f"after {n}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_by_kernels(small_model, kind, length):
+    model = small_model(**{**SIZES, **KINDS[kind]}).float()
+    tokens = torch.randint(61, (1, length + 3))
+    decoder = Decoder(model, compiled=False)
+    decoder.prefill(tokens[:, :length])
+    one = FusedStep(model, deepcopy(decoder.states), decoder.count.clone())
+    for token in tokens[:, length:].split(1, dim=1):
+        expected = decoder.step(token)
+        actual = one(token)
+        one.count += 1
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,245 @@
+"""The kernels for half precision on a GPU against the definitions in float64: values, gradients,
+borders, and the invariants of a model in bf16. Skips without a GPU."""
+
+import pytest
+import torch
+
+from nirvana import NirvanaConfig, NirvanaForCausalLM, ops
+from nirvana.device import HAS_KERNELS
+from nirvana.generate import graph_decoder
+from nirvana.generate.graph_decoder import Decoder
+from nirvana.model.masks import create_masks
+from nirvana.model.nirvana import compile_blocks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+    pytest.mark.skipif(not HAS_KERNELS, reason="needs fla-core and Triton"),
+]
+TOLERANCE = 2e-2
+SIZES = [(2, 131, 2, 128), (1, 517, 3, 64), (2, 512, 2, 128)]  # B, T, H, K
+
+
+@pytest.fixture(autouse=True)
+def _on_gpu():
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+def borders_of(B, T, packed):
+    if not packed:
+        return {"segments": None, "cu_seqlens": None}
+    segments = (torch.rand(B, T) < 0.02).cumsum(1)
+    segments = segments - segments[:, :1]
+    config = NirvanaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=3, num_attention_heads=1)
+    starts = segments.diff(dim=1, prepend=segments[:, :1] - 1) != 0
+    count = torch.arange(T).expand(B, T)
+    positions = count - torch.where(starts, count, 0).cummax(1).values
+    masks = create_masks(config, torch.zeros(B, T, 8), None, None, positions)
+    assert torch.equal(masks["segments"], segments)
+    return {name: masks[name] for name in ("segments", "cu_seqlens")}
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def compare(operation, inputs, **more):
+    """The outputs and the gradients of a random sum of them, bf16 kernels against float64."""
+    outcomes = []
+    for backend, dtype in (("cuda", None), ("reference", torch.float64)):
+        given = {
+            name: x
+            if x is None
+            else x.detach().to(dtype or x.dtype).requires_grad_("state" not in name)
+            for name, x in inputs.items()
+        }
+        with ops.use_backend(backend):
+            outputs = operation(**given, **more)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)
+        weights = [torch.randn(outputs[0].shape)]
+        (outputs[0] * weights[0].to(outputs[0].dtype)).sum().backward()
+        grads = {n: x.grad for n, x in given.items() if x is not None and x.requires_grad}
+        values = {str(i): x.detach() for i, x in enumerate(outputs) if x is not None}
+        outcomes.append(values | grads)
+    fast, exact = outcomes
+    errors = {name: relative(fast[name], exact[name]) for name in exact}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def linear_inputs(B, T, H, K, with_state):
+    half = {"dtype": torch.bfloat16}
+    return {
+        "qkv": torch.randn(B, T, 3 * H * K + 8, **half)[..., : 3 * H * K],
+        "conv_weight": torch.randn(3 * H * K, 4, **half) / 2,
+        "log_alpha": -torch.nn.functional.softplus(torch.randn(B, T, H) - 3),
+        "beta": torch.rand(B, T, H),
+        "conv_state": torch.randn(B, 3 * H * K, 3, **half) if with_state else None,
+        "state": torch.randn(B, H, K, K) / 8 if with_state else None,
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_linear_branch(size, packed):
+    compare(
+        ops.linear_branch,
+        linear_inputs(*size, False),
+        head_dim=size[-1],
+        **borders_of(*size[:2], packed),
+    )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_linear_branch_goes_on_from_states(size):
+    compare(ops.linear_branch, linear_inputs(*size, True), head_dim=size[-1])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("window", [100, None])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_window_branch(size, window, packed):
+    B, T, H, K = size
+    half = {"dtype": torch.bfloat16}
+    inputs = {
+        "qkv": torch.randn(B, T, 3 * H * K + 8, **half)[..., : 3 * H * K],
+        "low_rank": torch.randn(B, T, 3 * 16, **half),
+        "up": torch.randn(3, 16, H * K, **half) / 4,
+    }
+    compare(ops.window_branch, inputs, head_dim=K, window=window, **borders_of(B, T, packed))
+
+
+@pytest.mark.parametrize("window", [100, None])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_window_attention(size, window):
+    heads = {name: torch.randn(size, dtype=torch.bfloat16) for name in "qkv"}
+    compare(ops.window_attention, heads, window=window)
+
+
+@pytest.mark.parametrize(("queries", "past"), [(256, 99), (33, 200), (256, 256)])
+def test_window_attention_over_the_past(queries, past):
+    q = torch.randn(2, queries, 2, 128, dtype=torch.bfloat16)
+    k, v = (torch.randn(2, past + queries, 2, 128, dtype=torch.bfloat16) for _ in range(2))
+    with torch.no_grad():
+        fast = ops.window_attention(q, k, v, 100)
+        with ops.use_backend("reference"):
+            exact = ops.window_attention(*(x.double() for x in (q, k, v)), 100)
+    assert relative(fast, exact) < TOLERANCE
+
+
+def make_model(**overrides):
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "sliding_window": 100,
+        "trigger_decay": 0.8,
+    }
+    model = NirvanaForCausalLM(NirvanaConfig(**{**settings, **overrides})).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return model
+
+
+def test_causality():
+    model = make_model().eval()
+    tokens = torch.randint(97, (2, 300))
+    changed = tokens.clone()
+    changed[:, 150] = (changed[:, 150] + 1) % 97
+    with torch.no_grad():
+        a, b = model(tokens).logits, model(changed).logits
+    assert torch.equal(a[:, :150], b[:, :150])
+    assert not torch.equal(a[:, 150], b[:, 150])
+
+
+def test_packed_is_separate():
+    model = make_model().eval()
+    parts = [torch.randint(97, (1, n)) for n in (5, 130, 64, 1, 200)]
+    lengths = torch.tensor([0, *(p.shape[1] for p in parts)])
+    cu_seqlens = lengths.cumsum(0).int()
+    with torch.no_grad():
+        together = model(torch.cat(parts, 1), cu_seqlens=cu_seqlens, use_cache=False).logits
+        alone = torch.cat([model(p, use_cache=False).logits for p in parts], 1)
+    assert relative(together, alone) < TOLERANCE
+
+
+def test_borders_given_on_the_cpu_are_those_counted_on_the_gpu():
+    config = NirvanaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=3, num_attention_heads=1)
+    x = torch.zeros(2, 9, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [5, 6, 7, 8, 9, 10, 0, 1, 2]])
+    counted = create_masks(config, x, None, None, positions)
+    borders = torch.tensor([0, 3, 8, 15, 18], device="cpu")
+    for given in (None, positions):
+        known = create_masks(config, x, None, None, given, borders)
+        assert torch.equal(known["segments"], counted["segments"])
+        assert torch.equal(known["cu_seqlens"], counted["cu_seqlens"])
+
+
+@pytest.mark.parametrize("n", [1, 64, 130, 259])
+def test_prefill_and_decode_are_forward(n):
+    model = make_model().eval()
+    tokens = torch.randint(97, (2, 260))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        out = model(tokens[:, :n], use_cache=True)
+        logits = [out.logits]
+        for t in range(n, 260, 1 if n > 200 else 43):
+            out = model(
+                tokens[:, t : t + (1 if n > 200 else 43)], past_key_values=out.past_key_values
+            )
+            logits.append(out.logits)
+    assert relative(torch.cat(logits, 1)[:, :260], expected) < TOLERANCE
+
+
+def test_one_graph_a_token_is_the_forward_pass(monkeypatch):
+    monkeypatch.setattr(graph_decoder, "PREFILL_CHUNK", 64)
+    model = make_model().eval()
+    tokens = torch.randint(97, (2, 200))
+    torch.set_default_device(None)  # its mode is in the way of the compiler
+    decoder = Decoder(model)
+    for length in (130, 70):  # the second text finds the graph of the first
+        with torch.no_grad():
+            expected = model(tokens[:, : length + 40], use_cache=False).logits[:, length - 1 :]
+        logits = [decoder.prefill(tokens[:, :length])]
+        for t in range(length, length + 40):
+            logits.append(decoder.step(tokens[:, t : t + 1]).clone())
+        assert relative(torch.stack(logits, 1), expected) < TOLERANCE
+
+
+def test_gradients_of_a_compiled_model_are_those_of_float32_on_the_cpu():
+    model = make_model()
+    tokens = torch.randint(97, (2, 260))
+    torch.set_default_device(None)
+    exact = NirvanaForCausalLM(model.config).float()
+    exact.load_state_dict(model.state_dict())
+    exact(tokens.cpu(), labels=tokens.cpu(), skip_logits=True).loss.backward()
+    compile_blocks(model.model.layers)
+    model(tokens, labels=tokens, skip_logits=True).loss.backward()
+    total = sum(p.grad.square().sum() for p in exact.parameters()) ** 0.5
+    for (name, actual), expected in zip(model.named_parameters(), exact.parameters(), strict=True):
+        error = (actual.grad.cpu().float() - expected.grad).norm()
+        assert error < 0.08 * max(expected.grad.norm(), 0.01 * total), name
+
+
+def test_operations_are_proper():
+    from nirvana.ops.cuda import branches
+
+    B, T, H, K = 1, 70, 2, 128
+    inputs = linear_inputs(B, T, H, K, False)
+    qkv = inputs["qkv"].requires_grad_()
+    weight, alpha, beta = (
+        inputs[x].float().requires_grad_() for x in ("conv_weight", "log_alpha", "beta")
+    )
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (qkv, weight, alpha, beta, K, None, None, None, None, False)
+    torch.library.opcheck(branches._linear, arguments, test_utils=checks)
+    low_rank, up = torch.randn(B, T, 48).bfloat16(), torch.randn(3, 16, H * K).bfloat16()
+    arguments = (qkv, low_rank, up, K, 30, None)
+    torch.library.opcheck(branches._window, arguments, test_utils=checks)
+    q, k, v = (torch.randn(B, T, H, K).bfloat16().requires_grad_() for _ in range(3))
+    torch.library.opcheck(branches._attention, (q, k, v, 30, None), test_utils=checks)
