@@ -18,8 +18,8 @@ PYTEST := -m pytest -n 2
 # What a new release of a dependency breaks first: loading, the cache, packing, Trainer and PEFT,
 # the commands, a reconstruction.
 QUICK := tests/test_package.py tests/test_dependencies.py tests/model/test_contract.py \
-	tests/model/test_generation.py tests/model/test_laws.py tests/model/test_training_contract.py \
-	tests/cli/test_language.py tests/cli/test_mri.py tests/mri/test_io.py tests/mri/test_model.py
+	tests/model/test_generation.py tests/model/test_invariants.py tests/model/test_training_contract.py \
+	tests/model/test_packing.py tests/cli/test_language.py tests/cli/test_mri.py tests/mri/io
 
 .PHONY: demo test lint clean newest lowest test-newest test-newest-quick test-lowest
 
