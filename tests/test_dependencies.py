@@ -29,7 +29,7 @@ OPTIONAL = {
 }
 
 # Rooms that only who has an extra enters: their modules may import it on being imported.
-ROOMS = {"mri/": "mri", "evaluate/harness.py": "eval", "ops/triton_": "cuda"}
+ROOMS = {"mri/": "mri", "evaluate/harness.py": "eval", "ops/cuda/": "cuda"}
 
 # Declared although no module imports them: another package does once it is asked to.
 INDIRECT = {"tensorboard": "torch.utils.tensorboard"}
