@@ -20,7 +20,7 @@ PYTEST := -m pytest -n 2
 # reconstruction.
 SURFACE := tests/test_package.py tests/test_dependencies.py tests/model/test_contract.py \
 	tests/model/test_generation.py tests/model/test_invariants.py tests/model/test_training_contract.py \
-	tests/cli/test_language.py tests/cli/test_mri.py tests/mri/io/test_io.py \
+	tests/model/test_packing.py tests/cli/test_language.py tests/cli/test_mri.py tests/mri/io \
 	tests/mri/model/test_codec.py
 
 .PHONY: demo test quick lint types imports docs clean newest lowest test-newest test-newest-quick test-lowest
