@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Wrong input, told in one line: what is wrong, where, and what would be right.
+    """Wrong input, in one line: what is wrong, where, and what would be right.
 
     The command line prints it and exits with code 2; every other exception is our own fault
     and keeps its traceback.
@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 def script(main: Callable[[], int | None]) -> None:
-    """Runs a program beside the command line, and exits: 2 after an `InputError`, told in one line,
+    """Runs a program beside the command line, and exits: 2 after an `InputError`, printed as one line,
     else with the code that it returns, 0 for None."""
     try:
         sys.exit(main() or 0)

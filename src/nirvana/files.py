@@ -186,7 +186,7 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
 
 
 def writable_file(path: str | Path) -> Path:
-    """The same path, if a file may be written there: asked before the work that ends in it.
+    """The same path, if a file may be written there: checked before the work that ends in it.
 
     Raises:
         InputError: for a folder, a device or another thing that is no regular file, the file that

@@ -7,8 +7,8 @@ def mixed_seed(*numbers: int) -> int:
     """One seed of several numbers, such as a run's seed and a step: uint64, every bit of which
     depends on all of them.
 
-    PyTorch's generators on the CPU listen to the lowest 32 bits of a seed alone, so numbers that
-    stand side by side in it are not all heard.
+    torch's CPU generator uses only the low 32 bits of a seed, so a seed packed as
+    (run << 32 | step) would ignore the run.
 
     Args:
         numbers: at least 0, of any size.

@@ -32,7 +32,7 @@ class Cost(NamedTuple):
     peak_bytes: int | None
 
 
-def costs(
+def measure_costs(
     runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, Cost]:
     """Measures runs in turns, so that a disturbance affects all alike.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from nirvana.bench.measure import Cost, costs, milliseconds
+from nirvana.bench.measure import Cost, measure_costs, milliseconds
 from nirvana.bench.peers import OURS
 from nirvana.model.nirvana import compile_blocks
 from nirvana.model.trigger import Trigger, without_trigger
@@ -36,7 +36,7 @@ TRIGGER_OFF = {
 def train(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
     """Forward and backward, without an optimiser and without activation checkpointing."""
     step = _training_step(model, name, options, batch, length)
-    cost = costs({name: step}, options.device, options.steps)[name]
+    cost = measure_costs({name: step}, options.device, options.steps)[name]
     return [_training_row(cost, options, batch * length)]
 
 
@@ -53,7 +53,7 @@ def trigger(model: nn.Module, name: str, options: "Options", batch: int, length:
             step()
 
     runs = {"on": step, "step off": step_off, "no trigger": no_trigger}
-    measured = costs(runs, options.device, options.steps)
+    measured = measure_costs(runs, options.device, options.steps)
     rows = [{"how": "on"} | _training_row(measured["on"], options, batch * length)]
     for how, meaning in TRIGGER_OFF.items():
         row = {"how": how} | _training_row(measured[how], options, batch * length)
@@ -69,7 +69,7 @@ def prefill(model: nn.Module, name: str, options: "Options", batch: int, length:
     """Prefill of a context, with logits of its last token."""
     tokens, run = options.tokens(batch, length), _prefill(model.eval(), name, options)
     with torch.no_grad():
-        cost = costs({name: lambda: run(tokens)}, options.device, options.steps)[name]
+        cost = measure_costs({name: lambda: run(tokens)}, options.device, options.steps)[name]
     return [_row(cost, length)]
 
 

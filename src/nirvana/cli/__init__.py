@@ -51,8 +51,8 @@ UsageError: type[Exception] = next(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"nirvana {__version__}")
         raise typer.Exit
 

@@ -219,7 +219,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
         "\n[bold]Reports[/] of slices at 4x, in some of which lesions are simulated; the reporter "
         "learned from no echo-planar images like these"
     )
-    table = Table("simulated", "said", "probability of a finding")
+    table = Table("simulated", "reported", "probability of a finding")
     for facts, reading in zip(batch.facts, readings, strict=True):
         table.add_row(write(facts, wording), reading.text, f"{reading.finding:.0%}")
     console.print(table)
@@ -236,7 +236,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
         report_panel(folder / "report.png", picture, readings[shown], marked, title)
 
     rows = zip(batch.facts, readings, strict=True)
-    return [{"simulated": facts.to_dict(), **said.to_dict()} for facts, said in rows], write_report
+    return [{"simulated": facts.to_dict(), **reading.to_dict()} for facts, reading in rows], write_report
 
 
 def _volume() -> Path:

@@ -19,7 +19,7 @@ from nirvana.progress import ProgressLines
 
 RECALL = ("s_niah_1", "s_niah_2", "s_niah_3", "mqar")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
-NUM_PROBLEMS = 100  # of each recall task and length, unless --limit says otherwise
+NUM_PROBLEMS = 100  # of each recall task and length, unless --limit is given
 HAYSTACK = Path("text/novels/test.jsonl.xz")  # within NIRVANA_DATA
 
 
@@ -137,7 +137,7 @@ def _plan(
             known = ", ".join([*TASKS, *RECALL])
             raise InputError(f"no task {name!r}; known are {known}, and hub:NAME for lm-eval's")
     if plan.local or plan.hub:
-        import lm_eval  # noqa: F401  (the program says what to install, before any work)
+        import lm_eval  # noqa: F401  (a missing package is reported before any work)
     if plan.recall:
         try:
             plan.lengths = [int(length) for length in lengths.split(",")]

@@ -97,7 +97,7 @@ def train(
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    precision: Annotated[str, typer.Option(help="float32 or bf16; else as the run says.")] = "",
+    precision: Annotated[str, typer.Option(help="float32 or bf16; else that of the run.")] = "",
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="Folder of a tokenizer, or a packaged model's name; else the run's own."),

@@ -25,7 +25,7 @@ class Scores:
 
     values: np.ndarray  # float64 [N]: bits of a document, or points of a question
     weights: np.ndarray  # float64 [N]: bytes of a document, or 1 for a question
-    content: str  # says what was scored; equal for two models only if it was the same
+    content: str  # identifies what was scored; equal for two models only if it was the same
 
 
 @dataclass(frozen=True)

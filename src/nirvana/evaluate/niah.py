@@ -1,4 +1,4 @@
-"""S-NIAH, a single needle in a haystack: one sentence states a value, the last one asks for it.
+"""S-NIAH, a single needle in a haystack: one sentence states a value, the last one requires it.
 
 After the single-needle tasks of Hsieh et al., "RULER: What's the Real Context Size of Your
 Long-Context Language Models?", arXiv 2404.06654:

@@ -147,8 +147,8 @@ class NirvanaPreTrainedModel(PreTrainedModel):
         Returns:
             the names, as in `named_parameters`.
         """
-        apart = ("bank.gain", "bank.bias", "bank.shift", "embed_tokens.weight")
-        return {n for n, p in self.named_parameters() if p.ndim < 2 or n.endswith(apart)}
+        undecayed = ("bank.gain", "bank.bias", "bank.shift", "embed_tokens.weight")
+        return {n for n, p in self.named_parameters() if p.ndim < 2 or n.endswith(undecayed)}
 
 
 class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):

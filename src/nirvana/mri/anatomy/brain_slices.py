@@ -279,5 +279,5 @@ def _on_grid(
     middle = ((GRID[0] - 1) / 2, (GRID[1] - 1) / 2)
     offset: Any = [row - middle[0] / zoom[0], column - middle[1] / zoom[1]]
     scale = np.array([1 / zoom[0], 1 / zoom[1]])
-    moved = ndimage.affine_transform(smooth, scale, offset, output_shape=GRID, order=1)
-    return moved, middle[1], middle[0]
+    aligned = ndimage.affine_transform(smooth, scale, offset, output_shape=GRID, order=1)
+    return aligned, middle[1], middle[0]

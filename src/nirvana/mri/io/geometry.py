@@ -14,9 +14,9 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 def shifted(affine: np.ndarray, slices: int = 0, rows: int = 0, columns: int = 0) -> np.ndarray:
     """The affine of `volume[slices:, rows:, columns:]`."""
-    moved = affine.copy()
-    moved[:, 3] = affine @ np.array([slices, rows, columns, 1.0])
-    return moved
+    result = affine.copy()
+    result[:, 3] = affine @ np.array([slices, rows, columns, 1.0])
+    return result
 
 
 def spacing_of(affine: np.ndarray) -> Spacing:
