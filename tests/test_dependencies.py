@@ -28,7 +28,7 @@ OPTIONAL = {
 }
 
 # Rooms that only who has an extra enters: their modules may import it on being imported.
-ROOMS = {"mri/": "mri", "evaluate/harness.py": "eval", "ops/triton_": "cuda"}
+ROOMS = {"mri/": "mri", "evaluate/harness.py": "eval", "ops/cuda/": "cuda"}
 
 # Declared although no module imports them: another package does once it is asked to.
 INDIRECT = {"tensorboard": "torch.utils.tensorboard"}
@@ -50,8 +50,9 @@ def sources(*folders: str) -> list[Path]:
 
 
 INSTALLED = packages_distributions()  # slow: it reads the lists of files of all distributions
-OWN = {"nirvana", *(path.stem for path in sources(*FOLDERS))}
-OWN |= {path.parent.name for path in sources(*FOLDERS)}
+# Inside the package a module may have the name of a library: nirvana.mri.classical.sigpy.
+OWN = {"nirvana", *(path.stem for path in sources(*FOLDERS[1:]))}
+OWN |= {path.parent.name for path in sources(*FOLDERS[1:])}
 
 
 def imports(path: Path, *, at_once: bool = False) -> Iterator[str]:
