@@ -13,8 +13,8 @@ class InputError(ValueError):
 
 
 def script(main: Callable[[], int | None]) -> None:
-    """Runs a program beside the command line, and exits: 2 after an `InputError`, printed as one line,
-    else with the code that it returns, 0 for None."""
+    """Runs a program beside the command line, and exits: with 2 after an `InputError`, which it
+    prints as one line, else with the code that it returns, 0 for None."""
     try:
         sys.exit(main() or 0)
     except InputError as error:

@@ -236,7 +236,9 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
         report_panel(folder / "report.png", picture, readings[shown], marked, title)
 
     rows = zip(batch.facts, readings, strict=True)
-    return [{"simulated": facts.to_dict(), **reading.to_dict()} for facts, reading in rows], write_report
+    return [
+        {"simulated": facts.to_dict(), **reading.to_dict()} for facts, reading in rows
+    ], write_report
 
 
 def _volume() -> Path:
