@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, StaticCache
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs, find_labels
 
 from nirvana.model.arguments import WITHOUT_EFFECT
 from nirvana.model.nirvana import NirvanaForCausalLM, NirvanaModel
@@ -195,3 +195,14 @@ def test_signatures_name_what_generation_looks_for():
         assert {"cache", "past_key_values", "attention_mask"} <= signature(
             forward
         ).parameters.keys()
+
+
+def test_the_trainer_finds_one_kind_of_labels(small_model):
+    """It evaluates the loss only of batches that hold all labels in the signature."""
+    assert find_labels(NirvanaForCausalLM) == ["labels"]
+    model = small_model()
+    shifted = torch.cat([TOKENS[:, 1:], torch.full((1, 1), -100)], dim=1)
+    expected = model(TOKENS, labels=TOKENS).loss
+    for settings in ({}, {"skip_logits": True}):
+        loss = model(TOKENS, shift_labels=shifted, **settings).loss
+        torch.testing.assert_close(loss.float(), expected.float())

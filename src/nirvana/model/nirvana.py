@@ -291,7 +291,6 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         cu_seqlens: Borders | None = None,
         cu_seq_lens_q: Borders | None = None,
         seq_idx: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
         output_trigger: bool = False,
@@ -302,12 +301,13 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         Args:
             labels: `[B, T]`, -100 where the loss leaves a token out; the loss shifts them by one.
             logits_to_keep: the number of last positions that get logits (0: all), or their indices.
-            shift_labels: `[B, T]`, labels that are shifted already, in place of `labels`.
             num_items_in_batch: the divisor of the summed loss; None: the number of labels.
             skip_logits: return the loss alone, for training; needs labels and returns no cache.
                 With a plain head `nirvana.ops.linear_cross_entropy` computes it, and the logits of
                 all tokens never exist together; a head with an adapter, quantised or replaced
                 computes them.
+            kwargs: `shift_labels` `[B, T]`, labels that are shifted already, in place of `labels`;
+                and those of `NirvanaModel.forward`.
 
         Returns:
             logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, the traces, and
@@ -318,6 +318,8 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             ValueError: see `NirvanaModel.forward`; for `skip_logits` without labels; and for
                 arguments that a `StepDecoder` does not read.
         """
+        # Not in the signature: the Trainer waits for every label that it finds there.
+        shift_labels = kwargs.pop("shift_labels", None)
         check_arguments(type(self).forward, kwargs)
         if skip_logits and labels is None and shift_labels is None:
             raise ValueError("skip_logits leaves nothing to compute without labels")
