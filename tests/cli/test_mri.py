@@ -233,8 +233,9 @@ def test_a_folder_with_other_things_is_not_replaced(full_scan: Path, tmp_path: P
 
 def test_train_hands_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from nirvana.mri.train import task
+    from nirvana.packaged import config_file
 
     calls = []
     monkeypatch.setattr(task, "train", lambda *arguments: calls.append(arguments))
-    _run("train", "codec.toml", "--optim.lr", "1e-3", "--resume")
-    assert calls == [(Path("codec.toml"), ["--optim.lr", "1e-3"], True, False)]
+    _run("train", "codec", "--optim.lr", "1e-3", "--resume")
+    assert calls == [(config_file("codec"), ["--optim.lr", "1e-3"], True, False)]

@@ -16,7 +16,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from nirvana import NirvanaConfig
 from nirvana.model.updater import Updater
-from nirvana.ops import causal_conv, gated_delta_rule, unit
+from nirvana.ops import causal_conv, gated_delta_rule, unit, use_backend
 
 try:
     from fla.ops.gated_delta_rule import naive as fla_naive
@@ -104,7 +104,8 @@ def test_gated_delta_rule(peer, length, with_state, backend, dtype, exact):
         inputs.append(torch.randn(B, H, K, V, dtype=dtype))
 
     def ours(q, k, v, log_alpha, beta, state=None):
-        return gated_delta_rule(unit(q), unit(k), v, log_alpha, beta, state, backend=backend)
+        with use_backend(backend):
+            return gated_delta_rule(unit(q), unit(k), v, log_alpha, beta, state)
 
     def theirs(q, k, v, log_alpha, beta, state=None):
         return exact(peer, q, k, v, log_alpha, beta, state)
@@ -118,7 +119,8 @@ def test_convolution(length, backend, dtype, exact):
     x, weight = torch.randn(2, length, 6, dtype=dtype), torch.randn(6, 4, dtype=dtype)
 
     def ours(x, weight):
-        return causal_conv(x, weight, backend=backend)[:1]
+        with use_backend(backend):
+            return causal_conv(x, weight)[:1]
 
     def theirs(x, weight):
         return (exact(PLAIN["causal_conv1d_fn"], x.mT, weight, activation="silu").mT,)
@@ -133,7 +135,8 @@ def test_convolution_after_a_state(length, backend, dtype, exact):
     state = torch.randn(2, 6, 3, dtype=dtype)
 
     def ours(x, weight, state):
-        return causal_conv(x, weight, state, backend=backend)[:1]
+        with use_backend(backend):
+            return causal_conv(x, weight, state)[:1]
 
     def theirs(x, weight, state):
         y = exact(PLAIN["causal_conv1d_update"], x.mT, state.clone(), weight, activation="silu")

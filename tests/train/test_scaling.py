@@ -134,7 +134,7 @@ def test_wrong_options(scaling, tmp_path, arguments, said):
 def test_a_gpu_without_kernels_is_not_measured(scaling, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(scaling.ops, "HAS_KERNELS", False)
+    monkeypatch.setattr(scaling, "HAS_KERNELS", False)
     options, _ = scaling.parse(["--out", "out"])
     with pytest.raises(InputError, match=r"nirvana\[cuda\]"):
         scaling.check(options)

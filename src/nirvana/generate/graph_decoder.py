@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nirvana.cuda_graphs import record
 from nirvana.generate.fused_step import FusedStep
 from nirvana.model.cache import StepDecoder
 from nirvana.model.config import NirvanaConfig
@@ -302,16 +303,7 @@ class Decoder(StepDecoder):
     def _capture(self) -> None:
         """Compiles and records a step, and restores the states that this changed."""
         count, slot, states = deepcopy((self.count, self.slot, self.states))
-        device = self.model.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self.logits = self._step()
+        self.graph, self.logits = record(self._step, self.model.device, warmups=3)
         for state, old in zip(self.states, states, strict=True):
             state.refill(old)
         self.count.copy_(count)

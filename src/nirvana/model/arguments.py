@@ -11,6 +11,7 @@ WITHOUT_EFFECT = {
     "max_length_k": "the same for keys",
     "output_attentions": "no attention matrix exists; the output's is None",
     "output_router_logits": "there are no experts",
+    "tokenizer": "the server hands it to `generate`, which passes it on",
     "token_type_ids": "tokenizers add it; there are no token types",
     "num_items_in_batch": "the Trainer sends it with every batch; the loss reads it",
 }

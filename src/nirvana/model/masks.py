@@ -148,7 +148,7 @@ def row_layout(
     A token starts a sample if any of the arguments marks it, relative to the row's previous token
     that is not padding. Padding is skipped: a sample continues after padding that interrupts it
     (prompt, padding, completion). To that end the columns are reordered with the padding first, and
-    so is padding at the end of rows whose states a cache stores.
+    so is padding at the end of rows whose states a cache stores, unless gradients are on.
 
     Args:
         attention_mask: `[B, past + T]`, 0 at padding; other values number the samples (equal
@@ -189,7 +189,7 @@ def row_layout(
                     "attention_mask has padding between a row's cached and its new tokens: "
                     "pad on the left"
                 )
-            reorder = interrupted or (cached and ended)
+            reorder = interrupted or (cached and ended and not torch.is_grad_enabled())
         if plain:
             numbers = None
         elif reorder and isinstance(past, int) and past == 0:

@@ -48,7 +48,10 @@ def restore_order(outputs: NirvanaOutputWithPast, order: Tensor) -> None:
     """
     outputs["last_hidden_state"] = reordered(outputs["last_hidden_state"], order)
     if outputs.hidden_states is not None:
-        outputs["hidden_states"] = tuple(reordered(h, order) for h in outputs.hidden_states)
+        outputs["hidden_states"] = tuple(
+            h if h is None else reordered(h, order)  # None where they were not selected
+            for h in outputs.hidden_states
+        )
     if outputs.trigger is not None:
         outputs["trigger"] = tuple(
             TriggerTrace(*(reordered(x, order) for x in trace)) for trace in outputs.trigger
