@@ -65,7 +65,7 @@ newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(WHEELS) .
 	$(NEWEST)/bin/python $(PIP) pytest $(WHEELS)/nirvana-*.whl
-	$(NEWEST)/bin/python -m pytest tests/install/test_wheel.py
+	$(NEWEST)/bin/python -m pytest tests/install/test_wheel.py tests/install/test_standalone.py
 	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager \
 		"$$(echo $(WHEELS)/nirvana-*.whl)[$(EXTRAS)]"
 	$(NEWEST)/bin/python -m pip check

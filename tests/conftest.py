@@ -30,6 +30,7 @@ SMALL = {
 
 
 QUICK = (
+    "adapt/test_task.py",
     "cli/test_outputs.py",
     "data/test_loader.py",
     "data/test_tokenizer.py",
@@ -58,6 +59,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in quick and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keeps copies and records that tests make out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("NIRVANA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,8 @@ PAGES = sorted(
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PROGRAM = re.compile(r"(?:^\s*nirvana|\$\(which nirvana\)\"?) (?=[a-z-])(.*)")
+PLANNED = {"--processes": 1, "--device-name": 1}
+"""Options of a dry run, and the number of their values."""
 NAMES = {page.relative_to(ROOT).as_posix(): page for page in PAGES}
 
 
@@ -106,7 +108,11 @@ def test_named_configurations_and_settings_exist():
             words = shlex.split(line.rstrip("\\"))
             if words[0] != "train" or not re.fullmatch(r"[\w.-]+", words[1]) or "..." in line:
                 continue
-            settings = [word for word in words[2:] if word not in ("--resume", "--dry-run")]
+            settings = words[2:]
+            for option, values in (("--resume", 0), ("--dry-run", 0), *PLANNED.items()):
+                if option in settings:
+                    at = settings.index(option)
+                    del settings[at : at + 1 + values]
             if words[1].isupper() or words[1].endswith(".toml"):
                 continue
             load_config(LanguageConfig, config_file(words[1]), settings)

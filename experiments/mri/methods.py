@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from nirvana.mri.model.config import CodecConfig
 
-CLASSICAL = ("zero-filled", "sense", "bart-sense", "l1-wavelet", "bart-l1-wavelet")
+CLASSICAL = ("zero-filled", "sense", "bart-sense", "grappa", "l1-wavelet", "bart-l1-wavelet")
 
 # 8 cascades each; those of the codec are narrower, in exchange for ViT and image decoder.
 CODEC = CodecConfig(

@@ -29,16 +29,18 @@ from nirvana.config import to_dict
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
 from nirvana.mri.classical.bart import bart_pics
-from nirvana.mri.classical.common import zero_filled
+from nirvana.mri.classical.grappa import grappa
 from nirvana.mri.classical.sigpy import l1_wavelet, sense
+from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.simulate import Simulation, simulate_scan
 from nirvana.mri.data.slices import SlicePool
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io.scan import UNREADABLE
+from nirvana.mri.methods import classical_method
 from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
-from nirvana.mri.physics.masks import Sampling, calibration_width
+from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig, MriDataSection, StageSection
 from nirvana.mri.train.task import ReconstructionTask
 from nirvana.train.config import OptimConfig, RunConfig
@@ -52,7 +54,7 @@ SAMPLINGS = {
 }
 CONTRAST_SHIFT = ("tumor_pyr1_T1post",)  # after contrast medium, of which training has nothing
 COILS = 8
-Method = Callable[[Tensor, Tensor], np.ndarray]
+Method = Callable[[Acquisition], np.ndarray]
 
 
 def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
@@ -199,7 +201,7 @@ def evaluate(method: Method, archive: Any, only: int) -> list[dict[str, Any]]:
             for mask_name in masks:
                 mask = SAMPLINGS[mask_name].mask(kspace.shape[-1], seed=number)
                 started = time.perf_counter()
-                image = method(kspace * mask, mask)
+                image = method(Acquisition(kspace.numpy(), mask.numpy()))
                 seconds = (time.perf_counter() - started) / len(kspace)
                 row: dict[str, Any] = {"group": group, "volume": name, "mask": mask_name}
                 row["seconds_per_slice"] = seconds
@@ -235,14 +237,16 @@ def speed(model: CodecModel, device: torch.device, small: bool) -> dict[str, flo
 
 
 def classical(name: str, workers: int) -> Method:
-    """The classical method of a name; sigpy's use that many processes."""
-    if name == "zero-filled":
-        return zero_filled
-    if name.startswith("bart-"):
-        norm: Any = "l2" if name == "bart-sense" else "l1"
-        return lambda kspace, mask: bart_pics(kspace, mask, calibration_width(mask), norm)
-    solve = sense if name == "sense" else l1_wavelet
-    return lambda kspace, mask: solve(kspace, mask, calibration_width(mask), workers=workers)
+    """The classical method of a name; sigpy's and pygrappa's use that many processes."""
+    norm: Any = "l2" if name == "bart-sense" else "l1"
+    methods: dict[str, Any] = {
+        "zero-filled": lambda acquisition: acquisition.slices(),
+        "sense": lambda acquisition: sense(acquisition, workers=workers),
+        "grappa": lambda acquisition: grappa(acquisition, workers=workers),
+        "l1-wavelet": lambda acquisition: l1_wavelet(acquisition, workers=workers),
+    }
+    method = classical_method(methods.get(name, lambda acquisition: bart_pics(acquisition, norm)))
+    return lambda acquisition: np.stack([image.magnitude for image in method(acquisition)])
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -301,8 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row["weights_bytes"] = (folder / "model.safetensors").stat().st_size
         row["speed"] = speed(model, device, options.tiny)
 
-        def method(kspace: Tensor, mask: Tensor, /) -> np.ndarray:
-            return model.reconstruct(kspace, mask, batch_size=8).numpy()
+        def method(acquisition: Acquisition, /) -> np.ndarray:
+            return torch.cat([each.magnitude for each in model.images(acquisition, 8)]).numpy()
 
     started = time.perf_counter()
     row["volumes"] = evaluate(method, archive, 1 if options.tiny else 0)

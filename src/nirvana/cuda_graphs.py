@@ -111,14 +111,12 @@ class GraphCache:
     """
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[tuple, Callable[..., Tensor] | None] = OrderedDict()
+        self._graphs: OrderedDict[tuple, Callable[..., Any] | None] = OrderedDict()
 
     def __reduce__(self) -> tuple:
         return GraphCache, ()
 
-    def __call__(
-        self, model: nn.Module, function: Callable[..., Tensor], *inputs: Tensor
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, function: Callable[..., T], *inputs: Tensor) -> T:
         """Runs the function.
 
         Args:

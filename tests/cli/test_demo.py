@@ -93,7 +93,7 @@ def make_inputs(folder) -> None:
     [
         (["mri", "reconstruct", "missing.h5", "--out", "new"], "missing.h5"),
         (["mri", "reconstruct", "notes.txt", "--out", "new"], "notes.txt"),
-        (["mri", "reconstruct", "other.h5", "--out", "new"], "kspace"),
+        (["mri", "reconstruct", "other.h5", "--out", "new"], "no array that could be k-space"),
         (["mri", "reconstruct", "nan.h5", "--out", "new"], "NaN"),
         (["mri", "reconstruct", "wide.h5", "--out", "new"], "mask"),
         (["generate", "weightless", "--prompt", "a"], "no weights"),

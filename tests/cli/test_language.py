@@ -90,9 +90,10 @@ def test_from_text_to_figures(run, tmp_path):
     assert code == 2
     assert "optim.lr: 0.01 -> 0.001" in err
     assert run("train", "config.toml", *other, "--accept-changes")[0] == 0
-    code, out, _ = run("export", "run", "exported", "--precision", "bf16")
+    code, out, _ = run("export", "run", "exported", "--precision", "bf16", "--standalone")
     assert code == 0
     assert "step-00000002" in out
+    assert (tmp_path / "exported" / "modeling_nirvana.py").is_file()
     assert run("eval", "exported", "--data", "a.txt", "--device", "cpu")[0] == 0
 
 
@@ -202,7 +203,17 @@ def test_generate_repeats_itself_for_the_same_seed(run, model):
         ("train config.toml --run.stepz 3", "did you mean run.steps?"),
         ("train config.toml --dry-run", "none: not token shards"),
         ("train config.toml --parallel.tensor 2", "parallel.tensor = 2 must be 1"),
+        ("train config.toml --processes 4", "--processes and --device-name are for --dry-run"),
+        ("train config.toml --dry-run --processes 0", "'--processes'"),
+        ("train config.toml --dry-run --device-name Z80", "'Z80' is not known; known are H100"),
+        ("train config.toml --optim.schedule const", "'cosine' or 'linear' or 'wsd'"),
+        ("train config.toml --optim.decay_share 0", "optim.decay_share = 0.0 must be above 0"),
+        ("train config.toml --optim.name sgd", "'adamw' or 'muon'"),
+        ("train config.toml --optim.z_loss -1", "optim.z_loss = -1.0 must be at least 0"),
+        ("mri train codec --optim.z_loss 1e-4", "unknown key optim.z_loss"),
         ("export . out", "neither a run"),
+        ("export . out --standalone", "neither a run"),
+        ("export tiny out --precision fp8", "--precision 'fp8' must be float32 or bf16"),
         ("train config.toml more", "unexpected argument 'more'"),
     ],
 )

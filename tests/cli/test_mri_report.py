@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import h5py
 import nibabel
 import numpy as np
 import pytest
 import torch
 from nibabel.testing import data_path
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from helpers.small_codec import small_backbone, small_config
@@ -15,13 +17,18 @@ from nirvana import InputError
 from nirvana.cli import mri
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.model.codec import CodecModel
-from nirvana.mri.reports.grammar import parse
-from nirvana.mri.reports.reporter import DISCLAIMER, Reporter, save_reporter
-from nirvana.mri.reports.scan_report import RESULT_FILES
+from nirvana.mri.reports.figure import report_panel
+from nirvana.mri.reports.grammar import parse, write
+from nirvana.mri.reports.reporter import DISCLAIMER, Reading, Reporter, save_reporter
+from nirvana.mri.reports.scan_report import RESULT_FILES, UNKNOWN_ORIENTATION
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(mri.app, ["report", *map(str, arguments)], catch_exceptions=False)
+    return run_mri("report", *arguments)
+
+
+def run_mri(*arguments: object) -> Result:
+    return CliRunner().invoke(mri.app, [*map(str, arguments)], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_volume_is_scanned_and_reported(codec: Path, volume: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run(volume, "--codec", codec, "--out", out, "--coils", 2)
+    result = run(volume, "--codec", codec, "--out", out, "--simulated-coils", 2)
     assert sorted(file.name for file in out.iterdir()) == sorted(RESULT_FILES)
     described = json.loads((out / "report.json").read_text())
     assert described["note"] == DISCLAIMER
@@ -69,7 +76,7 @@ def test_a_volume_is_scanned_and_reported(codec: Path, volume: Path, tmp_path: P
     shown = max(described["slices"], key=lambda one: one["probability_of_a_finding"])
     assert described["panel"]["slice"] == shown["slice"]
     # The folder of an earlier report may be replaced.
-    run(volume, "--codec", codec, "--out", out, "--coils", 2, "--slice", 3)
+    run(volume, "--codec", codec, "--out", out, "--simulated-coils", 2, "--slice", 3)
     described = json.loads((out / "report.json").read_text())
     assert [one["slice"] for one in described["slices"]] == [3]
 
@@ -100,19 +107,39 @@ def test_a_reconstruction_is_read_as_it_is(codec: Path, volume: Path, tmp_path: 
     assert described["sampled"] == 1
 
 
-def test_a_scan_that_does_not_tell_its_orientation_is_said_to(
+def test_no_side_is_named_where_the_orientation_is_unknown(
     codec: Path, volume: Path, tmp_path: Path
 ) -> None:
     scan = tmp_path / "scan.h5"
-    CliRunner().invoke(mri.app, ["simulate", str(volume), "--out", str(scan), "--coils", "2"])
-    import h5py
-
+    run_mri("simulate", volume, "--out", scan, "--simulated-coils", 2)
     with h5py.File(scan, "r+") as file:
         del file.attrs["affine"]
-    result = run(scan, "--codec", codec, "--out", tmp_path / "out", "--slice", 1)
-    assert "does not state the patient's position" in result.stdout
-    described = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert described["orientation"] == "assumed radiological"
+    out = tmp_path / "out"
+    result = run(scan, "--codec", codec, "--out", out, "--slice", 1)
+    assert UNKNOWN_ORIENTATION in result.stdout
+    assert UNKNOWN_ORIENTATION in (out / "report.txt").read_text()
+    described = json.loads((out / "report.json").read_text())
+    assert (described["orientation"], described["sides"]) == ("unknown", "unknown")
+    (one,) = described["slices"]
+    assert "left or right" in one["text"]
+    assert one["facts"]["side"] is None
+    run(scan, "--codec", codec, "--out", out, "--slice", 1, "--radiological")
+    described = json.loads((out / "report.json").read_text())
+    assert (described["orientation"], described["sides"]) == ("as given", "the patient's")
+    assert described["slices"][0]["facts"]["side"] in ("left", "right")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_picture_marks_sides_that_are_known(known: bool, tmp_path: Path) -> None:
+    facts = parse("One hyperintense mass in the left or right frontal lobe, measuring 12 mm.")
+    reading = Reading(facts, 0.9, {}, write(facts))
+    path = tmp_path / "panel.png"
+    report_panel(path, np.zeros((64, 48)), reading, None, "", sides_known=known)
+    picture = np.asarray(Image.open(path).convert("L"))
+    height, width = picture.shape
+    # The slice is black; letters stand in the middle of its left border.
+    border = picture[int(0.4 * height) : int(0.6 * height), : width // 20]
+    assert (border.max() > 128) == known
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from nirvana.cli import app, main
 # and outputs among these names; and parameters of it that are texts, but no paths.
 Case = tuple[str, dict[str, str], dict[str, str], set[str]]
 CODEC = {"codec": "codec/"}
+READING = {"centre", "measurement", "select", "phase_encode", "variable", "axes"}
 CASES: dict[str, Case] = {
     "demo": ("--out {out} --text {text}", {"text": "a.txt"}, {"out": "out/"}, set()),
     "convert": (
@@ -41,17 +42,48 @@ CASES: dict[str, Case] = {
     ),
     "data tokenizer": ("{files} --out {out}", {"files": "a.txt"}, {"out": "out/"}, set()),
     "train": (
-        "{config} --run.out {run} --data.train.a {train} --data.valid.a {valid}",
-        {"config": "language.toml", "train": "shards/", "valid": "others/"},
+        "{config} --run.out {run} --data.train.a {train} --data.valid.a {valid} "
+        "--run.initial {initial}",
+        {"config": "language.toml", "train": "shards/", "valid": "others/", "initial": "model/"},
         {"run": "out/"},
-        {"ctx"},
+        {"ctx", "device_name"},
     ),
     "eval": (
         "{model} --data {data} --tasks s_niah_2,copa --haystack {haystack} "
-        "--task-data {task_data} --json {json}",
-        {"model": "model/", "data": "a.txt", "haystack": "hay.txt", "task_data": "tasks/"},
+        "--task-data {task_data} --task {task} --json {json}",
+        {
+            "model": "model/",
+            "data": "a.txt",
+            "haystack": "hay.txt",
+            "task_data": "tasks/",
+            "task": "a.safetensors",
+        },
         {"json": "out.json"},
-        {"tasks", "compare", "device", "lengths"},
+        {"tasks", "compare", "device", "lengths", "parameters", "lr", "trace", "picture"},
+    ),
+    "eval --adapt": (
+        "{model} --data {data} --task {task} --trace {trace} --picture {picture}",
+        {"model": "model/", "data": "a.txt", "task": "a.safetensors"},
+        {"trace": "out.json", "picture": "out.png"},
+        set(),
+    ),
+    "adapt": (
+        "{model} {files} --out {out} --task {task} --json {json}",
+        {"model": "model/", "files": "a.txt", "task": "a.safetensors"},
+        {"out": "out.safetensors", "json": "out.json"},
+        {"device", "parameters", "lr"},
+    ),
+    "task info": (
+        "{file} --model {model}",
+        {"file": "a.safetensors", "model": "model/"},
+        {},
+        set(),
+    ),
+    "task merge": (
+        "{files} --out {out}",
+        {"files": "a.safetensors"},
+        {"out": "out.safetensors"},
+        {"weights"},
     ),
     "eval --compare": (
         "{a} {b} --json {json}",
@@ -66,29 +98,34 @@ CASES: dict[str, Case] = {
         {"preset", "parts", "train", "decode_contexts", "peers", "dtype", "device"},
     ),
     "config": ("tiny --out {out}", {}, {"out": "out.toml"}, {"name"}),
-    "generate": ("{model} --prompt a", {"model": "model/"}, {}, {"prompt", "device"}),
+    "generate": (
+        "{model} --prompt a --task {task}",
+        {"model": "model/", "task": "a.safetensors"},
+        {},
+        {"prompt", "device", "parameters", "lr"},
+    ),
     "mri simulate": ("{volume} --out {out}", {"volume": "head.h5"}, {"out": "out.h5"}, set()),
     "mri reconstruct": (
-        "{scan} --out {out} --codec {codec} --json {json}",
-        {"scan": "scan.cfl", **CODEC},
+        "{scan} --out {out} --codec {codec} --json {json} --noise-covariance {noise_covariance}",
+        {"scan": "scan.cfl", "noise_covariance": "noise.npy", **CODEC},
         {"out": "out/", "json": "out.json"},
-        {"kind", "device"},
+        {"kind", "method", "formats", "slices", "device", *READING},
     ),
     "mri evaluate": (
-        "{scans} --codec {codec} --json {json}",
-        {"scans": "head.h5", **CODEC},
+        "{scans} --codec {codec} --json {json} --noise-covariance {noise_covariance}",
+        {"scans": "head.h5", "noise_covariance": "noise.npy", **CODEC},
         {"json": "out.json"},
-        {"kind", "device"},
+        {"kind", "slices", "device", *READING},
     ),
     "mri report": (
         "{scan} --out {out} --codec {codec}",
         {"scan": "scan.cfl", **CODEC},
         {"out": "out/"},
-        {"kind", "device"},
+        {"kind", "device", *READING},
     ),
     "mri train": (
         '{config} --run.out {run} --data.train ["{train}"] --data.valid ["{valid}"] '
-        "--data.reports {reports} --codec.weights {weights} --stage.initial {initial}",
+        "--data.reports {reports} --codec.weights {weights} --run.initial {initial}",
         {
             "config": "mri.toml",
             "train": "a.npy",
@@ -101,7 +138,20 @@ CASES: dict[str, Case] = {
         {"ctx"},
     ),
 }
-FILES = ("a.txt", "hay.txt", "head.h5", "scan.cfl", "scan.hdr", "a.npy", "b.npy", "reports.jsonl")
+FILES = (
+    *(
+        "a.txt",
+        "hay.txt",
+        "a.safetensors",
+        "head.h5",
+        "scan.cfl",
+        "scan.hdr",
+        "a.npy",
+        "b.npy",
+        "noise.npy",
+    ),
+    "reports.jsonl",
+)
 FOLDERS = {
     "model": ("config.json", "model.safetensors", "tokenizer.json"),
     "codec": ("config.json", "model.safetensors"),
@@ -115,7 +165,7 @@ FOLDERS = {
 
 REASONS = (
     "the input",
-    "holds something else than results",
+    "holds something else than",
     "give a new or empty folder",
     "is a file; give",
     "is a folder; give",

@@ -68,11 +68,11 @@ def run_config(out, **more):
 ALONE = ProcessContext(torch.device("cpu"))
 
 
-def train(out, hooks=None, resume=False, config=None, accept_changes=False, **more):
+def train(out, hooks=None, resume=False, config=None, accept_changes=False, optim=OPTIM, **more):
     """Trains a stand-in; returns it, the outcome, and what was said."""
     task, said = StandIn(hooks), []
     run, config = run_config(out, **more), config or {"a": 1}
-    outcome = fit(task, OPTIM, run, config, resume, ALONE, said.append, accept_changes)
+    outcome = fit(task, optim, run, config, resume, ALONE, said.append, accept_changes)
     return task, outcome, said
 
 

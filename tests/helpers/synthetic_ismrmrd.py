@@ -40,24 +40,40 @@ HEAD = [
     ("user_float", "<f4", (8,)),
 ]
 NOISE, CALIBRATION, REVERSED = 1 << 18, 1 << 19, 1 << 21
+CALIBRATION_AND_IMAGING, PHASE_CORRECTION = 1 << 20, 1 << 23
 SLICES, COILS, H, W = 3, 2, 32, 20
 STEP = 4.0  # mm between slices
 READ, PHASE, NORMAL = np.array([0, 1, 0.0]), np.array([0.6, 0, 0.8]), np.array([0.8, 0, -0.6])
 
 
 def header(**changes: Any) -> str:
-    values = {"trajectory": "cartesian", "x": H, "z": 1, "fov": 64.0, "recon": 64.0, "center": 10}
-    values.update(changes)
+    """A header of one encoding; `before` and `after` it stand further elements."""
+    values = {"before": "", "after": "", **changes}
     return (
         '<?xml version="1.0" encoding="UTF-8"?><ismrmrdHeader '
-        'xmlns="http://www.ismrm.org/ISMRMRD"><encoding><encodedSpace><matrixSize><x>{x}</x>'
-        "<y>20</y><z>{z}</z></matrixSize><fieldOfView_mm><x>{fov}</x><y>60</y><z>3</z>"
+        'xmlns="http://www.ismrm.org/ISMRMRD">{before}{encoding}{after}</ismrmrdHeader>'
+    ).format(encoding=encoding(**changes), **values)
+
+
+def encoding(**changes: Any) -> str:
+    """An encoding; `mode` is that of its calibration."""
+    values = {"trajectory": "cartesian", "x": H, "y": W, "z": 1, "fov": 64.0, "recon": 64.0}
+    values |= {"width": 60, "center": 10, "mode": "", **changes}
+    if values["mode"]:
+        values["mode"] = (
+            "<parallelImaging><accelerationFactor><kspace_encoding_step_1>2"
+            "</kspace_encoding_step_1><kspace_encoding_step_2>1</kspace_encoding_step_2>"
+            f"</accelerationFactor><calibrationMode>{values['mode']}</calibrationMode>"
+            "</parallelImaging>"
+        )
+    return (
+        "<encoding><encodedSpace><matrixSize><x>{x}</x>"
+        "<y>{y}</y><z>{z}</z></matrixSize><fieldOfView_mm><x>{fov}</x><y>{width}</y><z>3</z>"
         "</fieldOfView_mm></encodedSpace><reconSpace><matrixSize><x>16</x><y>20</y><z>1</z>"
-        "</matrixSize><fieldOfView_mm><x>{recon}</x><y>60</y><z>3</z></fieldOfView_mm>"
+        "</matrixSize><fieldOfView_mm><x>{recon}</x><y>{width}</y><z>3</z></fieldOfView_mm>"
         "</reconSpace><trajectory>{trajectory}</trajectory><encodingLimits>"
         "<kspace_encoding_step_1><minimum>0</minimum><maximum>19</maximum>"
-        "<center>{center}</center></kspace_encoding_step_1></encodingLimits></encoding>"
-        "</ismrmrdHeader>"
+        "<center>{center}</center></kspace_encoding_step_1></encodingLimits>{mode}</encoding>"
     ).format(**values)
 
 
@@ -74,13 +90,19 @@ def record(line: np.ndarray, column: int, number: int, **changes: Any) -> tuple[
     return head, np.ascontiguousarray(line, np.complex64).view(np.float32).ravel()
 
 
-def write(path: Path, records: list[tuple[Any, np.ndarray]], xml: str | None = None) -> Path:
+def write(
+    path: Path,
+    records: list[tuple[Any, np.ndarray]],
+    xml: str | None = None,
+    name: str = "dataset",
+) -> Path:
+    """Adds a measurement to a file."""
     floats = h5py.vlen_dtype(np.dtype("<f4"))
     data = np.empty(len(records), np.dtype([("head", HEAD), ("traj", floats), ("data", floats)]))
     for i, (head, values) in enumerate(records):
         data[i] = (head, np.zeros(0, np.float32), values)
-    with h5py.File(path, "w") as file:
-        group = file.create_group("dataset")
+    with h5py.File(path, "a") as file:
+        group = file.create_group(name)
         group["data"] = data
         group.create_dataset(
             "xml", data=[header() if xml is None else xml], dtype=h5py.string_dtype()
@@ -88,9 +110,11 @@ def write(path: Path, records: list[tuple[Any, np.ndarray]], xml: str | None = N
     return path
 
 
-def records(kspace: np.ndarray, columns: Any = range(W)) -> list[tuple[Any, np.ndarray]]:
+def records(
+    kspace: np.ndarray, columns: Any = range(W), **changes: Any
+) -> list[tuple[Any, np.ndarray]]:
     return [
-        record(kspace[number, :, :, column], column, number)
+        record(kspace[number, :, :, column], column, number, **changes)
         for column in columns
         for number in range(len(kspace))
     ]

@@ -14,6 +14,7 @@ from helpers.small_codec import small_backbone, small_config
 from nirvana import InputError
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.model.backbone import backbone_folder, load_backbone
+from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.data.simulate import Simulation, simulate_scan
 from nirvana.mri.io import Scan, write_scan
 from nirvana.mri.model.checkpoint import save_codec
@@ -73,6 +74,34 @@ def test_arrays_tensors_and_scans_give_the_same_images(scan: Scan, codec: CodecM
         np.testing.assert_array_equal(again, found)
 
 
+def test_kspace_without_gaps_needs_no_codec(head_slices: np.ndarray) -> None:
+    """Full k-space gives its own image; of one side alone, the completed one."""
+    full = simulate_scan(head_slices[:2], "head", 0, Simulation(num_coils=2, noise=(0, 0)))
+    found = nirvana.mri.reconstruct(full, codec="missing")
+    np.testing.assert_allclose(found, full.target, atol=1e-5)
+    side = np.arange(128) < 90
+    completed = nirvana.mri.reconstruct(full.kspace, side, codec="missing")
+    empty = zero_filled(full.kspace, side)
+    assert full.target is not None
+    assert np.abs(completed - full.target).mean() < 0.5 * np.abs(empty - full.target).mean()
+
+
+def test_points_and_patterns_of_slices_are_masks(scan: Scan, codec: CodecModel) -> None:
+    mask = sampling_mask("equispaced", 128, 4, 0.08, seed=0).numpy()
+    expected = nirvana.mri.reconstruct(scan, mask, codec=codec)
+    for shape in ((96, 128), (2, 128), (2, 96, 128)):
+        given = np.broadcast_to(mask, shape)
+        np.testing.assert_array_equal(nirvana.mri.reconstruct(scan, given, codec=codec), expected)
+    points = np.random.default_rng(0).random((96, 128)) < 0.5
+    points[36:60, 52:76] = True
+    images = np.ones((2, 96, 128), np.float32)
+    full = simulate_scan(images, "even", 0, Simulation(num_coils=2, noise=(0, 0)))
+    found = nirvana.mri.reconstruct(full.kspace, points, codec=codec)
+    assert np.isfinite(found).all()
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(found, full.target, atol=1e-2)
+
+
 def test_a_mask_leaves_columns_out(scan: Scan, codec: CodecModel) -> None:
     mask = sampling_mask("equispaced", 128, 4, 0.08, seed=0).numpy()
     fewer = mask & (np.arange(128) >= 20)
@@ -80,6 +109,16 @@ def test_a_mask_leaves_columns_out(scan: Scan, codec: CodecModel) -> None:
     expected = nirvana.mri.reconstruct(scan.kspace * fewer, codec=codec)
     for given in (fewer, torch.from_numpy(fewer)):
         np.testing.assert_array_equal(nirvana.mri.reconstruct(scan, given, codec=codec), expected)
+
+
+def test_complex_images(scan: Scan, codec: CodecModel) -> None:
+    magnitude = nirvana.mri.reconstruct(scan, codec=codec)
+    for method in ("nirvana", "sense", "zero-filled"):
+        found = nirvana.mri.reconstruct(scan, codec=codec, method=method, complex_images=True)
+        assert (found.shape, found.dtype) == (magnitude.shape, np.complex64)
+        assert 0.5 * magnitude.sum() < np.abs(found).sum() < 1.2 * magnitude.sum()
+    with pytest.raises(InputError, match="--method nothing is unknown; choose one of nirvana, l1"):
+        nirvana.mri.reconstruct(scan, method="nothing")
 
 
 def test_a_codec_is_loaded_by_its_folder(scan: Scan, codec: CodecModel, tmp_path: Path) -> None:
@@ -97,9 +136,10 @@ def test_a_codec_is_loaded_by_its_folder(scan: Scan, codec: CodecModel, tmp_path
         (lambda k: k[0], None, r"must be complex \[slices, coils, H, W\]"),
         (lambda k: np.abs(k), None, "must be complex"),
         (lambda k: k * np.nan, None, "NaN"),
-        (lambda k: k, np.ones(64, bool), r"the mask is \(64,\); k-space has 128 columns"),
+        (lambda k: k, np.ones(64, bool), r"the mask is \(64,\); k-space of 2 slices of 96 x 128"),
         (lambda k: k, np.arange(128) < 40, "at least 2 in the centre"),
-        (lambda k: k * (np.arange(96) % 2)[:, None], None, "lacks rows of k-space"),
+        (lambda k: k * (np.arange(96) % 2)[:, None], None, "0 contiguous rows and columns"),
+        (lambda k: (np.arange(96) % 2)[:, None] + 0 * k, None, "lacks rows of k-space"),
     ],
 )
 def test_wrong_kspace_is_refused(scan: Scan, codec: CodecModel, change, mask, words: str) -> None:
@@ -110,7 +150,6 @@ def test_wrong_kspace_is_refused(scan: Scan, codec: CodecModel, change, mask, wo
 def test_slices_are_reported(scan: Scan, reporter: Reporter, tmp_path: Path) -> None:
     found = nirvana.mri.report(scan, reporter=reporter)
     assert list(found.readings) == [0, 1]
-    assert not found.view.known
     for index, reading in found.readings.items():
         assert parse(reading.text) == reading.facts
         assert f"Slice {index + 1}: {reading.text}\n" in found.text
@@ -125,6 +164,22 @@ def test_slices_are_reported(scan: Scan, reporter: Reporter, tmp_path: Path) -> 
     assert one.readings[1].finding == pytest.approx(found.readings[1].finding, abs=1e-4)
     assert "1 of 2 slices were read." in one.text
     np.testing.assert_allclose(one.images, found.images, rtol=1e-4, atol=1e-5)
+
+
+def test_no_side_is_named_where_the_orientation_is_unknown(scan: Scan, reporter: Reporter) -> None:
+    found = nirvana.mri.report(scan, reporter=reporter)
+    stated = nirvana.mri.report(scan, radiological=True, reporter=reporter)
+    assert "which side is left is unknown" in found.text
+    assert "unknown" not in stated.text
+    for index, reading in found.readings.items():
+        assert stated.readings[index].facts.side in ("left", "right")
+        assert reading.facts == replace(stated.readings[index].facts, side=None)
+        assert "left or right" in reading.text
+        described = reading.to_dict()
+        assert described["facts"]["side"] is None
+        assert "side" not in described["probability"]
+        assert "side" not in described["alternatives"]
+    np.testing.assert_array_equal(found.images, stated.images)
 
 
 def test_wrong_scans_are_not_reported(scan: Scan, reporter: Reporter) -> None:

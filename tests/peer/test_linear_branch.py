@@ -194,7 +194,12 @@ def test_whole_layer(length, layers, dtype, exact):
     names, parameters = zip(*ours.named_parameters(), strict=True)
 
     def run_ours(x, *parameters):
-        arguments = (x, x.new_ones(1), None, {"segments": None, "cu_seqlens": None})
+        arguments = (
+            x,
+            x.new_ones(1),
+            None,
+            {"segments": None, "cu_seqlens": None, "lengths": None},
+        )
         weights = dict(zip(names, parameters, strict=True))
         return (torch.func.functional_call(ours, weights, arguments)[0],)
 
@@ -215,7 +220,13 @@ def test_whole_layer_step_by_step(layers, dtype, exact):
     config = NirvanaConfig(num_hidden_layers=2, num_prelude_layers=1)
     our_cache, their_cache = DynamicCache(config=config), DynamicCache(config=config)
     for part in x.split([5, 1, 1, 1, 1], dim=1):
-        y, _ = ours(part, x.new_ones(1), None, {"segments": None, "cu_seqlens": None}, our_cache)
+        y, _ = ours(
+            part,
+            x.new_ones(1),
+            None,
+            {"segments": None, "cu_seqlens": None, "lengths": None},
+            our_cache,
+        )
         expected = exact(theirs, part, cache_params=their_cache)
         assert_close(y, expected, 5 * TOLERANCE[dtype])
 

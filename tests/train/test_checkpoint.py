@@ -162,5 +162,5 @@ def test_another_model_is_refused(tmp_path, parts):
     assert newest is not None
     other = nn.Linear(3, 3)
     optimizer = build_optimizer(other.named_parameters(), OPTIM)
-    with pytest.raises(InputError, match="resume with the configuration it was saved with"):
+    with pytest.raises(InputError, match="give the configuration it was saved with"):
         checkpoint.restore(newest, other, other.named_parameters(), optimizer)

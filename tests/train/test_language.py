@@ -1,19 +1,23 @@
 """A language model from text to a folder that transformers loads."""
 
 import json
+import math
+import shutil
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.in_memory import upload
 from helpers.stand_in import stop
 from nirvana.config import load_config
 from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
 from nirvana.train.config import LanguageConfig
 from nirvana.train.export import export
-from nirvana.train.language import LanguageTask, estimate, train
+from nirvana.train.language import LanguageTask, train
+from nirvana.train.plan import estimate
 
 SMALL = "hidden_size=16 num_hidden_layers=3 num_attention_heads=2 task_dim=4 bank_size=2"
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "see", "one", "bird"]
@@ -177,8 +181,8 @@ def test_export_of_any_checkpoint(arguments, tmp_path, capsys):
     train(path, [*overrides, "--run.checkpoint_interval=3", "--run.validation_interval=3"])
     run = tmp_path / "run"
     checkpoint = run / "checkpoints" / "step-00000003"
-    assert export(checkpoint, tmp_path / "three").step == 3
-    assert export(run, tmp_path / "last", "bf16").step == 6
+    assert export(checkpoint, tmp_path / "three").checkpoint.step == 3
+    assert export(run, tmp_path / "last", "bf16").checkpoint.step == 6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "three", dtype="auto")
     assert model.dtype == torch.float32
     saved = load_file(next(checkpoint.glob("*.safetensors")))
@@ -266,3 +270,161 @@ def test_resuming_with_another_tokenizer_or_other_data(arguments, shards, tmp_pa
         data += ["--model.vocab_size=300"]
         with pytest.raises(InputError, match=key):
             train(path, [*overrides, *data], resume=True)
+
+
+def test_dry_run_plans_for_other_machines(arguments, recwarn):
+    path, overrides = arguments
+    plan = ["--optim.accumulation=128", "--run.precision=bf16", "--run.steps=500"]
+    figures = estimate(path, [*overrides, *plan], 64, "H200")
+    assert figures["processes"] == 64
+    count = figures["parameters"]
+    assert figures["state per device, GiB"] == pytest.approx(16 * count / 64 / 2**30)
+    flops = figures["FLOP per token"] * figures["tokens per step"]
+    seconds = figures["seconds per step, at 40% MFU"]
+    assert seconds == pytest.approx(flops / (0.4 * 989e12 * 64))
+    assert figures["days of the run, at 40% MFU"] == pytest.approx(500 * seconds / 86400)
+    said = [str(warning.message) for warning in recwarn]
+    (a, b) = [text for text in said if "epochs" in text]
+    assert a.startswith("data.train.a is read ")
+    assert figures["epochs of a"] > 10
+    assert b.startswith("data.train.b is read ")
+    muon = estimate(path, [*overrides, *plan, "--optim.name=muon"], 64, "H200")
+    assert muon["state per device, GiB"] < figures["state per device, GiB"]
+    large = ["--model.preset=1.3b", "--model.hidden_size=2048", "--model.num_hidden_layers=22"]
+    large += ["--model.num_attention_heads=16", "--data.context_length=4096"]
+    estimate(path, [*overrides, *plan, *large, "--data.batch_size=64"], 1, "L40S")
+    assert any("a device would need about" in str(warning.message) for warning in recwarn)
+    for more, processes, message in (
+        ([], 64, "optim.accumulation = 2 must be a multiple of the 64 processes"),
+        ([*plan, "--parallel.shard=7"], 64, "parallel.shard = 7 must divide the 64 processes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            estimate(path, [*overrides, *more], processes, "H200")
+    with pytest.raises(InputError, match="'Z80' is not known; known are H100"):
+        estimate(path, overrides, 64, "Z80")
+
+
+def test_many_epochs_are_noted(arguments):
+    path, overrides = arguments
+    with pytest.warns(UserWarning, match=r"data.train.a is read \d+.\d times: beyond 10 epochs"):
+        train(path, [*overrides, "--data.batch_size=64"])
+
+
+def test_z_loss_is_a_term_of_the_loss(arguments, tmp_path):
+    path, overrides = arguments
+    settings = ["--run.steps=1", "--optim.accumulation=1"]
+    logged = {}
+    for weight in ("0.0", "0.01"):
+        out = f"--run.out={tmp_path / weight}"
+        logged[weight] = train(path, [*overrides, *settings, out, f"--optim.z_loss={weight}"]).last
+    plain, with_z = logged.values()
+    assert "z_loss" not in plain
+    assert with_z["loss"] == pytest.approx(plain["loss"] + with_z["z_loss"], rel=1e-5)
+    assert with_z["z_loss"] == pytest.approx(0.01 * math.log(300) ** 2, rel=0.2)
+
+
+def test_a_run_of_weights_that_diverged_ends_as_others_do(arguments, tmp_path, monkeypatch):
+    """Validation and samples of a model without finite logits are null."""
+    path, overrides = arguments
+    original = LanguageTask.validate
+
+    def validate(task):
+        with torch.no_grad():
+            task.model.model.norm.weight.fill_(torch.inf)
+        return original(task)
+
+    monkeypatch.setattr(LanguageTask, "validate", validate)
+    settings = ["--data.sample_prompts=['the cat']", "--data.sample_tokens=3"]
+    outcome = train(path, [*overrides, *settings])
+    assert outcome.finished
+    assert set(outcome.last["valid"].values()) == {None}
+    (sample,) = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["samples"] == {"the cat": None}
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| a_bits_per_byte | not finite |" in card
+
+
+def test_a_run_starts_from_a_model(arguments, tmp_path, shards):
+    """From a run, a checkpoint and an exported folder: the same weights, a fresh optimiser."""
+    path, overrides = arguments
+    train(path, [*overrides, "--run.checkpoint_interval=6"])
+    run = tmp_path / "run"
+    export(run, tmp_path / "folder")
+    weights = []
+    for number, name in enumerate(("run", "run/checkpoints/step-00000006", "folder")):
+        out = tmp_path / f"next{number}"
+        more = [f"--run.initial={tmp_path / name}", f"--run.out={out}", "--run.steps=2"]
+        assert train(path, [*overrides, *more]).finished
+        weights.append((out / "model" / "model.safetensors").read_bytes())
+        first, *_ = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert first["lr"] == 0.01
+        assert first["loss"] < last["loss"] + 0.5
+    assert weights[0] == weights[1] == weights[2]
+    assert f"| started from | {tmp_path / 'folder'} |" in (out / "model" / "README.md").read_text()
+    # A resumed run no longer needs them.
+    (tmp_path / "folder").rename(tmp_path / "elsewhere")
+    longer = [*overrides, *more, "--run.steps=3", "--accept-changes"]
+    assert train(path, longer[:-1], resume=True, accept_changes=True).step == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--run.initial=nowhere"], r"run.initial = 'nowhere': nowhere: neither a run"),
+        (["--run.initial=tiny"], r"hidden_size is 192 there and 16 in \[model\]"),
+        (["--run.initial={run}", "--model.vocab_size=301"], "vocab_size is 300 there and 301"),
+        (["--run.initial={run}", "--model.sliding_window=7"], "sliding_window is 256 there and 7"),
+        (["--run.initial={run}", "--data.train={{c='{other}'}}", "--data.valid={{}}"], "another t"),
+        (["--run.initial={bare}"], "not a tokenizer: it has no tokenizer.json"),
+        (["--run.initial={damaged}"], "is damaged"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(arguments, shards, tmp_path, more, message):
+    path, overrides = arguments
+    train(path, [*overrides, "--model.vocab_size=300"])
+    tokenize([shards / "b.jsonl"], tmp_path / "other", None, 290)
+    export(tmp_path / "run", tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    damaged = tmp_path / "damaged" / "checkpoints" / "step-00000006"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000006", damaged)
+    next(damaged.glob("*.safetensors")).write_bytes(b"")
+    names = {name: tmp_path / name for name in ("run", "other", "bare")} | {"damaged": damaged}
+    settings = ["--model.vocab_size=300", *(each.format(**names) for each in more)]
+    settings += [f"--run.out={tmp_path / 'new'}"]
+    kept = [each for each in overrides if "--data" not in each] if "data" in more[-1] else overrides
+    for call in (train, estimate):
+        with pytest.raises(InputError, match=message) as error:
+            call(path, [*kept, *settings])
+        assert str(error.value).startswith("run.initial = ")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_damaged_tokens_are_found_before_they_are_trained_on(arguments, shards, tmp_path):
+    """At the start and on --resume, in a file that has its size."""
+    path, overrides = arguments
+    copy = tmp_path / "copy"
+    shutil.copytree(shards / "a", copy)
+    own = [*overrides, f"--data.train.a={copy}"]
+    train(path, [*own, "--run.steps=3"])
+    (file,) = copy.glob("tokens-*.bin")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"copy/tokens-00000.bin: damaged"):
+        train(path, [*own, "--run.steps=4"], resume=True, accept_changes=True)
+    with pytest.raises(InputError, match=r"copy/tokens-00000.bin: damaged"):
+        train(path, [*own, f"--run.out={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_tokens_at_an_address(arguments, shards, tmp_path):
+    """The run is that of the same tokens on the disk."""
+    upload(shards / "a", "/corpus/a")
+    path, overrides = arguments
+    train(path, overrides)
+    remote = ["--data.train.a=memory://corpus/a", f"--run.out={tmp_path / 'remote'}"]
+    train(path, [*overrides, *remote])
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("run", "remote")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -134,10 +134,31 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, bad):
 
 
 @pytest.mark.parametrize("log_interval", [1, 6])
-def test_divergence_ends_the_run(tmp_path, log_interval):
+def test_divergence_ends_the_run_with_a_checkpoint(tmp_path, log_interval):
     hooks = {step: lambda: math.nan for step in range(4, 12)}
     with pytest.raises(InputError, match=r"not finite for \d steps in a row .*optim\.lr"):
-        train(tmp_path, hooks, log_interval=log_interval)
+        train(tmp_path / "run", hooks, log_interval=log_interval, checkpoint_interval=0)
+    assert lines(tmp_path / "run")[-1]["loss"] is None or log_interval == 6
+    good, _, _ = train(tmp_path / "good", {3: stop})
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is not None
+    saved = StandIn()
+    checkpoint.restore(found, saved.model, saved.trainable())
+    for (_, a), (_, b) in zip(good.trainable(), saved.trainable(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path, monkeypatch):
+    """A validation of any outcome is logged, and ends no run."""
+    figures = {"nan": math.nan, "inf": -math.inf, "good": 1.5}
+    monkeypatch.setattr(StandIn, "validate", lambda task: figures)
+    monkeypatch.setattr(StandIn, "observe", lambda task, batch: {"group": {"x": math.nan}})
+    _, outcome, said = train(tmp_path)
+    assert outcome.finished
+    last = lines(tmp_path)[-1]
+    assert last["valid"] == {"nan": None, "inf": None, "good": 1.5}
+    assert last["group"] == {"x": None}
+    assert any("nan not finite" in text and "good 1.5000" in text for text in said)
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -155,11 +156,33 @@ def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, rounded, tmp
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
+def test_muon_in_two_processes_is_that_of_one(config, tmp_path):
+    """Its matrices are sharded; its products are in bfloat16, hence the tolerance."""
+    options = ["--optim.name=muon", "--optim.lr=0.005"]
+    train(config, [*options, f"--run.out={tmp_path / 'one'}"])
+    code, said = together(config, tmp_path / "two", *options, kind="sigterm", at=4)
+    assert code == 0, said
+    assert train(config, [*options, f"--run.out={tmp_path / 'two'}"], resume=True).finished
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert one[-1]["loss"] < one[0]["loss"] - 0.1
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+    # Resuming itself is exact: momentum and moments are saved.
+    steps = [*options, "--run.checkpoint_interval=3", f"--run.out={tmp_path / 'three'}"]
+    train(config, steps)
+    shutil.rmtree(tmp_path / "three" / "checkpoints" / "step-00000006")
+    train(config, steps, resume=True)
+    assert weights(tmp_path / "three") == weights(tmp_path / "one")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here")
-def test_two_gpus_are_one_to_rounding(config, tmp_path):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_two_gpus_are_one_to_rounding(config, tmp_path, name):
     """In bfloat16, each block compiled: what the real runs do."""
     options = ["--run.device=auto", "--run.precision=bf16", "--run.compile=true"]
+    options += [f"--optim.name={name}", "--optim.z_loss=0.001"]
+    options += ["--optim.lr=0.005"] if name == "muon" else []
     train(config, [*options, f"--run.out={tmp_path / 'one'}"])
     code, said = together(config, tmp_path / "two", *options, kind="sigterm", at=3)
     assert code == 0, said

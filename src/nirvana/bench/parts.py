@@ -112,7 +112,13 @@ class _NoTrigger(nn.Module):
     """The task query as the task vector; fast parameters pass."""
 
     def forward(
-        self, qkv: Tensor, fast: Tensor, bank: nn.Module, state: Any = None, segments: Any = None
+        self,
+        qkv: Tensor,
+        fast: Tensor,
+        bank: nn.Module,
+        state: Any = None,
+        segments: Any = None,
+        lengths: Any = None,
     ) -> tuple[Tensor, Tensor, Any]:
         return qkv.chunk(3, dim=-1)[0], fast, state
 

@@ -9,7 +9,18 @@ import typer
 from typer.core import TyperGroup
 
 from nirvana import __version__
-from nirvana.cli import bench, config, convert, demo, evaluate, language, mri, report
+from nirvana.cli import (
+    adapt,
+    bench,
+    config,
+    convert,
+    demo,
+    evaluate,
+    language,
+    mri,
+    reconstruct,
+    report,
+)
 from nirvana.errors import InputError
 
 
@@ -39,8 +50,9 @@ app = typer.Typer(
 # The extra that installs a module which a command needs.
 EXTRAS = {
     **dict.fromkeys(
-        ("h5py", "matplotlib", "monai", "nibabel", "pydicom", "scipy", "sigpy", "skimage"), "mri"
+        ("h5py", "matplotlib", "monai", "nibabel", "pydicom", "pygrappa", "scipy", "sigpy"), "mri"
     ),
+    **dict.fromkeys(("skimage", "twixtools"), "mri"),
     **dict.fromkeys(("datasets", "pyarrow", "tensorboard", "zstandard"), "train"),
     "lm_eval": "eval",
 }
@@ -74,6 +86,7 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
+mri.app.command("reconstruct")(reconstruct.reconstruct)
 mri.app.command("report")(report.report)
 app.add_typer(mri.app, name="mri", cls=CommandGroup)
 app.add_typer(language.data_app, name="data", cls=CommandGroup)
@@ -81,6 +94,8 @@ app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
 app.command("export")(language.export)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)
+app.command("adapt")(adapt.adapt)
+app.add_typer(adapt.task_app, name="task", cls=CommandGroup)
 app.command("bench")(bench.bench)
 app.command("config")(config.config)
 

@@ -105,7 +105,7 @@ def _cut(documents: Iterable[str]) -> list[str]:
 
 def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[str, float]]:
     """Bits per byte of each text with the Trigger on and off, and a continuation."""
-    from nirvana.cli.language import continue_text
+    from nirvana.cli.language import continue_text, prompt_tokens
     from nirvana.evaluate.perplexity import Score, score_documents
     from nirvana.model.assets import load_language_model
     from nirvana.model.trigger import without_trigger
@@ -129,7 +129,8 @@ def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[s
     console.print("[bold]Language[/]: the packaged model of 5.8 M parameters")
     console.print(table)
     console.print(f"[bold]Continuation[/] of: {PROMPT}")
-    continue_text(model, tokenizer, PROMPT, max_new_tokens=48, seed=SEED)
+    tokens = prompt_tokens(tokenizer, PROMPT)
+    continue_text(model, tokenizer, tokens, max_new_tokens=48, seed=SEED)
     return figures
 
 
@@ -137,45 +138,39 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
     """Scores of every method on nibabel's example volume, and a function that writes the
     pictures."""
     from nirvana.cli.mri import progress_bars, slice_counters
-    from nirvana.mri.data.scans import target_of, undersample_scan
     from nirvana.mri.data.simulate import Simulation
     from nirvana.mri.evaluate.compare import run_methods, score_rows
     from nirvana.mri.evaluate.tables import FORMATS, rows_table
     from nirvana.mri.io import write_reconstruction
+    from nirvana.mri.methods import NIRVANA, WAVELET, ZERO_FILLED, comparison_methods
     from nirvana.mri.model.checkpoint import load_codec
     from nirvana.mri.physics.masks import Sampling
-    from nirvana.mri.pipeline import (
-        NIRVANA,
-        WAVELET,
-        ZERO_FILLED,
-        comparison_methods,
-        draw_middle,
-        simulate_volume,
-    )
+    from nirvana.mri.pipeline import Preparation, prepare
+    from nirvana.mri.results import TARGET, draw_middle
 
     settings = Simulation(num_coils=8, noise=(NOISE, NOISE))
-    scan = simulate_volume(_volume(), settings, SEED)
     sampling = Sampling("equispaced", acceleration=4, center_fraction=0.08)
-    kspace, mask = undersample_scan(scan, sampling, SEED)
-    slices, coils, rows, columns = kspace.shape
-    sampled = float(mask.float().mean())
+    prepared = prepare(_volume(), Preparation(settings, sampling), SEED)
+    scan, target, sampled = prepared.scan, prepared.target, prepared.sampled
+    assert target is not None  # of a simulated scan
+    slices, coils, rows, columns = scan.kspace.shape
     console.print(
         f"\n[bold]MRI[/]: {slices} real slices of {rows} x {columns}, {coils} simulated coils, "
         f"noise {NOISE:.1%}, equispaced 4x, {sampled:.1%} of columns sampled"
     )
     with progress_bars() as progress:
         counters = slice_counters(progress, scan.name, slices)
-        methods = comparison_methods({NIRVANA: load_codec()}, counters)
-        results = run_methods(kspace, mask, methods)
-    target = target_of(scan)
+        methods = comparison_methods({NIRVANA: load_codec()})
+        results = run_methods(prepared.measurement, methods, counters)
     table = score_rows(target, results, volume=scan.name, sampled=sampled)
     console.print(rows_table(table))
 
     def write_images(folder: Path) -> None:
-        images = {name: volume for name, (volume, _) in results.items()}
-        draw_middle(folder / "mri.png", target, images, table, scan.name, sampled)
+        images = {name: result.images for name, result in results.items()}
+        shown = {TARGET: target, **images}
+        draw_middle(folder / "mri.png", shown, table, scan.name, sampled)
         write_reconstruction(
-            folder / "reconstruction.h5", images[NIRVANA], scan, mask.numpy(), method="nirvana"
+            folder / "reconstruction.h5", images[NIRVANA], scan, prepared.pattern, method="nirvana"
         )
 
     names = {ZERO_FILLED: "zero_filled", WAVELET: "wavelet", NIRVANA: "nirvana"}

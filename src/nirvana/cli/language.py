@@ -2,11 +2,22 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nirvana.cli.adapt import (
+    AdaptOption,
+    ChunkOption,
+    ParametersOption,
+    StepSizesOption,
+    StepsOption,
+    TaskOption,
+    adapt_config,
+    require_adapt,
+)
 from nirvana.cli.config import ConfigArgument
 from nirvana.cli.console import SEEDS, DeviceOption
 from nirvana.errors import InputError
@@ -76,38 +87,67 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print estimates only.")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: plan for so many processes.")
+    ] = None,
+    device_name: Annotated[
+        str | None, typer.Option(help="With --dry-run: plan for this accelerator, as in H200.")
+    ] = None,
 ) -> None:
     """Trains a language model: nirvana train quickstart
 
     Any setting of the configuration can follow: --optim.lr 1e-3 --run.out runs/one
     """
     from nirvana.config import load_config
+    from nirvana.train.accelerators import known_accelerator
     from nirvana.train.config import LanguageConfig
 
+    if not dry_run and (processes is not None or device_name is not None):
+        raise InputError(
+            "--processes and --device-name are for --dry-run; torchrun starts processes"
+        )
+    if device_name is not None:
+        known_accelerator(device_name)
     load_config(LanguageConfig, config, list(ctx.args))  # refused before torch is imported
-
-    from nirvana.train import language
-
     if dry_run:
-        language.estimate(config, list(ctx.args))
+        from nirvana.train.plan import estimate
+
+        estimate(config, list(ctx.args), processes, device_name)
     else:
+        from nirvana.train import language
+
         language.train(config, list(ctx.args), resume, accept_changes)
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder, one of its checkpoints, the folder of a model, or a packaged "
+            "model's name."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    precision: Annotated[str, typer.Option(help="float32 or bf16; else that of the run.")] = "",
+    precision: Annotated[
+        str, typer.Option(help="float32 or bf16; else that of the run or the model.")
+    ] = "",
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Folder of a tokenizer, or a packaged model's name; else the run's own."),
+        typer.Option(help="Folder of a tokenizer, or a packaged model's name; else the model's."),
     ] = None,
+    standalone: Annotated[
+        bool,
+        typer.Option("--standalone", help="Add the model's code: loads without this package."),
+    ] = False,
 ) -> None:
-    """Writes a checkpoint of a language model as a folder that transformers loads."""
+    """Writes a language model as a folder that transformers loads."""
+    if precision not in ("", "float32", "bf16"):
+        raise InputError(f"--precision {precision!r} must be float32 or bf16")
+
     from nirvana.train.export import export as write_model
 
-    checkpoint = write_model(source, out, precision, tokenizer)
-    print(f"{out}: the model of {checkpoint.folder}")
+    model = write_model(source, out, precision, tokenizer, standalone)
+    print(f"{out}: the model of {model.folder}")
 
 
 def generate(
@@ -117,9 +157,18 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from so much of the probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.", **SEEDS)] = 0,
+    adapt: AdaptOption = False,
+    task: TaskOption = None,
+    parameters: ParametersOption = None,
+    chunk: ChunkOption = None,
+    steps: StepsOption = None,
+    lr: StepSizesOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Continues a text, and prints each token as it is generated."""
+    """Continues a text, and prints each token as it is generated.
+
+    With --adapt the model first adapts to the prompt; weights stay as they are.
+    """
     if prompt == "-":
         prompt = _standard_input()
     if not prompt.strip():
@@ -131,13 +180,22 @@ def generate(
     ):
         if not good:
             raise InputError(f"--{name} = {value} must be {right}")
+    require_adapt(adapt, parameters=parameters, chunk=chunk, steps=steps, lr=lr)
     folder = resolve(model)
+    config = adapt_config(folder, parameters, chunk, steps, lr)
 
+    from nirvana.adapt.adaptation import adapt_documents
+    from nirvana.adapt.task import load_task
     from nirvana.device import choose_device
     from nirvana.model.assets import load_language_model
 
+    learned = None if task is None else load_task(task)
     loaded, tokenizer = load_language_model(folder, choose_device(device))
-    continue_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
+    tokens = prompt_tokens(tokenizer, prompt)
+    if adapt:
+        _, learned = adapt_documents(loaded, [tokens], config, learned)
+    with nullcontext() if learned is None else learned.applied(loaded):
+        continue_text(loaded, tokenizer, tokens, max_new_tokens, temperature, top_p, seed)
 
 
 def _standard_input() -> str:
@@ -148,26 +206,30 @@ def _standard_input() -> str:
         raise InputError(f"--prompt -: the standard input is not UTF-8: {error}") from None
 
 
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt, BOS first."""
+    from nirvana.data.tokenizer import text_encoder
+
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise InputError("the model's tokenizer must have a BOS and an EOS token")
+    return [tokenizer.bos_token_id, *text_encoder(tokenizer)([prompt])[0]]
+
+
 def continue_text(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: list[int],
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
 ) -> None:
-    """Prints a continuation of `prompt`, token by token, until EOS at the latest."""
+    """Prints a continuation of the tokens `prompt`, one by one, until EOS at the latest."""
     import torch
     from transformers import TextStreamer
 
-    from nirvana.data.tokenizer import text_encoder
-
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise InputError("the model's tokenizer must have a BOS and an EOS token")
     torch.manual_seed(seed)
-    ids = [tokenizer.bos_token_id, *text_encoder(tokenizer)([prompt])[0]]
-    tokens = torch.tensor([ids], device=model.device)
+    tokens = torch.tensor([prompt], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     model.generate(
         tokens,

@@ -12,18 +12,27 @@ from nirvana.cli.mri import (
     FORMATS,
     AccelerationOption,
     CenterOption,
-    CoilsOption,
     KindOption,
     NoiseOption,
+    SimulatedCoilsOption,
     progress_bars,
     sampling_of,
     simulation_of,
+)
+from nirvana.cli.reading import (
+    AxesOption,
+    CentreOption,
+    MeasurementOption,
+    PhaseEncodeOption,
+    SelectOption,
+    VariableOption,
+    read_options,
 )
 from nirvana.errors import InputError
 from nirvana.files import check_outputs, replaceable_folder
 
 if TYPE_CHECKING:
-    from nirvana.mri.pipeline import SliceCounter
+    from nirvana.mri.methods import SliceCounter
 
 
 def report(
@@ -48,13 +57,26 @@ def report(
     stripped: Annotated[
         bool, typer.Option("--stripped", help="The images show the brain without the skull.")
     ] = False,
+    radiological: Annotated[
+        bool,
+        typer.Option(
+            "--radiological",
+            help="A scan that does not state its orientation has the patient's right on the left.",
+        ),
+    ] = False,
+    centre: CentreOption = "auto",
+    measurement: MeasurementOption = None,
+    select: SelectOption = [],  # noqa: B006  (read by typer, never changed)
+    phase_encode: PhaseEncodeOption = "auto",
+    variable: VariableOption = None,
+    axes: AxesOption = None,
     kind: KindOption = "equispaced",
     acceleration: AccelerationOption = 4.0,
     center_fraction: CenterOption = 0.08,
     seed: Annotated[
         int, typer.Option(help="Of the mask and of a volume's simulation.", **SEEDS)
     ] = 0,
-    coils: CoilsOption = 8,
+    simulated_coils: SimulatedCoilsOption = 8,
     noise: NoiseOption = None,
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 4,
     device: DeviceOption = "auto",
@@ -67,7 +89,7 @@ def report(
     """
     from nirvana.device import choose_device
     from nirvana.mri.io import files_of
-    from nirvana.mri.pipeline import prepare, prepare_images
+    from nirvana.mri.pipeline import Preparation, prepare, prepare_images
     from nirvana.mri.reports.encode import view_of
     from nirvana.mri.reports.reporter import load_reporter
     from nirvana.mri.reports.scan_report import RESULT_FILES, read_slices, write_scan_report
@@ -82,25 +104,30 @@ def report(
     if image:
         given = prepare_images(scan)
     else:
-        sampling = sampling_of(kind, acceleration, center_fraction)
-        given = prepare(scan, simulation_of(coils, noise), sampling, seed)
-    view = view_of(given.scan)
-    count = len(given.kspace)
+        how = Preparation(
+            simulation_of(simulated_coils, noise),
+            sampling_of(kind, acceleration, center_fraction),
+            undersample=True,
+            reading=read_options(centre, measurement, select, phase_encode, variable, axes),
+        )
+        given = prepare(scan, how, seed)
+    view = view_of(given.scan, radiological)
+    count = given.num_slices
     if not 0 <= slice_number <= count:
         raise InputError(f"--slice {slice_number} must be 1 to {count}, or 0 for many")
     slices = [slice_number - 1] if slice_number else range(count) if every else None
     reporter = load_reporter(codec or packaged("reporter"), choose_device(device))
     with progress_bars() as bars:
         found = read_slices(
-            *(reporter, given.kspace, given.mask, view, slices),
+            *(reporter, given.measurement, view, slices),
             stripped=stripped,
             batch_size=batch_size,
             progress=_counters(bars, given.scan.name),
         )
     name = "the packaged reporter" if codec is None else str(codec)
     write_scan_report(found, out, given, name, image=image, stripped=stripped)
-    if not view.known:
-        print("the scan does not state the patient's position: radiological images are assumed")
+    for remark in given.scan.remarks:
+        print(f"{given.scan.name}: {remark}")
     print(found.text, end="")
     print(f"{out}: {', '.join(RESULT_FILES)}")
 

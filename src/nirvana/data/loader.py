@@ -75,6 +75,7 @@ class PackedLoader:
             name: shards.num_tokens if weights is None else weights[name]
             for name, shards in sources.items()
         }
+        self._names = [name for name in sources if shares[name] > 0]
         # A source of weight 0 is never read.
         self._sources = [shards for name, shards in sources.items() if shares[name] > 0]
         self._quota = _apportion(np.array([share for share in shares.values() if share > 0]))
@@ -126,6 +127,21 @@ class PackedLoader:
                 str(i): {"content": shards.fingerprint, "rows_of_4096": int(rows)}
                 for i, (shards, rows) in enumerate(zip(self._sources, self._quota, strict=True))
             },
+        }
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """Computes how often each source is read.
+
+        Args:
+            steps: of the run.
+
+        Returns:
+            Name -> epochs, without sources of weight 0.
+        """
+        rows = steps * self._parts * self._batch_size / PERIOD * self._quota
+        return {
+            name: float(n / _ceil(shards.num_tokens, self._context))
+            for name, shards, n in zip(self._names, self._sources, rows, strict=True)
         }
 
     def _row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

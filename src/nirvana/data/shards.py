@@ -14,8 +14,10 @@ import numpy as np
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from nirvana.data import encode
+from nirvana.data.checksums import verify_files
 from nirvana.data.documents import Counts, count_documents, expand_sources
 from nirvana.data.hub import is_hub, local_path
+from nirvana.data.remote import TOKENIZER_JSON, is_remote, local_copy
 from nirvana.data.tokenizer import (
     copy_tokenizer,
     fit_tokenizer,
@@ -34,11 +36,11 @@ class TokenShards:
     """The documents in a folder written by `tokenize`.
 
     Args:
-        folder: the folder, or the name of packaged token shards (`quickstart/train`,
-            `quickstart/valid`).
+        folder: the folder, the name of packaged token shards (`quickstart/train`,
+            `quickstart/valid`), or an address, see `nirvana.data.remote.local_copy`.
 
     Attributes:
-        folder: the folder.
+        folder: the folder, a local copy for an address.
         starts: int64 [documents + 1], index of each document's first token; the end last.
         bytes: int64 [documents], UTF-8 bytes of each document's text.
         bos: BOS token of the tokenizer.
@@ -52,7 +54,8 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = local_or_packaged(folder)
+        remote = is_remote(folder)
+        self.folder = local_copy(str(folder)) if remote else local_or_packaged(folder)
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
@@ -142,14 +145,12 @@ class TokenShards:
             yield self.document(index), int(self.bytes[index])
 
     def verify(self) -> None:
-        """Reads every file and compares its SHA-256 with the recorded one.
+        """Compares the SHA-256 of every file with the recorded one, see `verify_files`.
 
         Raises:
             InputError: naming the first file that differs.
         """
-        for name, expected in self._sums.items():
-            if sha256(self.folder / name) != expected:
-                raise InputError(f"{self.folder / name}: damaged: its SHA-256 is not the recorded")
+        verify_files(self.folder, {**self._sums, TOKENIZER_JSON: self.tokenizer_sha256})
 
 
 def tokenize(

@@ -106,6 +106,19 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def same_tokens(a: Any, b: Any) -> bool:
+    """Returns whether two tokenizers encode every text as the same tokens.
+
+    Args:
+        a: a fast transformers tokenizer.
+        b: another.
+    """
+    # What saving adds (padding, truncation, a template for special tokens) makes no difference.
+    parts = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+    first, second = (json.loads(each.backend_tokenizer.to_str()) for each in (a, b))
+    return all(first[part] == second[part] for part in parts)
+
+
 def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     """Returns a function that encodes texts as in training.
 

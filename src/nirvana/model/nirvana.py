@@ -1,14 +1,11 @@
 """The Nirvana language model."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -18,6 +15,7 @@ from nirvana.model.arguments import check_arguments
 from nirvana.model.block import CheckpointedWithGradients, NirvanaBlock
 from nirvana.model.cache import CACHE_FIELD, StepDecoder, in_output, usable_cache
 from nirvana.model.config import NirvanaConfig
+from nirvana.model.loss import fused_loss, is_plain, shifted, z_loss
 from nirvana.model.masks import Borders, Masks, create_masks, create_state_masks
 from nirvana.model.outputs import (
     NirvanaCausalLMOutputWithPast,
@@ -28,8 +26,7 @@ from nirvana.model.outputs import (
 from nirvana.model.state import LayerStates, NewStates, State
 from nirvana.model.trigger import NoBank, Trigger, TriggerTrace, WeightBank
 from nirvana.model.updater import RMSNorm, Updater
-from nirvana.ops import in_autocast, linear_cross_entropy
-from nirvana.ops.cross_entropy import IGNORE
+from nirvana.ops import in_autocast, warn_without_kernels
 
 
 class NirvanaPreTrainedModel(PreTrainedModel):
@@ -58,31 +55,8 @@ class NirvanaPreTrainedModel(PreTrainedModel):
         - Trigger: step size and decay from the configuration.
         """
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Updater):
-            bound = module.conv_weight.shape[1] ** -0.5
-            init.uniform_(module.conv_weight, -bound, bound)
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
-            step = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
-            init.copy_(module.dt_bias, step + (-torch.expm1(-step)).log())
-            if module.has_window:
-                if module.constant:
-                    init.zeros_(module.gate_logit)
-                init.zeros_(module.window_up)
-                init.zeros_(module.window_out[-1].weight)  # type: ignore[arg-type]
-                init.zeros_(module.zeta[-1].weight)  # type: ignore[arg-type]
-        elif isinstance(module, WeightBank):
-            C, R = module.gain.shape
-            init.normal_(module.weight, 0.0, (C * R) ** -0.5)
-            init.normal_(module.gain, 1 / R, std)
-            init.normal_(module.bias, 0.0, std)
-            init.normal_(module.shift, 0.0, std)
-        elif isinstance(module, Trigger):
-            if "lr_percent" in module._parameters:
-                init.constant_(module.lr_percent, 100 * module.fixed_lr)
-            if "decay_logit" in module._parameters:
-                decay = module.fixed_decay
-                init.constant_(module.decay_logit, math.log(decay / (1 - decay)))
+        if isinstance(module, Updater | WeightBank | Trigger):
+            module.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimiser should not decay.
@@ -103,7 +77,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
     def __init__(self, config: NirvanaConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.bank = (WeightBank if config.has_trigger else NoBank)(config)
+        self.bank = (WeightBank if config.has_trigger else NoBank)(config, initialise=False)
         self.layers = nn.ModuleList(
             NirvanaBlock(config, i) for i in range(config.num_hidden_layers)
         )
@@ -227,6 +201,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
         """The blocks, over columns in the order of the masks."""
         traces: list[TriggerTrace] | None = [] if output_trigger else None
         h = in_autocast(inputs_embeds)  # else a float32 table would make all residuals float32
+        warn_without_kernels(h, self.config.head_dim)
         fast = self.bank.start(h)
         for layer in self.layers if h.shape[1] > 0 else ():
             h, fast = layer(h, fast, self.bank, masks, states=states, traces=traces)
@@ -281,11 +256,12 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
                 all tokens never exist together; a head with an adapter, quantised or replaced
                 computes them.
             kwargs: `shift_labels` `[B, T]`, labels that are shifted already, in place of `labels`;
-                and those of `NirvanaModel.forward`.
+                `z_loss`, the weight of the mean of (log Z)^2 in the loss, Z the sum of the
+                exponentials of a token's logits; and those of `NirvanaModel.forward`.
 
         Returns:
             logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, the traces, the
-            state, and hidden states if `output_hidden_states`.
+            state, hidden states if `output_hidden_states`, and the term of `z_loss` if it is not 0.
 
         Raises:
             TypeError: see `NirvanaModel.forward`.
@@ -294,6 +270,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         """
         # Not in the signature: the Trainer waits for every label that it finds there.
         shift_labels = kwargs.pop("shift_labels", None)
+        z_weight = kwargs.pop("z_loss", 0.0)
         check_arguments(type(self).forward, kwargs)
         if skip_logits and labels is None and shift_labels is None:
             raise ValueError("skip_logits leaves nothing to compute without labels")
@@ -318,9 +295,10 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             return_state=return_state,
             **kwargs,
         )
-        h, logits, loss = outputs.last_hidden_state, None, None
-        if skip_logits and _is_plain(self.lm_head):
-            loss = self._fused_loss(h, labels, shift_labels, num_items_in_batch)
+        h, logits, loss, z_term = outputs.last_hidden_state, None, None, None
+        if skip_logits and is_plain(self.lm_head):
+            targets = shifted(labels, shift_labels)
+            loss, z_term = fused_loss(h, self.lm_head.weight, targets, num_items_in_batch, z_weight)
         else:
             keep = slice(-logits_to_keep, None)
             keep = keep if isinstance(logits_to_keep, int) else logits_to_keep
@@ -333,8 +311,13 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
                     num_items_in_batch=num_items_in_batch,
                     shift_labels=shift_labels,
                 )
+                if z_weight:
+                    targets = shifted(labels, shift_labels)
+                    z_term = z_loss(logits, targets, num_items_in_batch, z_weight)
+                    loss = loss + z_term
         return NirvanaCausalLMOutputWithPast(
             loss=loss,
+            z_loss=z_term,
             logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             trigger=outputs.trigger,
@@ -378,23 +361,6 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         forward += triggers * 4 * config.task_dim**2 * config.bank_size
         return 3.0 * forward
 
-    def _fused_loss(
-        self,
-        h: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        """The library's causal loss, without logits."""
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        shift_labels = shift_labels.flatten()
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != IGNORE).sum()
-        total = linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, shift_labels)
-        return total / torch.as_tensor(num_items_in_batch, device=total.device)
-
     def _decode(
         self, decoder: StepDecoder, input_ids: Tensor | None, attention_mask: Tensor | Masks | None
     ) -> NirvanaCausalLMOutputWithPast:
@@ -435,20 +401,6 @@ def _require_decodable(unread: list[Any], position_ids: Tensor | None, return_st
         raise ValueError(
             "a Decoder reads one sample a row, and gives logits, not a loss and not a state"
         )
-
-
-def _is_plain(head: nn.Module) -> bool:
-    """Whether a head is a product with its weight and nothing else: no adapter, parametrisation,
-    quantised or offloaded weight, bias or hook that its own forward would apply."""
-    return (
-        type(head) is nn.Linear
-        and head.bias is None
-        and type(head.weight) in (nn.Parameter, Tensor)
-        and head.weight.is_floating_point()
-        and not head.weight.is_meta
-        and not (head._forward_hooks or head._forward_pre_hooks)
-        and "forward" not in vars(head)
-    )
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

@@ -31,10 +31,12 @@ class NirvanaOutputWithPast(_CacheNamed, BaseModelOutputWithPast):
 
 @dataclass
 class NirvanaCausalLMOutputWithPast(_CacheNamed, CausalLMOutputWithPast):
-    """The library's output, `trigger`, one trace for each layer with a Trigger, and `state`."""
+    """The library's output; `trigger`, one trace for each layer with a Trigger; `state`; and
+    `z_loss`, that term of the loss."""
 
     trigger: tuple[TriggerTrace, ...] | None = None
     state: State | None = None
+    z_loss: Tensor | None = None
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:

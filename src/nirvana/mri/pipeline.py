@@ -1,26 +1,18 @@
-"""One scan from a file to images: prepare it, reconstruct it with several methods, write the
-results."""
+"""One scan from a file to images: prepare it and reconstruct it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_folder, write_json
-from nirvana.mri.classical.bart import bart_pics
-from nirvana.mri.classical.common import zero_filled
-from nirvana.mri.classical.sigpy import l1_wavelet
-from nirvana.mri.classical.sigpy import sense as sense_image
-from nirvana.mri.data.scans import is_full, sampled_columns, target_of, undersample_scan
+from nirvana.mri.data.acquisition import Acquisition
+from nirvana.mri.data.scans import CoilOptions, Measurement, measure, target_of
 from nirvana.mri.data.simulate import Simulation, simulate_scan
-from nirvana.mri.evaluate.compare import Method, finite, run_methods, score_rows
-from nirvana.mri.evaluate.figure import panel
-from nirvana.mri.evaluate.metrics import centre_crop
+from nirvana.mri.evaluate.compare import run_methods
 from nirvana.mri.io import (
     Scan,
     is_volume,
@@ -28,30 +20,44 @@ from nirvana.mri.io import (
     read_scan,
     read_spacing,
     read_volume,
-    write_dicom,
-    write_nifti,
-    write_reconstruction,
 )
 from nirvana.mri.io.geometry import shifted
+from nirvana.mri.io.options import ReadOptions, SliceRange
+from nirvana.mri.methods import (
+    NIRVANA,
+    Method,
+    SliceCounter,
+    comparison_methods,
+    fourier_method,
+    method_named,
+)
 from nirvana.mri.model.checkpoint import load_codec
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.fourier import fft2c
-from nirvana.mri.physics.masks import (
-    Sampling,
-    calibration_width,
-    require_calibration,
-    require_columns,
-)
+from nirvana.mri.physics.masks import Sampling
+from nirvana.mri.physics.pattern import sampled_share
 
-RESULT_FILES = ("dicom", "metrics.json", "panel.png", "reconstruction.h5", "reconstruction.nii.gz")
-TARGET, ZERO_FILLED, SENSE = "fully sampled", "zero-filled", "SENSE"
-WAVELET, NIRVANA = "L1-wavelet", "Nirvana"
-BART: dict[Literal["l1", "l2"], str] = {"l2": "BART SENSE", "l1": "BART L1-wavelet"}
 
-SliceCounter = Callable[[int], None]
-"""Called with the number of slices just done."""
-Progress = Callable[[str], SliceCounter]
-"""Called with a method's name before it runs; returns the counter of its slices."""
+@dataclass(frozen=True)
+class Preparation:
+    """How files become scans that are ready to be reconstructed.
+
+    Attributes:
+        simulation: how an image volume is scanned.
+        sampling: the undersampling of a fully sampled scan.
+        undersample: whether a measured scan is undersampled; one that is simulated of a volume
+            always is, because nothing of it was measured.
+        coils: how the coils are combined.
+        reading: how a file of k-space is read.
+        slices: which ones are reconstructed.
+    """
+
+    simulation: Simulation
+    sampling: Sampling
+    undersample: bool = False
+    coils: CoilOptions | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    slices: SliceRange = field(default_factory=SliceRange)
 
 
 @dataclass(frozen=True)
@@ -60,62 +66,88 @@ class PreparedScan:
 
     Attributes:
         path: the file it was read from.
-        scan: the scan as read or simulated.
-        kspace: complex64 `[slices, coils, H, W]`, zero outside the mask.
-        mask: bool `[W]`.
+        scan: the scan as read or simulated, with the remarks of its preparation.
+        measurement: what of it is reconstructed.
         target: float32 `[slices, h, w]`, the fully sampled image, or None where it is unknown.
-        drawn: the sampling and the seed of the mask, or None where the mask was found in the file.
+        drawn: the sampling and the seed of the mask, or None where nothing was left out.
     """
 
     path: Path
     scan: Scan
-    kspace: Tensor
-    mask: Tensor
+    measurement: Measurement
     target: np.ndarray | None
     drawn: dict[str, Any] | None
 
     @property
+    def pattern(self) -> np.ndarray:
+        """The points that are used, bool, see `physics.pattern`."""
+        return self.measurement.acquisition.pattern
+
+    @property
     def sampled(self) -> float:
-        """Share of the columns that are sampled, 0..1."""
-        return float(self.mask.float().mean())
+        """Share of k-space that is sampled, 0..1."""
+        return sampled_share(self.pattern)
+
+    @property
+    def num_slices(self) -> int:
+        """Number of slices that are reconstructed one by one."""
+        return len(self.measurement.acquisition)
 
 
 def reconstruct(
     kspace: Scan | np.ndarray | Tensor,
     mask: np.ndarray | Tensor | None = None,
     *,
+    method: str = "nirvana",
     codec: str | Path | CodecModel = "codec",
+    complex_images: bool = False,
+    coils: CoilOptions | None = None,
     batch_size: int = 4,
     device: str | torch.device = "cpu",
     progress: SliceCounter | None = None,
 ) -> np.ndarray:
-    """The magnitude images of a multi-coil Cartesian scan, by a codec.
+    """The images of a multi-coil Cartesian scan.
+
+    K-space without gaps needs no method: its images are its Fourier transform, after a missing side
+    (partial Fourier, asymmetric echo) was completed.
 
     Args:
         kspace: a scan, or complex `[slices, coils, H, W]` with the origin at `[H // 2, W // 2]` and
             zeros where nothing was measured.
-        mask: bool `[W]`, the measured columns; None finds the columns that are not zero, and of a
-            scan takes those of its own mask.
+        mask: bool `[W]`, `[H, W]`, `[slices, W]` or `[slices, H, W]`, the measured points; None
+            finds those that are not zero, and of a scan takes those of its own mask.
+        method: of undersampled k-space: "nirvana" (a codec), "l1-wavelet", "sense", "grappa",
+            "zero-filled", "bart-sense" or "bart-l1-wavelet".
         codec: a loaded codec, or the folder or packaged name of one.
-        batch_size: slices at once.
+        complex_images: return complex images, see `sense.combine_coils`, in place of magnitudes.
+        coils: whether the noise is whitened, and the number of virtual coils.
+        batch_size: slices that a codec reconstructs at once.
         device: where a codec that is given by name is loaded.
         progress: called with the number of slices just done.
 
     Returns:
-        float32 `[slices, H, W]`, on the scale of the k-space's own root-sum-of-squares images.
+        float32 `[slices, H, W]`, root sum of squares of the coil images on the scale of the
+        k-space; or complex64.
 
     Raises:
-        InputError: the codec does not exist, the k-space is not `[slices, coils, H, W]` of whole
-            columns, or fewer than two contiguous columns in the middle are measured.
+        InputError: the method or codec does not exist, the k-space or mask has another shape, or
+            fewer than two contiguous samples in the middle are measured.
     """
-    if not isinstance(kspace, Scan):
-        kspace = as_scan(kspace)
-    require_columns(kspace.kspace, kspace.name)
-    columns = sampled_columns(kspace, mask)
-    require_calibration(columns, kspace.name)
-    model = codec if isinstance(codec, CodecModel) else load_codec(codec, device)
-    measured = torch.from_numpy(kspace.kspace) * columns
-    return model.reconstruct(measured, columns, batch_size, progress).numpy()
+    label = method_named(method)
+    scan = kspace if isinstance(kspace, Scan) else as_scan(kspace)
+    measurement = measure(scan, coils, mask)
+    function: Method = fourier_method
+    if measurement.acquisition.has_gaps:
+        measurement.acquisition.require_calibration()
+        codecs = {}
+        if label == NIRVANA:
+            codecs[NIRVANA] = codec if isinstance(codec, CodecModel) else load_codec(codec, device)
+        known = comparison_methods(codecs, wavelet=False, also=label, batch_size=batch_size)
+        function = known[label]
+    count = progress or (lambda done: None)
+    wanted = label if complex_images else None
+    found = run_methods(measurement, {label: function}, lambda name: count, wanted)[label]
+    return found.images if found.combined is None else found.combined
 
 
 def as_scan(kspace: np.ndarray | Tensor, **fields: Any) -> Scan:
@@ -139,31 +171,32 @@ def as_scan(kspace: np.ndarray | Tensor, **fields: Any) -> Scan:
     return Scan(**{"kspace": array, "mask": None, "target": None, "name": "k-space", **fields})
 
 
-def prepare(path: Path, simulation: Simulation, sampling: Sampling, seed: int) -> PreparedScan:
-    """Reads a scan, or simulates one of an image volume, and undersamples it unless it is
-    undersampled already.
+def prepare(path: Path, how: Preparation, seed: int) -> PreparedScan:
+    """Reads a scan, or simulates one of an image volume.
 
     Args:
         path: file of a scan or of a magnitude volume.
-        simulation: how a volume is scanned.
-        sampling: of a fully sampled scan.
+        how: what is done to it.
         seed: of the mask and of a volume's simulation.
 
     Raises:
-        InputError: the file cannot be read, or its mask leaves too few columns in the middle to
+        InputError: the file cannot be read, or its mask leaves too few samples in the middle to
             calibrate coils from.
     """
-    scan = load_scan(path, simulation, seed)
-    if is_full(scan):
-        kspace, mask = undersample_scan(scan, sampling, seed)
-        target, drawn = target_of(scan), {**asdict(sampling), "seed": seed}
-    else:
-        mask = sampled_columns(scan)
-        if not mask.any():
-            raise InputError(f"{scan.name}: its mask keeps no column of k-space")
-        kspace, target, drawn = torch.from_numpy(scan.kspace) * mask, scan.target, None
-    require_calibration(mask, path)
-    return PreparedScan(path, scan, kspace, mask, target, drawn)
+    scan = load_scan(path, how, seed)
+    measurement = measure(scan, how.coils)
+    target = drawn = None
+    if measurement.is_full:
+        if how.undersample or is_volume(path):
+            target = target_of(scan, measurement)
+            measurement = measurement.undersampled(how.sampling, seed)
+            drawn = {**asdict(how.sampling), "seed": seed}
+    elif measurement.acquisition.extent is None and measurement.whitening is None:
+        target = scan.target
+    if measurement.acquisition.has_gaps:
+        measurement.acquisition.require_calibration()
+    scan = replace(scan, remarks=(*scan.remarks, *measurement.remarks))
+    return PreparedScan(path, scan, measurement, target, drawn)
 
 
 def prepare_images(path: Path) -> PreparedScan:
@@ -181,189 +214,72 @@ def prepare_images(path: Path) -> PreparedScan:
     kspace = fft2c(images[:, None].to(torch.complex64))
     name, spacing, affine = path.name.split(".")[0], read_spacing(path), read_affine(path)
     scan = Scan(kspace.numpy(), None, None, name, spacing, affine=affine)
-    mask = torch.ones(kspace.shape[-1], dtype=torch.bool)
-    return PreparedScan(path, scan, kspace, mask, None, None)
+    mask = np.ones(kspace.shape[-1], dtype=bool)
+    return PreparedScan(path, scan, Measurement(Acquisition(scan.kspace, mask)), None, None)
 
 
-def load_scan(path: Path, simulation: Simulation, seed: int, slices: int = 0) -> Scan:
-    """The scan in a file, or one simulated of the `slices` middle slices of the volume in it."""
+def load_scan(path: Path, how: Preparation, seed: int) -> Scan:
+    """The scan in a file, or one simulated of the volume in it; of either the chosen slices.
+
+    Raises:
+        InputError: the file cannot be read, or does not have these slices.
+    """
     if is_volume(path):
-        return simulate_volume(path, simulation, seed, slices)
-    scan = read_scan(path)
-    require_columns(scan.kspace, path)
+        return simulate_volume(path, how.simulation, seed, how.slices)
+    return _cut(read_scan(path, how.reading), how.slices)
+
+
+def load_full_scan(path: Path, how: Preparation, seed: int) -> Scan:
+    """A fully sampled scan, or one simulated of a volume; of either the chosen slices.
+
+    Raises:
+        InputError: the file cannot be read, does not have these slices, or its scan is
+            undersampled.
+    """
+    scan = load_scan(path, how, seed)
+    if not is_volume(path):
+        measure(scan).require_full(path)
     return scan
 
 
-def load_full_scan(path: Path, simulation: Simulation, seed: int, slices: int) -> Scan:
-    """The `slices` middle slices (0: all) of a fully sampled scan, or of one simulated of a volume.
+def simulate_volume(
+    path: Path, simulation: Simulation, seed: int, slices: SliceRange | None = None
+) -> Scan:
+    """A scan simulated of an image volume, or of some of its slices.
 
     Raises:
-        InputError: the file cannot be read, or its scan is undersampled.
-    """
-    scan = load_scan(path, simulation, seed, slices)
-    if is_volume(path):
-        return scan
-    if not is_full(scan):
-        raise InputError(f"{path} is undersampled; only a fully sampled scan can be scored")
-    kspace = middle_slices(scan.kspace, slices)
-    target = None if scan.target is None else middle_slices(scan.target, slices)
-    affine = scan.affine
-    if affine is not None:
-        affine = shifted(affine, slices=(len(scan.kspace) - len(kspace)) // 2)
-    return replace(scan, kspace=kspace, target=target, affine=affine)
-
-
-def simulate_volume(path: Path, simulation: Simulation, seed: int, slices: int = 0) -> Scan:
-    """A scan simulated of an image volume, or of its `slices` middle slices (0: all).
-
-    Raises:
-        InputError: the file cannot be read, or these slices are empty.
+        InputError: the file cannot be read, or these slices are empty or not there.
     """
     whole, affine = read_volume(path), read_affine(path)
-    volume = middle_slices(whole, slices)
-    if not volume.any():
-        raise InputError(f"{path}: its {slices} middle slices are empty; give a larger --slices")
+    chosen = (slices or SliceRange()).of(len(whole), path)
+    if not whole[chosen].any():
+        raise InputError(f"{path}: the slices of --slices are empty; give others")
     if affine is not None:
-        affine = shifted(affine, slices=(len(whole) - len(volume)) // 2)
-    scan = simulate_scan(volume, stem(path), seed, simulation, read_spacing(path))
+        affine = shifted(affine, slices=chosen.start)
+    scan = simulate_scan(whole[chosen], stem(path), seed, simulation, read_spacing(path))
     return replace(scan, affine=affine)
+
+
+def _cut(scan: Scan, slices: SliceRange) -> Scan:
+    """Some slices of a scan."""
+    if slices == SliceRange():
+        return scan
+    if scan.volume_encoding == "3D":
+        raise InputError(
+            f"{scan.name} is a 3D scan, which is reconstructed as a whole: no --slices"
+        )
+    chosen = slices.of(len(scan.kspace), scan.name)
+    by_slice = scan.mask is not None and scan.mask.ndim == 3 and len(scan.mask) > 1
+    return replace(
+        scan,
+        kspace=scan.kspace[chosen],
+        mask=scan.mask[chosen] if scan.mask is not None and by_slice else scan.mask,
+        target=None if scan.target is None else scan.target[chosen],
+        calibration=None if scan.calibration is None else scan.calibration[chosen],
+        affine=None if scan.affine is None else shifted(scan.affine, slices=chosen.start),
+    )
 
 
 def stem(path: Path) -> str:
     """The file's name without its suffix, `.nii.gz` counting as one."""
     return path.name.removesuffix(".gz").rsplit(".", 1)[0]
-
-
-def middle_slices(volume: np.ndarray, count: int) -> np.ndarray:
-    """The `count` middle ones along the first axis; all for 0."""
-    if count == 0 or count >= len(volume):
-        return volume
-    first = (len(volume) - count) // 2
-    return volume[first : first + count]
-
-
-def comparison_methods(
-    codecs: Mapping[str, Any],
-    progress: Progress,
-    *,
-    wavelet: bool = True,
-    sense: bool = False,
-    bart: bool = False,
-    batch_size: int = 4,
-) -> dict[str, Method]:
-    """The methods that are compared, in the order of the tables: zero-filled, classical, codecs.
-
-    Args:
-        codecs: name in the tables -> `CodecModel`.
-        progress: see `Progress`.
-        wavelet: with ESPIRiT + L1-wavelet.
-        sense: with ESPIRiT + SENSE.
-        bart: with BART's two reconstructions.
-        batch_size: slices that a codec reconstructs at once.
-
-    Returns:
-        Name -> function of (k-space complex64 `[slices, coils, H, W]`, mask bool `[W]`).
-    """
-
-    def with_wavelet(kspace: Tensor, mask: Tensor) -> Any:
-        return l1_wavelet(kspace, mask, calibration_width(mask), progress=progress(WAVELET))
-
-    def with_sense(kspace: Tensor, mask: Tensor) -> Any:
-        return sense_image(kspace, mask, calibration_width(mask), progress=progress(SENSE))
-
-    def with_bart(norm: Literal["l1", "l2"]) -> Method:
-        counter = progress(BART[norm])
-        return lambda kspace, mask: bart_pics(
-            kspace, mask, calibration_width(mask), norm, progress=counter
-        )
-
-    def with_codec(label: str, model: Any) -> Method:
-        return lambda kspace, mask: model.reconstruct(kspace, mask, batch_size, progress(label))
-
-    methods: dict[str, Method] = {ZERO_FILLED: zero_filled}
-    if sense:
-        methods[SENSE] = with_sense
-    if wavelet:
-        methods[WAVELET] = with_wavelet
-    if bart:
-        methods |= {name: with_bart(norm) for norm, name in BART.items()}
-    return methods | {label: with_codec(label, model) for label, model in codecs.items()}
-
-
-def reconstruct_scan(
-    prepared: PreparedScan, methods: Mapping[str, Method], out: Path, codec: str
-) -> dict[str, Any]:
-    """Reconstructs a scan with every method and writes the folder of results, as a whole.
-
-    Args:
-        prepared: of `prepare`.
-        methods: of `comparison_methods`; that of `NIRVANA` gives the images that are written.
-        out: the folder.
-        codec: the codec's name, for the records.
-
-    Returns:
-        The contents of `metrics.json`.
-    """
-    scan, target = prepared.scan, prepared.target
-    volumes = run_methods(prepared.kspace, prepared.mask, methods)
-    about: dict[str, Any] = {"volume": scan.name, "sampled": prepared.sampled}
-    if target is not None:
-        rows = score_rows(target, volumes, **about)
-    else:
-        rows = [
-            {**about, "method": name, "seconds_per_slice": seconds}
-            for name, (_, seconds) in volumes.items()
-        ]
-    columns = prepared.mask.nonzero().flatten().tolist()
-    results = {"scan": str(prepared.path), "volume": scan.name, "codec": codec}
-    results |= {"mask": prepared.drawn, "sampled": prepared.sampled, "columns": columns}
-    results = finite({**results, "results": rows})
-    images = {name: volume for name, (volume, _) in volumes.items()}
-    image = images[NIRVANA]
-    with atomic_folder(out) as folder:
-        write_reconstruction(
-            folder / "reconstruction.h5",
-            image,
-            scan,
-            prepared.mask.numpy(),
-            method="nirvana",
-            codec=codec,
-            source=prepared.path.name,
-        )
-        write_nifti(folder / "reconstruction.nii.gz", image, scan.affine, scan.spacing)
-        (folder / "dicom").mkdir()
-        description = f"nirvana {codec}, {prepared.sampled:.1%} sampled"
-        write_dicom(folder / "dicom", image, scan, description)
-        draw_middle(folder / "panel.png", target, images, rows, scan.name, prepared.sampled)
-        write_json(folder / "metrics.json", results)
-    return results
-
-
-def draw_middle(
-    path: Path,
-    target: np.ndarray | None,
-    volumes: Mapping[str, np.ndarray],
-    rows: list[dict[str, Any]],
-    name: str,
-    sampled: float,
-) -> None:
-    """Writes a picture of the middle slice of every method, cropped to the target.
-
-    Args:
-        path: PNG file.
-        target: real `[slices, h, w]`, or None where it is unknown.
-        volumes: method -> real `[slices, H, W]`.
-        rows: of `score_rows`.
-        name: of the scan.
-        sampled: share of the columns, 0..1.
-    """
-    shown = dict(volumes) if target is None else {TARGET: target, **volumes}
-    size = next(iter(shown.values())).shape[-2:]
-    middle = len(next(iter(shown.values()))) // 2
-    panel(
-        path,
-        {key: centre_crop(volume[middle], size) for key, volume in shown.items()},
-        None if target is None else TARGET,
-        None if target is None else {row["method"]: row for row in rows},
-        f"{name}, slice {middle + 1}, {sampled:.1%} of columns sampled",
-    )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nirvana.ops import dispatch
 from nirvana.ops.chunked import last_inputs
-from nirvana.ops.dispatch import BACKENDS, suits_kernels, use_backend
+from nirvana.ops.dispatch import BACKENDS, suits_kernels, use_backend, warn_without_kernels
 from nirvana.ops.precision import at_least_float32, in_autocast, no_autocast
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "trigger_gradient",
     "unit",
     "use_backend",
+    "warn_without_kernels",
     "window_attention",
     "window_branch",
 ]
@@ -156,9 +157,7 @@ def linear_branch(
     if lengths is not None:  # padding writes nothing and keeps the state
         real = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]
         log_alpha, beta = (x * real[..., None] for x in (log_alpha, beta))
-    fits = dispatch.linear_branch_fits(
-        qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state, state
-    )
+    fits = dispatch.linear_branch_fits(qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state)
     o, recent, last = dispatch.implementation("linear_branch", fits)(
         qkv,
         at_least_float32(conv_weight),
@@ -370,19 +369,25 @@ def decayed_sum(
         return m, last
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """sum_t -log softmax(weight h_t)[labels_t], over the tokens whose label is not -100.
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """sum_t -log softmax(weight h_t)[labels_t] + z_loss (log Z_t)^2, over the tokens whose label is
+    not -100.
 
-    The logits are in h's dtype; the softmax is computed in float32 (float64 for float64).
+    Z_t is the sum of the exponentials of the token's logits. The logits are in h's dtype; the
+    softmax is computed in float32 (float64 for float64).
 
     Args:
         h: `[N, D]`, in autocast's dtype where autocast is on.
         weight: `[V, D]`, the same.
         labels: `[N]`, int64, in 0..V-1, or -100 (`cross_entropy.IGNORE`).
+        z_loss: at least 0 (PaLM, arXiv 2204.02311: 1e-4).
 
     Returns:
-        a scalar, float32 (float64 for float64).
+        the loss, a scalar, float32 (float64 for float64), and the sum of the (log Z_t)^2 in it,
+        which carries no gradient.
     """
     h, weight = in_autocast(h), in_autocast(weight)
     fits = dispatch.cross_entropy_fits(h)
-    return dispatch.implementation("linear_cross_entropy", fits)(h, weight, labels)
+    return dispatch.implementation("linear_cross_entropy", fits)(h, weight, labels, z_loss)

@@ -199,10 +199,14 @@ def _trigger_token(
     return f + torch.einsum("cr,...r->...c", shift, p_s), n, s
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, labels: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
     """See `nirvana.ops.linear_cross_entropy`."""
     logits = at_least_float32(h @ weight.mT)
-    return F.cross_entropy(logits, labels, reduction="sum")  # which leaves out -100, as we do
+    squares = logits[labels != -100].logsumexp(1).square().sum()
+    loss = F.cross_entropy(logits, labels, reduction="sum")  # which leaves out -100, as we do
+    return loss + z_loss * squares, squares.detach()
 
 
 def decayed_sum(

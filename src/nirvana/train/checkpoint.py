@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from nirvana.errors import InputError
 from nirvana.files import publish_folder, sha256, write_json
 from nirvana.train.distributed import ProcessContext
+from nirvana.train.optim import MuonAndAdamW
 
 _NAME = re.compile(r"step-(\d{8,})")
 # Checkpoints of a single process are intended.
@@ -64,6 +65,8 @@ class Writer:
         optimizer: its state is saved.
         config: resolved configuration.
         keep: number of the newest checkpoints that are kept.
+        pinned: a step whose checkpoint is kept as well; 0: none.
+        replaced: names of checkpoints that are removed once the next one is complete.
         processes: the processes of the run; all of them call every method together.
     """
 
@@ -72,14 +75,17 @@ class Writer:
         run: str | Path,
         model: nn.Module,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | MuonAndAdamW,
         config: dict[str, Any],
         keep: int,
         processes: ProcessContext,
+        pinned: int = 0,
+        replaced: Iterable[str] = (),
     ) -> None:
-        self._run, self._config, self._keep = Path(run), config, keep
+        self._run, self._config, self._keep, self._pinned = Path(run), config, keep, pinned
         self._model, self._named = model, list(parameters)
         self._optimizer, self._processes = optimizer, processes
+        self._replaced = set(replaced)
         self._writing: Future | None = None
 
     def __enter__(self) -> "Writer":
@@ -114,11 +120,13 @@ class Writer:
         with _one_line(folder):
             self._writing = async_save(
                 _tensors(self._model, self._named, self._optimizer),
-                storage_writer=_Storage(partial, folder, state, self._keep),
+                storage_writer=_Storage(
+                    partial, folder, state, self._keep, self._pinned, self._replaced - {folder.name}
+                ),
                 process_group=self._processes.background,
                 no_dist=self._processes.size == 1,
             )  # type: ignore[assignment]
-        self._folder = folder
+        self._folder, self._replaced = folder, set()
         return folder
 
     def wait(self) -> None:
@@ -136,9 +144,18 @@ class Writer:
 class _Storage(HuggingFaceStorageWriter):
     """Writes safetensors shards into a temporary folder and renames it when all are written."""
 
-    def __init__(self, partial: Path, folder: Path, state: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self,
+        partial: Path,
+        folder: Path,
+        state: dict[str, Any],
+        keep: int,
+        pinned: int,
+        replaced: set[str],
+    ) -> None:
         super().__init__(str(partial), save_distributed=True)
-        self._partial, self._folder, self._state, self._keep = partial, folder, state, keep
+        self._partial, self._folder, self._state = partial, folder, state
+        self._keep, self._pinned, self._replaced = keep, pinned, replaced
 
     def finish(self, metadata: Any, results: Any) -> None:
         """Publishes the folder; called in the main process, after all have written their shard."""
@@ -147,9 +164,12 @@ class _Storage(HuggingFaceStorageWriter):
         write_json(self._partial / "state.json", {**state, "sum": _sum(state)})
         publish_folder(self._partial, self._folder)
         folders = _folders(self._folder.parents[1])
-        # A later checkpoint must be damaged: otherwise the run would have resumed from it.
+        # A later checkpoint is damaged, or of the decay of a run that was prolonged: otherwise the
+        # run would have resumed from it.
         earlier = [each for each in folders if _step(each) <= self._state["step"]]
-        for old in set(folders).difference(earlier[: self._keep]):
+        earlier = [each for each in earlier if each.name not in self._replaced]
+        pinned = [each for each in earlier if _step(each) == self._pinned]
+        for old in set(folders).difference(earlier[: self._keep], pinned):
             shutil.rmtree(old)
 
 
@@ -192,6 +212,42 @@ def folder_of(run: str | Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step-{step:08d}"
 
 
+def has_checkpoint(run: str | Path) -> bool:
+    """Returns whether a run has checkpoints, damaged ones included.
+
+    Args:
+        run: the run's folder.
+    """
+    return bool(_folders(run))
+
+
+def undamaged(run: str | Path) -> Iterator[Checkpoint]:
+    """Reads the checkpoints of a run, the newest first; warns about each damaged one.
+
+    Args:
+        run: the run's folder.
+
+    Yields:
+        The undamaged ones.
+
+    Raises:
+        InputError: when there are checkpoints and every one is damaged.
+    """
+    folders, found = _folders(run), False
+    for folder in folders:
+        try:
+            checkpoint = read(folder)
+        except InputError as error:
+            warnings.warn(f"{error}; skipped", stacklevel=2)
+        else:
+            found = True
+            yield checkpoint
+    if folders and not found:
+        raise InputError(
+            f"{Path(run) / 'checkpoints'}: every checkpoint is damaged; train into another folder"
+        )
+
+
 def latest(run: str | Path) -> Checkpoint | None:
     """Finds the newest undamaged checkpoint of a run; warns about each damaged one.
 
@@ -204,17 +260,30 @@ def latest(run: str | Path) -> Checkpoint | None:
     Raises:
         InputError: when there are checkpoints and every one is damaged.
     """
-    folders = _folders(run)
-    for folder in folders:
-        try:
-            return read(folder)
-        except InputError as error:
-            warnings.warn(f"{error}; skipped", stacklevel=2)
-    if folders:
-        raise InputError(
-            f"{Path(run) / 'checkpoints'}: every checkpoint is damaged; train into another folder"
-        )
-    return None
+    return next(undamaged(run), None)
+
+
+def find_checkpoint(source: str | Path) -> Checkpoint:
+    """Finds a checkpoint by a path.
+
+    Args:
+        source: a run's folder, for its newest undamaged checkpoint, or the folder of a checkpoint.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        InputError: for a folder that is neither, a run without checkpoints, and damaged ones.
+    """
+    source = Path(source)
+    if (source / "state.json").is_file():
+        return read(source)
+    if not (source / "checkpoints").is_dir():
+        raise InputError(f"{source}: neither a run (with checkpoints/) nor a checkpoint")
+    found = latest(source)
+    if found is None:
+        raise InputError(f"{source}: holds no checkpoint yet")
+    return found
 
 
 def read(folder: str | Path) -> Checkpoint:
@@ -249,7 +318,7 @@ def restore(
     checkpoint: Checkpoint,
     model: nn.Module,
     parameters: Iterable[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | MuonAndAdamW | None = None,
     alone: bool = True,
 ) -> None:
     """Loads a checkpoint into a model and, if given, its optimiser, in place.
@@ -275,7 +344,7 @@ def restore(
         if there != here:
             raise InputError(
                 f"{checkpoint.folder}: {name} has shape {there} there and {here} in the "
-                "model of this configuration; resume with the configuration it was saved with"
+                "model of this configuration; give the configuration it was saved with"
             )
     if optimizer is not None:
         parameter = dict(named)
@@ -311,7 +380,7 @@ def _step(folder: Path) -> int:
 def _tensors(
     model: nn.Module,
     named: list[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | MuonAndAdamW | None = None,
 ) -> dict[str, Tensor]:
     """Trained parameters, persistent buffers and moments by name; views, not copies."""
     tensors = {name: parameter.detach() for name, parameter in named}

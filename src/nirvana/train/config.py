@@ -15,13 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """[optim]: AdamW and its schedule."""
+    """[optim]: the optimiser and its schedule."""
 
+    # "muon": torch.optim.Muon for the matrices of linear maps, AdamW for all other parameters
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3  # highest learning rate, reached at the end of the warm-up
-    min_lr: float = 1e-4  # learning rate at the last step, the end of the cosine
+    min_lr: float = 1e-4  # learning rate at the last step, the end of the schedule
     warmup_steps: int = 100  # steps of linear rise from zero
+    # after the warm-up; "wsd": the rate stays at lr, then decays; such a run can be prolonged
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay_share: float = 0.2  # of run.steps, at their end: the decay of "wsd"
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment, 0..1
     eps: float = 1e-8  # added to the root of the second moment
+    momentum: float = 0.95  # of Muon
     weight_decay: float = 0.1  # on matrices; never on embeddings, norms, biases or scalars
     clip: float = 1.0  # largest norm of the whole gradient; 0 means no clipping
     accumulation: int = 1  # micro batches of one step, divided among all processes
@@ -30,11 +36,27 @@ class OptimConfig:
         require(self.lr > 0, "optim.lr", self.lr, "above 0")
         require(0 <= self.min_lr <= self.lr, "optim.min_lr", self.min_lr, "from 0 to optim.lr")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "at least 0")
+        right = "above 0 and at most 1"
+        require(0 < self.decay_share <= 1, "optim.decay_share", self.decay_share, right)
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "from 0 to below 1")
         require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0 to below 1")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
         require(self.clip >= 0, "optim.clip", self.clip, "at least 0")
         require(self.accumulation >= 1, "optim.accumulation", self.accumulation, "at least 1")
+
+
+@dataclass(frozen=True)
+class LanguageOptimConfig(OptimConfig):
+    """[optim] of a language model."""
+
+    # weight of the mean of (log Z)^2 in the loss, Z the sum of the exponentials of a token's logits
+    # (PaLM, arXiv 2204.02311, trains with 1e-4); 0: none
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.z_loss >= 0, "optim.z_loss", self.z_loss, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,9 @@ class RunConfig:
 
     out: str  # folder of this run: configuration, metrics, checkpoints, finally the model
     steps: int  # optimiser steps from the beginning to the end
+    # weights to start from, with a fresh optimiser: the folder of a model, a packaged one's name, a
+    # run or one of its checkpoints; empty: random ones
+    initial: str = ""
     seed: int = 0  # of the initial weights and of the order of the data
     device: str = "auto"  # "auto" takes a GPU when there is one; or "cpu", "cuda", "cuda:1"
     precision: Literal["bf16", "float32"] = "bf16"  # bf16 autocast (float32 state), on CUDA only
@@ -111,7 +136,10 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """[data]: token shards, as written by `nirvana data tokenize`."""
+    """[data]: token shards, as written by `nirvana data tokenize`.
+
+    A folder may also be an address that fsspec opens (s3://BUCKET/FOLDER); it is cached locally.
+    """
 
     train: dict[str, str]  # name -> folder of token shards
     valid: dict[str, str] = field(default_factory=dict)  # name -> folder; scored separately
@@ -153,6 +181,6 @@ class LanguageConfig:
 
     data: DataSection
     run: RunConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: LanguageOptimConfig = field(default_factory=LanguageOptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelSection = field(default_factory=ModelSection)

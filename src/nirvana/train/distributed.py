@@ -28,6 +28,7 @@ class ProcessContext:
     device: torch.device  # this process's own
     rank: int = 0
     size: int = 1
+    local_rank: int = 0  # among the processes of this machine
     # Gloo groups on the host: `control` for the loop's own messages, `background` for checkpoints
     # that another thread writes at the same time. In one group their messages would mix.
     control: Any = None
@@ -129,6 +130,7 @@ def init_distributed(device: str) -> Iterator[ProcessContext]:
             chosen,
             dist.get_rank(),
             size,
+            local,
             dist.new_group(backend="gloo"),
             dist.new_group(backend="gloo"),
         )

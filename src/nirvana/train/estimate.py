@@ -1,25 +1,15 @@
 """Estimates of what a training needs: floating-point operations, peak throughput, memory."""
 
+import warnings
+
 import torch
 from torch import nn
 
+from nirvana.data.loader import PackedLoader
 from nirvana.model.config import NirvanaConfig
+from nirvana.train.accelerators import find_accelerator
 
-# FLOP/s of dense bf16 matrix products from the data sheets, by a part of the device's name.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "4090": 165e12,
-}
+MOST_EPOCHS = 10  # of one source, beyond which a note is printed
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -34,8 +24,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """
     if device.type != "cuda" or precision != "bf16":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAKS.items() if part in name), 0.0)
+    found = find_accelerator(torch.cuda.get_device_name(device))
+    return 0.0 if found is None else found.flops
 
 
 def memory_bytes(
@@ -44,6 +34,7 @@ def memory_bytes(
     tokens: int,
     parts: int = 1,
     recompute: int = 0,
+    by_muon: int = 0,
 ) -> dict[str, float]:
     """Estimates the memory of a training on each device.
 
@@ -53,9 +44,11 @@ def memory_bytes(
         tokens: of a micro batch.
         parts: processes over which the state is sharded.
         recompute: every n-th block is recomputed; 0: none.
+        by_muon: parameters that Muon updates.
 
     Returns:
-        Bytes. "state": float32 weights, gradients and two moments, 16 bytes a parameter.
+        Bytes. "state": float32 weights, gradients and two moments, 16 bytes a parameter; one moment
+        with Muon, 12 bytes.
         "activations": bfloat16 tensors that the blocks keep for the backward pass, about 12 D + 2 F
         numbers per token and layer (F: width of SwiGLU), for a recomputed block its input only; and
         the logits with their gradient.
@@ -66,6 +59,22 @@ def memory_bytes(
     recomputed = -(-layers // recompute) if recompute else 0
     per_token = recomputed * kept + (layers - recomputed) * whole + (whole if recomputed else 0)
     return {
-        "state": 16.0 * sum(p.numel() for p in model.parameters()) / parts,
+        "state": (16.0 * sum(p.numel() for p in model.parameters()) - 4.0 * by_muon) / parts,
         "activations": float(tokens * (per_token + 8 * config.vocab_size)),
     }
+
+
+def warn_of_repetition(loader: PackedLoader, steps: int) -> None:
+    """Warns about each source that a run reads more than `MOST_EPOCHS` times.
+
+    Args:
+        loader: of the run.
+        steps: of the run.
+    """
+    for name, epochs in loader.epochs(steps).items():
+        if epochs > MOST_EPOCHS:
+            warnings.warn(
+                f"data.train.{name} is read {epochs:.1f} times: beyond {MOST_EPOCHS} epochs a "
+                "model mostly memorises; lower run.steps or the source's weight, or give more text",
+                stacklevel=2,
+            )

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from nirvana.config import load_config, to_dict
@@ -20,13 +18,12 @@ from nirvana.evaluate.perplexity import Score
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.train.config import LanguageConfig
 from nirvana.train.distributed import ProcessContext, init_distributed
-from nirvana.train.estimate import memory_bytes, peak_flops
-from nirvana.train.export import export, model_config
+from nirvana.train.estimate import warn_of_repetition
+from nirvana.train.export import export
 from nirvana.train.loop import Outcome, check_run, fit
-from nirvana.train.parallel import make_mesh, parallelize
+from nirvana.train.parallel import parallelize
+from nirvana.train.saved_model import find_model, model_config
 from nirvana.train.task import Task
-
-ASSUMED_MFU = 0.4  # for the estimate of a run's duration
 
 
 class LanguageTask(Task):
@@ -76,6 +73,26 @@ class LanguageTask(Task):
         self.undecayed = model.no_weight_decay()
         self.flops_per_step = model.flops_per_token(data.context_length) * self.units_per_step
 
+    def verify(self) -> None:
+        """Verifies the files of all token shards; see `Task.verify`."""
+        for shards in (*self.sources.values(), *self.valid.values()):
+            shards.verify()
+
+    def initialize(self, initial: str) -> None:
+        """Loads the weights of a model with the same configuration and tokens; on the meta device
+        it only checks that they fit. See `Task.initialize`."""
+        try:
+            found = find_model(initial)
+            found.require_fit(self.architecture, self.tokenizer)
+            if self.device.type != "meta":
+                found.load(self.model)
+        except InputError as error:
+            raise InputError(f"run.initial = {initial!r}: {error}") from error
+
+    def matrices(self) -> set[str]:
+        """See `Task.matrices`; the head, a linear map to the vocabulary, is not among them."""
+        return super().matrices() - {"lm_head.weight"}
+
     def prepare(self, processes: ProcessContext, compiled: bool) -> None:
         """Applies recomputation, compilation and sharding; see `Task.prepare`."""
         blocks = list(self.model.model.layers)  # type: ignore[union-attr,arg-type]
@@ -101,7 +118,8 @@ class LanguageTask(Task):
             batch: see `PackedLoader.batch`, on the CPU.
 
         Returns:
-            The loss in nats per token, and no other scalars.
+            The loss in nats per token, with `optim.z_loss` of the mean of (log Z)^2 in it; that
+            term is the scalar "z_loss", logged if it is used.
         """
         borders = _borders(batch["position_ids"])  # on the CPU, to avoid a synchronisation
         batch = self._on_device(batch)
@@ -112,8 +130,10 @@ class LanguageTask(Task):
             labels=batch["labels"],
             shift_labels=batch["labels"],
             skip_logits=True,
+            z_loss=self.config.optim.z_loss,
         )
-        return output.loss, {}
+        z_loss = output.z_loss
+        return output.loss, {} if z_loss is None else {"z_loss": z_loss.detach()}
 
     def observe(self, batch: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         """Computes means over the first row of a batch of what the Triggers do.
@@ -147,9 +167,7 @@ class LanguageTask(Task):
         prelude = self.architecture.num_prelude_layers
         names = ["loss_before", "loss_after", "gate"]
         names += [f"gate_layer_{prelude + i:02d}" for i in range(len(gates))]
-        # JSON has no NaN; the loop counts losses that are not finite.
-        values = {n: v for n, v in zip(names, means, strict=True) if abs(v) < float("inf")}
-        return {"trigger": values}
+        return {"trigger": dict(zip(names, means, strict=True))}
 
     def validate(self) -> dict[str, float]:
         """Computes bits per byte of the first documents of every domain.
@@ -176,23 +194,25 @@ class LanguageTask(Task):
             figures["mean_bits_per_byte"] = sum(figures.values()) / len(figures)
         return figures
 
-    def samples(self) -> dict[str, str]:
+    def samples(self) -> dict[str, str | None]:
         """Samples a continuation of every prompt; see `Task.samples`."""
         encode = text_encoder(self.tokenizer)
         return {prompt: self._continue(encode([prompt])[0]) for prompt in self.data.sample_prompts}
 
-    def _continue(self, prompt: list[int]) -> str:
-        """Samples a fixed number of tokens: all processes that hold shards of the model must call
-        it equally often."""
+    def _continue(self, prompt: list[int]) -> str | None:
+        """Samples a fixed number of tokens, None if logits are not finite: all processes that hold
+        shards of the model must call it equally often."""
         ids = torch.tensor([[self.tokenizer.bos_token_id, *prompt]], device=self.device)
         length = ids.shape[1]
-        past, new = None, ids
+        past, new, finite = None, ids, True
         for _ in range(self.data.sample_tokens):
             output = self.model(input_ids=new, cache=past, use_cache=True)
             past = output.cache
-            new = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
+            logits = output.logits[:, -1].float()
+            finite = finite and bool(logits.isfinite().all())
+            new = torch.multinomial((logits if finite else torch.zeros_like(logits)).softmax(-1), 1)
             ids = torch.cat([ids, new], dim=1)
-        return self.tokenizer.decode(ids[0, length:])
+        return self.tokenizer.decode(ids[0, length:]) if finite else None
 
     def export(self, folder: Path) -> None:
         """Writes the newest checkpoint as a transformers folder; see `Task.export`."""
@@ -237,10 +257,12 @@ def train(
     """
     config = load_config(LanguageConfig, config_path, overrides)
     shards = [*config.data.train.values(), *config.data.valid.values()]
-    check_run(config.run.out, config_path, shards)
+    check_run(config.run.out, config_path, [*shards, config.run.initial or None])
     with init_distributed(config.run.device) as processes:
         torch.manual_seed(config.run.seed)
         task = make_task(config, processes.device)
+        if processes.is_main:
+            warn_of_repetition(task.loader, config.run.steps)
         return fit(
             task,
             config.optim,
@@ -250,57 +272,3 @@ def train(
             processes,
             accept_changes=accept_changes,
         )
-
-
-def estimate(config_path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Checks a configuration and its data and prints what the training needs; writes no file.
-
-    Args:
-        config_path: see `train`.
-        overrides: see `train`.
-
-    Returns:
-        The printed figures by name.
-
-    Raises:
-        InputError: as `train`.
-    """
-    config = load_config(LanguageConfig, config_path, overrides)
-    with init_distributed(config.run.device) as processes:
-        processes.local_micro_batches(config.optim.accumulation)
-        task = LanguageTask(config, torch.device("meta"))
-        parts = make_mesh(config.parallel, processes).size(-1) if processes.size > 1 else 1
-        data, model = config.data, task.model
-        rows = memory_bytes(
-            model,
-            task.architecture,
-            data.batch_size * data.context_length,
-            parts,
-            config.parallel.recompute,
-        )
-        corpus = sum(shards.num_tokens for shards in task.sources.values())
-        peak = peak_flops(processes.device, config.run.precision)
-        figures: dict[str, Any] = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens per step": task.units_per_step,
-            "steps": config.run.steps,
-            "tokens of the run": task.units_per_step * config.run.steps,
-            "tokens of the data": corpus,
-            "epochs": task.units_per_step * config.run.steps / corpus,
-            "FLOP per token": task.flops_per_step / task.units_per_step,
-            "processes": processes.size,
-            "state per device, GiB": rows["state"] / 2**30,
-            "activations per device, GiB, about": rows["activations"] / 2**30,
-        }
-        if peak:
-            seconds = task.flops_per_step / (ASSUMED_MFU * peak * processes.size)
-            figures[f"seconds per step, at {ASSUMED_MFU:.0%} MFU"] = seconds
-            figures[f"days of the run, at {ASSUMED_MFU:.0%} MFU"] = (
-                seconds * config.run.steps / 86400
-            )
-        if processes.is_main:
-            table = Table("", "", show_header=False)
-            for name, value in figures.items():
-                table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
-            Console().print(table)
-        return figures

@@ -5,27 +5,29 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from nirvana.config import changed_keys
+from nirvana.config import changed_keys, from_dict
 from nirvana.errors import InputError
 from nirvana.files import check_outputs, sole_use, write_json
 from nirvana.train import checkpoint
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.distributed import ProcessContext
-from nirvana.train.metrics import MetricsLog
-from nirvana.train.optim import build_optimizer
+from nirvana.train.metrics import MetricsLog, finite_or_none
+from nirvana.train.optim import build_optimizer, stable_steps
 from nirvana.train.task import Task
 from nirvana.train.trainer import Trainer, seed_generators
 
 # A terminal, a scheduler and torchrun may each forward the same signal within this time.
 SIGNAL_GRACE_SECONDS = 3.0
 STOP, UNREADABLE = 1, 2  # reasons to end the run; the largest of all processes applies to all
+DECAY_KEYS = ("run.steps", "optim.decay_share", "optim.min_lr")  # no effect in the stable phase
 
 # Settings that affect neither the weights nor the data; the data are compared by `Task.position`.
 NON_SEMANTIC_KEYS = (
@@ -118,9 +120,9 @@ def fit(
         How the run ended.
 
     Raises:
-        InputError: for a run folder that is in use, a checkpoint of another run, data that can no
-            longer be read, a full disk, or a loss that was not finite for `run.most_skipped` steps
-            in a row.
+        InputError: for a run folder that is in use, weights in `run.initial` that do not fit, a
+            checkpoint of another run, data that are damaged or can no longer be read, a full disk,
+            or a loss that was not finite for `run.most_skipped` steps in a row.
     """
     out = Path(run.out)
     log = MetricsLog(out, run.steps, task.unit, notify, active=processes.is_main, wandb=run.wandb)
@@ -131,6 +133,10 @@ def fit(
             f"{out}: holds a run already; give --resume to continue it, or another "
             "folder as --run.out"
         )
+    # Checkpoints hold no frozen parameters: those come from the initial weights each time.
+    if run.initial and (_has_frozen(task) or not (resume and checkpoint.has_checkpoint(out))):
+        task.initialize(run.initial)
+    _verify(task, processes)
     processes.barrier()  # all have checked the folder before the main process writes into it
     with sole_use(out) if processes.is_main else contextlib.nullcontext(), _disk_errors(out):
         return _fit(task, optim, run, config, resume, processes, log, accept_changes)
@@ -154,11 +160,12 @@ def _fit(
         log.notify("note: compilation is for CUDA; this run is not compiled")
     task.prepare(processes, run.compile and on_cuda)
     parameters = list(task.trainable())
-    optimizer = build_optimizer(parameters, optim, task.undecayed)
+    optimizer = build_optimizer(parameters, optim, task.undecayed, task.matrices())
     trainer = Trainer(task, optim, run, parameters, optimizer, processes)
-    done = 0
+    stable = stable_steps(optim, run.steps)
+    done, replaced = 0, []
     if resume:
-        found = _resumable(out, task, config, processes, log, accept_changes)
+        found, replaced = _resumable(out, task, optim, run, config, processes, log, accept_changes)
         if found is not None:
             checkpoint.restore(found, task.model, parameters, optimizer, processes.size == 1)
             done = found.step
@@ -166,7 +173,15 @@ def _fit(
     if processes.is_main:
         write_json(out / "config.json", config)
     writer = checkpoint.Writer(
-        out, task.model, parameters, optimizer, config, run.keep_checkpoints, processes
+        out,
+        task.model,
+        parameters,
+        optimizer,
+        config,
+        run.keep_checkpoints,
+        processes,
+        stable,
+        replaced,
     )
     last: dict[str, Any] = {}
     saved = done if done else None
@@ -186,9 +201,11 @@ def _fit(
             validating = _due(done, run.validation_interval) or done == run.steps
             if done % run.log_interval == 0 or validating:
                 last = _log_progress(task, trainer, log, done, batches[-1], validating)
+                if _diverged(last, run):
+                    break
             else:
                 log.advance(done)
-            if _due(done, run.checkpoint_interval) or done == run.steps:
+            if _due(done, run.checkpoint_interval) or done in (stable, run.steps):
                 writer.save(done, task.position(done), int(trainer.skipped))
                 saved = done
                 trainer.restart_clock()
@@ -198,6 +215,13 @@ def _fit(
             writer.save(done, task.position(done), int(trainer.skipped))
         log.status(f"step {done}: writing the checkpoint")
     folder = checkpoint.folder_of(out, done)
+    if _diverged(last, run):
+        raise InputError(
+            f"the loss or gradient was not finite for {last['most_skipped_in_row']} steps in a row "
+            f"before step {done}, {last['skipped']} in all; none of them changed the weights, "
+            f"saved in {folder}. Lower optim.lr, lengthen optim.warmup_steps or use "
+            "run.precision = float32, then continue with --resume --accept-changes"
+        )
     if done < run.steps:
         if failure is not None:
             raise InputError(f"{failure}; saved in {folder}: repair the data, then give --resume")
@@ -211,6 +235,23 @@ def _fit(
     processes.barrier()
     log.notify(f"done: {done} steps; the model is in {out / 'model'}")
     return Outcome(done, True, last)
+
+
+def _has_frozen(task: Task) -> bool:
+    trained = {id(parameter) for _, parameter in task.trainable()}
+    return any(id(parameter) not in trained for parameter in task.model.parameters())
+
+
+def _verify(task: Task, processes: ProcessContext) -> None:
+    """Verifies the data on each machine; an error in one process ends all."""
+    failure = None
+    if processes.local_rank == 0:
+        try:
+            task.verify()
+        except InputError as error:
+            failure = error
+    if processes.all_reduce_max(failure is not None):
+        raise failure or InputError("another process found damaged data")
 
 
 def _read(task: Task, step: int, mine: range) -> tuple[list[Any], InputError | None]:
@@ -229,25 +270,25 @@ def _log_progress(
     task: Task, trainer: Trainer, log: MetricsLog, done: int, batch: Any, validating: bool
 ) -> dict[str, Any]:
     """Logs the steps since the last call, the task's figures on `batch` (unless None), and a
-    validation if `validating`."""
+    validation if `validating`; neither of the two once the run has diverged."""
     line = trainer.metrics(done)
-    if line["most_skipped_in_row"] >= trainer.run.most_skipped:
-        raise InputError(
-            f"the loss or gradient was not finite for {line['most_skipped_in_row']} steps in a row "
-            f"before step {done}, {line['skipped']} in all; none of them changed the weights. "
-            "Lower optim.lr, lengthen optim.warmup_steps or use run.precision = float32, then "
-            f"continue the run in {trainer.run.out} with --resume --accept-changes"
-        )
-    with _evaluation_mode(task, trainer, done):
-        if batch is not None:
-            line |= task.observe(batch)
-        if validating:
-            log.status(f"step {done}: validating")
-            line["valid"] = task.validate()
-            log.write_samples(done, task.samples())
+    if not _diverged(line, trainer.run):
+        with _evaluation_mode(task, trainer, done):
+            if batch is not None:
+                line |= task.observe(batch)
+            if validating:
+                log.status(f"step {done}: validating")
+                line["valid"] = task.validate()
+                log.write_samples(done, task.samples())
+    line = finite_or_none(line)
     log.write(line)
     trainer.restart_clock()
     return line
+
+
+def _diverged(line: dict[str, Any], run: RunConfig) -> bool:
+    """Whether so many steps in a row were not finite that the run ends."""
+    return line.get("most_skipped_in_row", 0) >= run.most_skipped
 
 
 @contextlib.contextmanager
@@ -265,23 +306,46 @@ def _evaluation_mode(task: Task, trainer: Trainer, done: int) -> Iterator[None]:
 def _resumable(
     out: Path,
     task: Task,
+    optim: OptimConfig,
+    run: RunConfig,
     config: dict[str, Any],
     processes: ProcessContext,
     log: MetricsLog,
     accept_changes: bool,
-) -> checkpoint.Checkpoint | None:
-    """The newest complete checkpoint, after checking that it is of this configuration and data."""
-    found = processes.broadcast_object(checkpoint.latest(out) if processes.is_main else None)
+) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to continue from, after checking that it is of this configuration and data:
+    the newest complete one; if the run is prolonged, the newest of the stable phase. And the names
+    of the newer ones, which are to be replaced."""
+    found, passed_over = None, []
+    if processes.is_main:
+        for each in checkpoint.undamaged(out):
+            if accept_changes or _in_common(each, optim, run, config):
+                found = each
+                break
+            passed_over.append(each.folder.name)
+        if passed_over and found is None:
+            raise InputError(
+                f"{out}: the run cannot be prolonged: no checkpoint from before the decay of the "
+                "learning rate is left; give --accept-changes to continue from the newest, with a "
+                "jump of the rate"
+            )
+    found, passed_over = processes.broadcast_object((found, passed_over))
     if found is None:
         log.notify(f"no checkpoint in {out} yet: beginning at step 0")
-        return None
-    plain = json.loads(json.dumps([config, task.position(found.step)]))
+        return None, []
+    if passed_over:
+        log.notify(
+            f"note: {', '.join(passed_over)} will be replaced: there the learning rate had decayed "
+            "for another number of steps"
+        )
+    position = json.loads(json.dumps(task.position(found.step)))
     changes = [
-        *changed_keys(found.config, plain[0]),
-        *changed_keys(found.position, plain[1], "position."),
+        *_changed_settings(found, optim, run, config),
+        *changed_keys(found.position, position, "position."),
     ]
+    harmless = NON_SEMANTIC_KEYS + (DECAY_KEYS if optim.schedule == "wsd" else ())
     for change in changes:
-        if accept_changes or change.startswith(NON_SEMANTIC_KEYS):
+        if accept_changes or change.startswith(harmless):
             log.notify(f"note: changed since the checkpoint: {change}")
         else:
             raise InputError(
@@ -289,7 +353,32 @@ def _resumable(
                 "or the data, or give --accept-changes to continue with the present ones"
             )
     log.notify(f"continuing after step {found.step} from {found.folder}")
-    return found
+    return found, passed_over
+
+
+def _changed_settings(
+    found: checkpoint.Checkpoint, optim: OptimConfig, run: RunConfig, config: dict[str, Any]
+) -> list[str]:
+    """Differences of the configurations; a setting that the run did not know has its default."""
+    trees = json.loads(json.dumps([found.config, config]))
+    for tree, (name, section) in product(trees, {"optim": optim, "run": run}.items()):
+        for item in fields(section):
+            if name in tree and item.default is not MISSING:
+                tree[name].setdefault(item.name, json.loads(json.dumps(item.default)))
+    return changed_keys(*trees)
+
+
+def _in_common(
+    found: checkpoint.Checkpoint, optim: OptimConfig, run: RunConfig, config: dict[str, Any]
+) -> bool:
+    """Whether a run with the present settings of the decay would have reached a checkpoint in the
+    same way. Other settings are compared later, and only "wsd" has a decay of its own."""
+    changes = _changed_settings(found, optim, run, config)
+    if optim.schedule != "wsd" or not any(each.startswith(DECAY_KEYS) for each in changes):
+        return True
+    before = from_dict(type(optim), found.config["optim"], "optim")
+    stable = stable_steps(before, found.config["run"]["steps"])
+    return before.schedule != "wsd" or found.step <= min(stable, stable_steps(optim, run.steps))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,12 +99,12 @@ class MetricsLog:
         if self._active:
             self._notify(text)
 
-    def write_samples(self, step: int, samples: dict[str, str]) -> None:
+    def write_samples(self, step: int, samples: dict[str, str | None]) -> None:
         """Appends samples to samples.jsonl.
 
         Args:
             step: steps done.
-            samples: prompt -> continuation.
+            samples: prompt -> continuation, None where there is none.
         """
         if not self._active or not samples:
             return
@@ -111,13 +112,13 @@ class MetricsLog:
             handle.write(json.dumps({"step": step, "samples": samples}) + "\n")
         if self._board is not None:
             for number, (prompt, text) in enumerate(samples.items()):
-                self._board.add_text(f"sample/{number}", f"**{prompt}**{text}", step)
+                self._board.add_text(f"sample/{number}", f"**{prompt}**{text or ''}", step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl and shows it.
 
         Args:
-            line: figures, those of `Trainer.metrics` and groups of figures.
+            line: figures, those of `Trainer.metrics` and groups of figures, all finite or None.
         """
         if not self._active:
             return
@@ -162,14 +163,42 @@ class MetricsLog:
         self._progress.update(self._bar, description=text)
 
     def _describe(self, line: dict[str, Any]) -> str:
-        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        text = f"step {line['step']}/{self._steps}  loss {loss}  lr {line['lr']:.2e}  "
+        text = f"step {line['step']}/{self._steps}  loss {figure(line['loss'])}  "
+        text += f"lr {line['lr']:.2e}  "
         text += f"{line[f'{self._unit}_per_second']:,.0f} {self._unit}/s"
         text += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
         text += f"  {line['memory_gib']:.1f} GiB"
         text += f"  skipped {line['skipped']}" if line["skipped"] else ""
         figures = line.get("valid", {})
-        return text + "".join(f"  {name} {value:.4f}" for name, value in figures.items())
+        return text + "".join(f"  {name} {figure(value)}" for name, value in figures.items())
+
+
+def figure(value: float | None) -> str:
+    """Returns a figure as text.
+
+    Args:
+        value: None for one that is not finite.
+    """
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def finite_or_none(line: dict[str, Any]) -> dict[str, Any]:
+    """Replaces figures that are not finite, for which JSON has no number.
+
+    Args:
+        line: figures, and groups of figures.
+
+    Returns:
+        A copy with None in place of each.
+    """
+    replaced = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            value = finite_or_none(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            value = None
+        replaced[name] = value
+    return replaced
 
 
 def _drop_after(file: Path, start: int) -> None:
@@ -206,6 +235,7 @@ def _tensorboard(folder: Path, start: int) -> Any:
 def _flat(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in line.items():
         if isinstance(value, dict):
-            yield from ((f"{name}/{key}", each) for key, each in value.items())
+            present = ((key, each) for key, each in value.items() if each is not None)
+            yield from ((f"{name}/{key}", each) for key, each in present)
         elif name != "step" and value is not None:
             yield f"train/{name}", value

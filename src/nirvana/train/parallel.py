@@ -123,6 +123,24 @@ def linear_weights(module: nn.Module) -> set[Tensor]:
     return {part.weight for part in module.modules() if isinstance(part, nn.Linear)}
 
 
+def shard_size(config: ParallelConfig, size: int) -> int:
+    """Returns the number of processes over which one copy of the state is sharded.
+
+    Args:
+        config: `shard`.
+        size: number of processes.
+
+    Raises:
+        InputError: when `shard` does not divide `size`.
+    """
+    parts = config.shard or size
+    if size % parts:
+        raise InputError(
+            f"configuration: parallel.shard = {parts} must divide the {size} processes"
+        )
+    return parts
+
+
 def make_mesh(config: ParallelConfig, processes: ProcessContext) -> DeviceMesh:
     """Arranges the processes in a mesh.
 
@@ -136,11 +154,7 @@ def make_mesh(config: ParallelConfig, processes: ProcessContext) -> DeviceMesh:
     Raises:
         InputError: when `shard` does not divide the number of processes.
     """
-    parts = config.shard or processes.size
-    if processes.size % parts:
-        raise InputError(
-            f"configuration: parallel.shard = {parts} must divide the {processes.size} processes"
-        )
+    parts = shard_size(config, processes.size)
     kind = processes.device.type
     if parts == processes.size:
         return init_device_mesh(kind, (parts,), mesh_dim_names=("shard",))

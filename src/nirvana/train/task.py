@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
+from nirvana.train.checkpoint import find_checkpoint, restore
 from nirvana.train.distributed import ProcessContext
+from nirvana.train.optim import is_decayed
 
 
 class Task(ABC):
@@ -29,6 +31,30 @@ class Task(ABC):
     flops_per_step: float = 0.0
     undecayed: Collection[str] = ()
 
+    def verify(self) -> None:  # noqa: B027  (most tasks have recorded no sums)
+        """Compares the data with their recorded checksums; one process of each machine calls it,
+        before anything is written.
+
+        Raises:
+            InputError: naming the file that is damaged.
+        """
+
+    def initialize(self, initial: str) -> None:
+        """Loads the weights that a new run starts from; called before `prepare`.
+
+        Args:
+            initial: `run.initial`, not empty. Here a run or one of its checkpoints; tasks with
+                models in folders of their own read these as well.
+
+        Raises:
+            InputError: for weights that do not exist or do not fit the model.
+        """
+        found = find_checkpoint(initial)
+        try:
+            restore(found, self.model, self.trainable())
+        except InputError as error:
+            raise InputError(f"run.initial = {initial!r} does not fit: {error}") from error
+
     def prepare(self, processes: ProcessContext, compiled: bool) -> None:
         """Prepares the model for the processes that train it.
 
@@ -47,6 +73,17 @@ class Task(ABC):
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Returns the parameters to train, named as in `model`, in a fixed order."""
         return self.model.named_parameters()
+
+    def matrices(self) -> set[str]:
+        """Returns the names of the trained parameters that Muon updates if it is chosen: weights of
+        linear maps with more than one row and column; neither embeddings nor stacked matrices."""
+        linear = {part.weight for part in self.model.modules() if isinstance(part, nn.Linear)}
+        return {
+            name
+            for name, parameter in self.trainable()
+            if parameter in linear and min(parameter.shape) > 1
+            if name not in self.undecayed and is_decayed(name, parameter)
+        }
 
     def begin(self, folder: Path) -> None:  # noqa: B027  (most tasks have nothing to add)
         """Writes the task's own files into the run's folder; called by the main process.
@@ -101,7 +138,7 @@ class Task(ABC):
             batch: a micro batch.
 
         Returns:
-            Group -> name -> figure, all finite.
+            Group -> name -> figure.
         """
         return {}
 
@@ -113,11 +150,11 @@ class Task(ABC):
         """
         return {}
 
-    def samples(self) -> dict[str, str]:
+    def samples(self) -> dict[str, str | None]:
         """Generates samples; called after `validate`, in the same way.
 
         Returns:
-            Prompt -> the model's continuation.
+            Prompt -> the model's continuation; None if its logits are not finite.
         """
         return {}
 

@@ -11,7 +11,7 @@ from nirvana.seeds import mixed_seed
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.distributed import ProcessContext
 from nirvana.train.estimate import peak_flops
-from nirvana.train.optim import learning_rate
+from nirvana.train.optim import Optimizer, learning_rate, step_if_finite
 from nirvana.train.parallel import clip, reduce_gradients, synchronize_gradients
 from nirvana.train.task import Task
 
@@ -39,7 +39,7 @@ class Trainer:
         optim: OptimConfig,
         run: RunConfig,
         parameters: list[tuple[str, nn.Parameter]],
-        optimizer: torch.optim.AdamW,
+        optimizer: Optimizer,
         processes: ProcessContext,
     ) -> None:
         self.task, self.optim, self.run, self.processes = task, optim, run, processes
@@ -65,7 +65,8 @@ class Trainer:
         )
 
     def step(self, step: int, batches: list[Any]) -> None:
-        """Performs one optimiser step; on CUDA it does not synchronise with the host.
+        """Performs one optimiser step; on CUDA it does not synchronise with the host, except for
+        Muon.
 
         Args:
             step: number of the step, from 0.
@@ -79,12 +80,7 @@ class Trainer:
         values = dict(zip(values, summed.unbind(), strict=True))
         norm = clip(self.parameters, self.optim.clip)
         finite = values["loss"].isfinite() & norm.isfinite()
-        if self.optimizer.defaults["fused"]:
-            # Where this is 1 the fused kernel skips the step, moments and counters included.
-            setattr(self.optimizer, "found_inf", (~finite).float())  # noqa: B010  (undeclared there)
-            self.optimizer.step()
-        elif finite:
-            self.optimizer.step()
+        step_if_finite(self.optimizer, finite)
         self.optimizer.zero_grad()
         self._count(finite, {**values, "gradient_norm": norm})
 

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from helpers.phantom import combined
 from nirvana.errors import InputError
 from nirvana.mri.io import (
     Scan,
@@ -30,8 +31,9 @@ def _kspace(*shape: int) -> np.ndarray:
 
 def _scan() -> Scan:
     mask = np.arange(16) % 2 == 0
-    target = np.abs(_kspace(3, 10, 12))
-    return Scan(_kspace(3, 2, 12, 16), mask, target, "head one", (3.0, 0.5, 0.75))
+    kspace = _kspace(3, 2, 12, 16)
+    target = combined(kspace)[:, 1:11, 2:14].astype(np.float32)
+    return Scan(kspace, mask, target, "head one", (3.0, 0.5, 0.75))
 
 
 def _write(path: Path, **datasets: np.ndarray | bytes) -> Path:
@@ -51,6 +53,23 @@ def test_a_scan_survives_writing_and_reading(tmp_path: Path) -> None:
     assert (again.name, again.spacing) == (scan.name, scan.spacing)
     assert again.kspace.dtype == np.complex64
     assert [file.name for file in tmp_path.iterdir()] == ["scan.h5"]
+
+
+def test_all_of_a_scan_survives(tmp_path: Path) -> None:
+    scan = replace(
+        _scan(),
+        mask=np.arange(3 * 16).reshape(3, 1, 16) % 3 > 0,
+        target=None,
+        noise=_kspace(2, 50),
+        noise_covariance=np.eye(2) + 0.125j,
+        calibration=_kspace(3, 2, 12, 6),
+        volume_encoding="3D",
+    )
+    write_scan(tmp_path / "scan.h5", scan)
+    again = read_scan(tmp_path / "scan.h5")
+    for name in ("kspace", "mask", "noise", "noise_covariance", "calibration"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(scan, name))
+    assert (again.volume_encoding, again.remarks) == ("3D", ())
 
 
 def test_the_written_header_has_what_fastmri_asks_for(tmp_path: Path) -> None:
@@ -75,11 +94,18 @@ def test_the_written_header_has_what_fastmri_asks_for(tmp_path: Path) -> None:
 
 def test_single_coil_kspace_gets_a_coil(tmp_path: Path) -> None:
     kspace = _kspace(3, 12, 16)
+    # fastMRI's single-coil files also have the image of all the coils.
+    images = combined(kspace[:, None]).astype(np.float32)
     scan = read_scan(
-        _write(tmp_path / "single.h5", kspace=kspace, reconstruction_esc=np.abs(kspace))
+        _write(
+            tmp_path / "single.h5",
+            kspace=kspace,
+            reconstruction_rss=images[:, ::-1],
+            reconstruction_esc=images,
+        )
     )
     assert scan.kspace.shape == (3, 1, 12, 16)
-    assert scan.target is not None
+    np.testing.assert_array_equal(scan.target, images)
     assert (scan.name, scan.mask, scan.header) == ("single", None, None)
 
 
@@ -131,19 +157,19 @@ def _saved(**datasets: np.ndarray) -> Callable[[Path], None]:
         (Path.mkdir, "not a file"),
         (_text, "not an HDF5 file"),
         (_cut_h5, "damaged"),
-        (_saved(image=np.ones(3), other=np.ones(2)), "holds image, other"),
+        (_saved(image=np.ones(3), other=np.ones(2)), r"holds image \(3,\), other \(2,\)"),
         (_saved(), "holds nothing"),
         (_with_nan, "NaN"),
         (_saved(kspace=np.ones((3, 2, 12, 16))), "must be complex"),
-        (_saved(kspace=_kspace(12, 16)), "shape"),
-        (_saved(kspace=_kspace(1, 3, 2, 12, 16)), "shape"),
+        (_saved(kspace=_kspace(12)), "shape"),
+        (_saved(kspace=_kspace(1, 1, 3, 2, 12, 16)), "name its axes by --axes"),
         (_saved(kspace=_kspace(3, 2, 12, 4)), "12 x 4"),
         (_saved(kspace=_kspace(0, 2, 12, 16)), "0 slices"),
         (_saved(kspace=np.zeros((3, 2, 12, 16), np.complex64)), "zero everywhere"),
-        (_saved(kspace=_kspace(3, 2, 12, 16), mask=np.ones(12)), "12 columns"),
+        (_saved(kspace=_kspace(3, 2, 12, 16), mask=np.ones(13)), "16 columns"),
         (
             _saved(kspace=_kspace(3, 2, 12, 16), reconstruction_rss=np.ones((3, 20, 16))),
-            "'reconstruction_rss' has shape",
+            "the target has shape",
         ),
         (
             _saved(kspace=_kspace(3, 2, 12, 16), reconstruction_rss=np.full((3, 12, 16), np.inf)),
@@ -260,7 +286,8 @@ ONES = np.ones((16, 16, 16), dtype=np.float32)
         ("v.npy", _text, "array of numbers"),
         ("v.npy", lambda path: np.save(path, np.array([{}])), "array of numbers"),
         ("v.npy", lambda path: np.save(path, ONES[0]), "slices, H, W"),
-        ("v.npy", lambda path: np.save(path, ONES.astype(np.complex64)), "must be real"),
+        ("v.npy", lambda path: np.save(path, ONES.astype(np.complex64)), "no image volume"),
+        ("v.npy", lambda path: np.save(path, ONES.astype("S2")), "must be real"),
         ("v.npy", lambda path: np.save(path, ONES[:0]), "0 slices"),
         ("v.npy", lambda path: np.save(path, -ONES), "empty"),
     ],

@@ -10,6 +10,7 @@ import torch
 from nirvana import InputError
 from nirvana.model.backbone import fingerprint, load_backbone
 from nirvana.mri.classical.common import zero_filled
+from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.simulate import Simulation, simulate_scan
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.model.checkpoint import load_codec, save_codec
@@ -128,6 +129,50 @@ def test_every_slice_may_have_a_mask_of_its_own(small_codec):
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_points_of_whole_columns_are_columns(small_codec):
+    """Patterns `[H, W]`, `[slices, W]` and `[slices, H, W]` that are constant along H."""
+    kspace = kspace_of(3, 3, 32, 48)
+    mask = sampling_mask("random", 48, 3, 0.2, seed=1)
+    expected = small_codec.reconstruct(kspace, mask)
+    for pattern in (mask.expand(32, 48), mask.expand(3, 48), mask.expand(3, 32, 48)):
+        found = small_codec.reconstruct(kspace, pattern, batch_size=2)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_single_points_are_kept(small_codec):
+    """Hard data consistency of a mask of points: of one coil the measured points stay."""
+    kspace = kspace_of(1, 1, 32, 40)
+    mask = torch.rand(32, 40, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask[12:20, 16:24] = True
+    (images,) = small_codec.images(Acquisition(kspace.numpy(), mask.numpy()))
+    # The combined image is that of the coil.
+    found = fft2c(images.combined)
+    torch.testing.assert_close(found[:, mask], kspace[:, 0, mask], rtol=1e-3, atol=1e-3)
+    assert (found - kspace[:, 0])[:, ~mask].abs().max() > 1e-3
+
+
+def test_sensitivities_come_from_a_separate_scan(small_codec):
+    """Without a sampled middle, and on any scale."""
+    kspace = kspace_of(2, 3, 32, 48)
+    mask = (torch.arange(48) % 2 == 1).numpy()
+    reference = (kspace[:, :, 8:24, 12:36]).numpy()
+    found = [
+        torch.cat(
+            [
+                each.magnitude
+                for each in small_codec.images(
+                    Acquisition(kspace.numpy(), mask, reference=scale * reference)
+                )
+            ]
+        )
+        for scale in (1, 100)
+    ]
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    with pytest.raises(InputError, match="at least 2 in the centre"):
+        list(small_codec.images(Acquisition(kspace.numpy(), mask)))
+
+
 def test_a_new_codec_keeps_the_measured_and_adds_nothing():
     """Corrections start at zero, so the image is that of the zero-filled coils."""
     model = CodecModel(SMALL, None).eval()
@@ -152,6 +197,41 @@ def test_batches_change_nothing(small_codec):
     torch.testing.assert_close(small_codec.reconstruct(kspace, mask, batch_size=5), one)
 
 
+def images_of(model: CodecModel, kspace: torch.Tensor, mask: torch.Tensor):
+    """Magnitude and combined images of a volume."""
+    acquisition = Acquisition(kspace.numpy(), mask.numpy())
+    magnitude, combined = zip(*model.images(acquisition, batch_size=2), strict=True)
+    return torch.cat(magnitude), torch.cat(combined)
+
+
+def test_of_one_coil_the_combined_image_is_the_coils(small_codec):
+    """The coil's phase is not taken away with its sensitivity."""
+    kspace = kspace_of(3, 1, 32, 48) * 1e-3
+    full = torch.ones(48, dtype=torch.bool)
+    magnitude, combined = images_of(small_codec, kspace, full)
+    assert torch.equal(magnitude, small_codec.reconstruct(kspace, full))
+    torch.testing.assert_close(combined, ifft2c(kspace)[:, 0], rtol=1e-4, atol=1e-7)
+
+
+def test_the_combined_image_has_one_phase_reference(small_codec):
+    """Its phase is the object's plus one of a fixed combination of the coils, in every slice, and
+    a phase of the coils changes nothing but that."""
+    image = torch.rand(3, 32, 48) + 0.2
+    phase = torch.linspace(-1, 1, 48).expand(3, 32, 48) + torch.tensor([0.0, 1, 2])[:, None, None]
+    coils = torch.rand(4) + 0.5
+    object_ = torch.polar(image, phase)
+    kspace = fft2c(object_[:, None] * coils[:, None, None])
+    full = torch.ones(48, dtype=torch.bool)
+    magnitude, combined = images_of(small_codec, kspace, full)
+    assert (combined.abs() <= magnitude * (1 + 1e-5)).all()
+    difference = (combined / object_).angle()
+    torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-4)
+    turned = torch.polar(torch.ones(4), torch.tensor([0.3, -1, 2, 0.1]))[:, None, None]
+    _, other = images_of(small_codec, kspace * turned, full)
+    shift = (other / combined).angle()
+    torch.testing.assert_close(shift, shift.flatten()[0].expand_as(shift), rtol=0, atol=1e-4)
+
+
 def test_empty_slices_stay_finite(small_codec):
     kspace, mask = kspace_of(2, 2, 32, 48), sampling_mask("equispaced", 48, 4, 0.1, seed=0)
     kspace[1] = 0
@@ -167,7 +247,7 @@ def test_unmeasured_columns_are_not_looked_at(small_codec):
 
 def test_wrong_masks_are_refused(small_codec):
     kspace = kspace_of(1, 2, 32, 48)
-    with pytest.raises(InputError, match=r"mask has \(40,\) columns, k-space has 48"):
+    with pytest.raises(InputError, match=r"mask is \(40,\); k-space of 1 slices of 32 x 48 takes"):
         small_codec.reconstruct(kspace, torch.ones(40, dtype=torch.bool))
     with pytest.raises(InputError, match="centre"):
         small_codec.reconstruct(kspace, torch.arange(48) < 10)

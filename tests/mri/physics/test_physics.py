@@ -9,14 +9,7 @@ import torch
 
 from nirvana.errors import InputError
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
-from nirvana.mri.physics.masks import (
-    Sampling,
-    calibration_width,
-    find_mask,
-    is_undersampled,
-    require_columns,
-    sampling_mask,
-)
+from nirvana.mri.physics.masks import Sampling, calibration_columns, find_mask, sampling_mask
 from nirvana.mri.physics.sense import CartesianSense
 
 FACTS = json.loads((Path(__file__).parent / "fastmri_masks.json").read_text())["masks"]
@@ -115,65 +108,22 @@ def test_nonsense_is_refused(arguments: tuple, words: str) -> None:
         sampling_mask(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("columns", "width"),
-    [
-        ("11111111", 8),
-        ("00000000", 0),
-        ("00001000", 1),
-        ("00011000", 2),
-        ("00011100", 3),
-        ("00111000", 2),
-        ("10111101", 4),
-        ("1111", 4),
-        ("11111", 5),
-        ("00110", 1),
-        ("01100", 2),
-        ("1110111", 0),
-    ],
-)
-def test_calibration_width(columns: str, width: int) -> None:
-    mask = torch.tensor([column == "1" for column in columns])
-    assert calibration_width(mask) == width
-    middle = len(columns) // 2 - width // 2
-    assert mask[middle : middle + width].all()
-
-
 def test_find_mask_reads_the_mask_off_the_kspace() -> None:
     mask = sampling_mask("random", 24, 3, 0.1, seed=4)
     kspace = _complex(2, 3, 8, 24) * mask
     assert torch.equal(find_mask(kspace), mask)
     assert torch.equal(find_mask(kspace.numpy()), mask)
-    assert is_undersampled(mask)
 
 
-def test_zero_padding_at_the_sides_is_not_undersampling() -> None:
-    mask = torch.zeros(24, dtype=torch.bool)
-    assert is_undersampled(mask)
-    mask[3:20] = True
-    assert not is_undersampled(mask)
-
-
-def _columns(*columns: int, slices: int = 3) -> np.ndarray:
-    kspace = np.zeros((slices, 2, 12, 16), np.complex64)
-    kspace[..., list(columns)] = 1j
-    return kspace
-
-
-def test_whole_columns_are_accepted_as_they_come() -> None:
-    kspace = _columns(0, 3, 7, 8, 9, 12)
-    kspace[1] = 0  # an empty slice
-    kspace[:, :, :4] = 0  # an early echo, or zero-padding
-    kspace[0, :, 6, 7] = 0  # a number that is zero by chance
-    require_columns(kspace, "scan.h5")
-
-
-def test_what_is_no_set_of_columns_is_refused() -> None:
-    rows = _columns(*range(16))
-    rows[:, :, ::2] = 0
-    scattered = _columns(*range(16)) * (np.random.default_rng(0).random((12, 16)) < 0.3)
-    other = _columns(0, 3, 7, 8, 9, 12)
-    other[2] = _columns(1, 4, 7, 8, 9, 13)[0]
-    for kspace, words in [(rows, "lacks rows"), (scattered, "scattered|rows"), (other, "other")]:
-        with pytest.raises(InputError, match=f"scan.h5: slice [02].*({words})"):
-            require_columns(kspace, "scan.h5")
+def test_the_calibration_columns_are_the_central_block() -> None:
+    mask = torch.tensor([column == "1" for column in "10111101"])
+    assert calibration_columns(mask).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]

@@ -50,6 +50,14 @@ def test_each_changed_fact_is_caught(facts, wording, slot, data):
 
 
 @given(findings, wordings)
+def test_an_unknown_side_is_neither(facts, wording):
+    unknown = replace(facts, side=None)
+    text = write(unknown, wording)
+    assert parse_wording(text) == (unknown, wording)
+    assert text == re.sub(r"\b(left|right)\b", "left or right", write(facts, wording))
+
+
+@given(findings, wordings)
 def test_a_finding_taken_away_is_caught(facts, wording):
     assert parse(write(NORMAL, wording)) == NORMAL != parse(write(facts, wording))
 

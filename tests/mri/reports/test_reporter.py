@@ -17,6 +17,7 @@ from nirvana.mri.anatomy.augment import blur, vary_contrast
 from nirvana.mri.anatomy.brain_slices import GRID, PIXEL, load_brain_slices, save_brain_slices
 from nirvana.mri.anatomy.lesions import SEQUENCES, TYPES, LesionSettings
 from nirvana.mri.anatomy.lobes import SIDES
+from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.simulate import Simulation
 from nirvana.mri.io import Scan
 from nirvana.mri.model.checkpoint import save_codec
@@ -279,11 +280,26 @@ def test_views_turn_pictures_to_the_radiological_convention():
     assert view_of(scan_with(radiological)) == View((3.0, 1.0, 2.0))
     turned = radiological * np.array([1, -1, -1, 1])
     assert view_of(scan_with(turned)) == View((3.0, 1.0, 2.0), True, True)
-    assert view_of(scan_with(None, (3.0, 1.0, 1.0))) == View((3.0, 1.0, 1.0), known=False)
+    unknown = View((3.0, 1.0, 1.0), orientation="unknown")
+    assert view_of(scan_with(None, (3.0, 1.0, 1.0))) == unknown
+    assert not unknown.known
+    assert view_of(scan_with(None, (3.0, 1.0, 1.0)), radiological=True).known
     with pytest.raises(InputError, match="not axial"):
         view_of(scan_with(radiological[:, [1, 0, 2, 3]]))
     with pytest.raises(InputError, match="size of its pixels"):
         view_of(scan_with(None))
+
+
+def test_views_of_scans_encoded_along_rows_are_those_of_the_file():
+    radiological = np.array([[0, 0, -2, 0], [0, -1, 0, 0], [3, 0, 0, 0], [0, 0, 0, 1]], float)
+    turned = replace(scan_with(radiological[:, [0, 2, 1, 3]]), phase_encode="rows")
+    assert view_of(turned) == View((3.0, 1.0, 2.0), swapped=True)
+    unknown = replace(scan_with(None, (3.0, 2.0, 1.0)), phase_encode="rows")
+    assert view_of(unknown) == View((3.0, 1.0, 2.0), swapped=True, orientation="unknown")
+    image = torch.rand(1, 2, 40, 64)
+    placed = to_grid(image, View((3.0, 0.8, 0.6)))
+    again = to_grid(image.transpose(2, 3), View((3.0, 0.8, 0.6), swapped=True))
+    torch.testing.assert_close(again, placed)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -305,18 +321,19 @@ def test_the_grid_keeps_places_and_sizes(flip):
 def test_a_scan_is_encoded_slice_by_slice(reporter):
     kspace = fft2c(torch.rand(5, 1, 64, 48) * torch.ones(1, 2, 1, 1, dtype=torch.complex64))
     mask = sampling_mask("equispaced", 48, 4, 0.1, seed=0)
+    acquisition = Acquisition((kspace * mask).numpy(), mask.numpy())
     view = View((3.0, 2.0, 2.0))
     counted = []
-    parts = list(encode_scan(reporter, kspace * mask, mask, view, 2, counted.append))
+    parts = list(encode_scan(reporter, acquisition, view, 2, counted.append))
     assert counted == [2, 2, 1]
     tokens = torch.cat([part for part, _ in parts])
     images = torch.cat([image for _, image in parts])
     assert tokens.shape == (5, GRID[0] * GRID[1] // 256, 32)
     assert images.shape == (5, *GRID)
-    once = torch.cat([x for x, _ in encode_scan(reporter, kspace * mask, mask, view, 5)])
+    once = torch.cat([x for x, _ in encode_scan(reporter, acquisition, view, 5)])
     torch.testing.assert_close(tokens, once, atol=1e-4, rtol=1e-3)
     twice = Reporter(reporter.model, reporter.tokenizer, mirrored=True)
-    pairs = torch.cat([x for x, _ in encode_scan(twice, kspace * mask, mask, view, 5)])
+    pairs = torch.cat([x for x, _ in encode_scan(twice, acquisition, view, 5)])
     torch.testing.assert_close(pairs[:, 0], tokens, atol=1e-4, rtol=1e-3)
 
 

@@ -35,7 +35,6 @@ from nirvana.mri.reports.samples import Scanner, report_batch
 from nirvana.mri.reports.train import ReportConfig, ReportSection, ReportTask, train_reporter
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.distributed import ProcessContext
 
 
 def scan_of(count: int) -> tuple[torch.Tensor, ...]:
@@ -47,7 +46,7 @@ def scan_of(count: int) -> tuple[torch.Tensor, ...]:
     return batch.inputs
 
 
-def config_of(folder: Path, out: str, steps: int, **data) -> ReportConfig:
+def config_of(folder: Path, out: str, steps: int, initial: str = "", **data) -> ReportConfig:
     """A small training on drawn brain slices."""
     slices = folder / "slices.npz"
     if not slices.is_file():
@@ -63,7 +62,7 @@ def config_of(folder: Path, out: str, steps: int, **data) -> ReportConfig:
     )
     return ReportConfig(
         data=replace(section, **data),
-        run=RunConfig(str(folder / out), steps=steps, log_interval=4, validation_interval=steps),
+        run=RunConfig(str(folder / out), steps, initial, log_interval=4, validation_interval=steps),
         codec=replace(small_config("tiny"), vit_stem="convolutions"),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1),
     )
@@ -126,7 +125,7 @@ def test_a_frozen_frontend_does_not_change(tmp_path):
     cascades = replace(config_of(tmp_path, "", 4).codec, encoder_cascades=1)
     first = replace(config_of(tmp_path, "first", 4, report_weight=0.0), codec=cascades)
     assert train_reporter(first).finished
-    second = config_of(tmp_path, "second", 4, start=str(tmp_path / "first"), freeze_frontend=True)
+    second = config_of(tmp_path, "second", 4, initial=str(tmp_path / "first"), freeze_frontend=True)
     run = replace(second.run, checkpoint_interval=2)
     second = replace(second, codec=cascades, run=run)
     assert train_reporter(second).finished
@@ -178,7 +177,7 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     assert all(json.loads(line).get("report_nats", 0) == 0 for line in lines)
     assert set(json.loads(lines[-1])["valid"]) == {"place_auc", "facts_auc", "facts_side"}
 
-    second = config_of(tmp_path, "second", 4, start=str(tmp_path / "first"))
+    second = config_of(tmp_path, "second", 4, initial=str(tmp_path / "first"))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         task = ReportTask(second, torch.device("cpu"))
@@ -187,7 +186,7 @@ def test_one_run_begins_with_the_weights_of_another(tmp_path):
     assert any(not torch.equal(before[name], trained[name]) for name in trained)
     with torch.no_grad():
         task.heads.codec.specialist.start.fill_(2.0)  # as of a backbone with larger embeddings
-    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
+    task.initialize(task.config.run.initial)
     after = task.heads.codec.encoder.state_dict()
     assert all(torch.equal(after[name], trained[name]) for name in trained)
     assert (task.heads.codec.specialist.start == 2.0).all()
@@ -200,16 +199,16 @@ def test_a_training_begins_with_a_codec(tmp_path):
     assert train_reporter(first).finished
     folder = tmp_path / "first" / "model"
     trained = load_reporter(folder).model
-    task = ReportTask(config_of(tmp_path, "run", 4, start=str(folder)), torch.device("cpu"))
+    task = ReportTask(config_of(tmp_path, "run", 4, initial=str(folder)), torch.device("cpu"))
     own = task.heads.codec.specialist.start.detach().clone()
-    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
+    task.initialize(task.config.run.initial)
     for part in ("encoder", "sensitivities", "encoder_cascades"):
         wanted = getattr(trained, part).state_dict()
         found = getattr(task.heads.codec, part).state_dict()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert torch.equal(task.heads.codec.specialist.start, own)
-    with pytest.raises(InputError, match=r"data.start = 'reporter'.* has another encoder"):
-        train_reporter(config_of(tmp_path, "run", 4, start="reporter"))
+    with pytest.raises(InputError, match=r"run.initial = 'reporter'.* has another encoder"):
+        train_reporter(config_of(tmp_path, "run", 4, initial="reporter"))
 
 
 def test_new_cascades_follow_those_of_the_start(tmp_path):
@@ -219,10 +218,10 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     assert train_reporter(first).finished
     folder = tmp_path / "first" / "model"
     trained = load_reporter(folder).model
-    longer = config_of(tmp_path, "run", 4, start=str(folder))
+    longer = config_of(tmp_path, "run", 4, initial=str(folder))
     longer = replace(longer, codec=replace(first.codec, encoder_cascades=3))
     task = ReportTask(longer, torch.device("cpu"))
-    task.prepare(ProcessContext(torch.device("cpu")), compiled=False)
+    task.initialize(task.config.run.initial)
     grown = task.heads.codec
     for name, value in trained.encoder_cascades.state_dict().items():
         assert torch.equal(grown.encoder_cascades.state_dict()[name], value)
@@ -232,15 +231,13 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
     assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
     kept = replace(longer, data=replace(longer.data, freeze_frontend=True))
     with pytest.raises(InputError, match=r"another encoder: codec.encoder_cascades.1"):
-        ReportTask(kept, torch.device("cpu")).prepare(
-            ProcessContext(torch.device("cpu")), compiled=False
-        )
+        ReportTask(kept, torch.device("cpu")).initialize(kept.run.initial)
     assert train_reporter(longer).finished
 
 
 def test_a_start_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"data.start = .*nowhere.*: there is no checkpoint"):
-        train_reporter(config_of(tmp_path, "run", 4, start=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match=r"run.initial = .*nowhere.*: there is no checkpoint"):
+        train_reporter(config_of(tmp_path, "run", 4, initial=str(tmp_path / "nowhere")))
 
 
 def test_a_training_that_learns_nothing_is_refused():

@@ -68,7 +68,7 @@ def test_both_stages_on_a_miniature_folder(folder, monkeypatch):
     names = ["file_brain_AXT1_1.h5", "file_brain_AXT1_2.h5"]
     lines = [{"volume": name, "report": "No lesion."} for name in names]
     (folder / "reports.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    first = ["--stage.name", "1", "--stage.initial", "", "--data.reports", "reports.jsonl"]
+    first = ["--stage.name", "1", "--run.initial", "", "--data.reports", "reports.jsonl"]
     assert train(CONFIG, [*SMALL, *first, "--run.out", "runs/fastmri-1"]).finished
     outcome = train(CONFIG, SMALL)
     assert set(outcome.last["valid"]) == {"psnr", "ssim", "zero_filled_psnr", "zero_filled_ssim"}
@@ -126,4 +126,4 @@ def test_unusable_scans_are_named(folder, monkeypatch):
     np.save(folder / "volume.npy", np.ones((1, 32, 32), np.float32))
     mixed = ["--data.train", '["volume.npy", "multicoil_train/*.h5"]', "--stage.name", "joint"]
     with pytest.raises(InputError, match="not both"):
-        train(CONFIG, [*SMALL, *mixed, "--stage.initial", ""])
+        train(CONFIG, [*SMALL, *mixed, "--run.initial", ""])

@@ -166,7 +166,7 @@ def test_two_stages_and_the_joint_one(config, tmp_path, volumes):
     assert "ssim" not in log[-1]
     first = load_file(tmp_path / "first" / "model" / "model.safetensors")
 
-    initial = ["--stage.initial", str(tmp_path / "first" / "model")]
+    initial = ["--run.initial", str(tmp_path / "first" / "model")]
     train(config("nirvana", "second"), ["--stage.name", "2", *initial])
     second = load_file(tmp_path / "second" / "model" / "model.safetensors")
     for name, x in first.items():
@@ -270,7 +270,7 @@ def test_two_processes_compute_what_one_computes(config, tmp_path):
             "no language model 'huge'",
         ),
         (["--codec.backbone", "transformer", "--codec.weights", "huge"], "no transformer at"),
-        (["--stage.name", "2"], "stage.initial"),
+        (["--stage.name", "2"], "run.initial"),
         (["--stage.name", "1"], "data.reports"),
         (["--data.reports", "reports.jsonl"], "codec.backbone"),
         (["--data.masks", "['spiral']"], "equispaced"),

@@ -7,25 +7,20 @@ Sensitivities and solvers are independent of those of `sigpy`.
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from nirvana.errors import InputError
-from nirvana.mri.classical.common import arrays, fft2c, with_measured
+from nirvana.mri.classical.common import central_rows, fft2c, padded
+from nirvana.mri.classical.peers import BartSettings, peers_for
+from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.io.bart import read_cfl, write_cfl
 
 PROGRAM = "bart"
-KERNEL = 6  # side of ESPIRiT's kernels, BART's own default
-ROWS = 24  # of the calibration region at most, BART's own default
-# Tuned at 4x on two slices of each of three training volumes of the study (experiments/mri), with 8
-# simulated coils. BART scales the data before the weights (-r) apply; few steps (-i) are part of
-# the regularisation.
-CALIBRATION = ("-m", "1", "-t", "0.02", "-c", "0.5")
-SETTINGS = {"l1": ("-l1", "-r", "0.006", "-i", "30"), "l2": ("-l2", "-r", "0.01", "-i", "15")}
 
 
 def program() -> str:
@@ -44,80 +39,72 @@ def program() -> str:
 
 
 def bart_pics(
-    kspace: Any,
-    mask: Any,
-    calibration_width: int,
+    acquisition: Acquisition,
     norm: Literal["l1", "l2"] = "l1",
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
+    settings: BartSettings | None = None,
+) -> Iterator[np.ndarray]:
     """Parallel imaging with wavelets ("l1", FISTA) or a squared norm ("l2", conjugate gradients).
 
-    As in `sigpy.l1_wavelet` the measured columns replace those of the k-space of the coil images,
-    which are combined by root sum of squares.
+    As in `sigpy.l1_wavelet` the measured samples replace those of the k-space of the coil images.
 
     Args:
-        kspace: complex `[slices, coils, H, W]`, array or CPU tensor.
-        mask: bool `[W]`.
-        calibration_width: fully sampled columns in the middle, `masks.calibration_width(mask)`.
+        acquisition: the measured k-space.
         norm: the regularisation.
-        progress: called with the number of slices just done.
+        settings: of BART's programs; None takes those chosen for this acceleration.
 
-    Returns:
-        float32 `[slices, H, W]`.
+    Yields:
+        complex64 `[coils, H, W]` for each slice.
 
     Raises:
-        InputError: BART is not installed, fails, or there are fewer than two calibration columns.
+        InputError: BART is not installed or fails, or the coils cannot be calibrated.
     """
     found = program()
-    kspace, mask = arrays(kspace, mask)
-    if calibration_width < 2:
-        raise InputError(
-            "BART estimates coil sensitivities from sampled columns in the middle of k-space, and "
-            f"this mask has {calibration_width} there; it takes 2 or more"
-        )
-    volume = []
+    acquisition.require_calibration()
+    settings = settings or peers_for(acquisition.pattern).bart(norm)
     with TemporaryDirectory(prefix="nirvana-bart-") as folder:
-        for measured in np.where(mask, kspace, 0):
-            if measured.any():
-                modelled = _pics(found, Path(folder), measured, mask, calibration_width, norm)
-                volume.append(with_measured(measured, mask, modelled))
-            else:
-                volume.append(np.zeros(measured.shape[1:], dtype=np.float32))
-            if progress is not None:
-                progress(1)
-    return np.stack(volume).astype(np.float32)
+        for index, kspace in enumerate(acquisition.slices()):
+            calibration, mask = acquisition.calibration(index), acquisition.mask(index)
+            if not kspace.any() or not calibration.any():
+                yield kspace
+                continue
+            modelled = _pics(found, Path(folder), kspace, mask, calibration, settings)
+            yield np.where(mask, kspace, modelled).astype(np.complex64)
 
 
 def _pics(
-    program: str, folder: Path, kspace: np.ndarray, mask: np.ndarray, width: int, norm: str
+    program: str,
+    folder: Path,
+    kspace: np.ndarray,
+    mask: np.ndarray,
+    calibration: np.ndarray,
+    settings: BartSettings,
 ) -> np.ndarray:
     """K-space `[coils, H, W]` of BART's coil images for a slice of k-space `[coils, H, W]`."""
     # `bart pics` is correct for sides that are multiples of four. Unmeasured lines are added
     # outside of the measured ones to make them so: the field of view stays the same, pixels become
     # finer.
-    sides = kspace.shape[1:]
-    before = [(side + -side % 4) // 2 - side // 2 for side in sides]
-    padding = [(b, -side % 4 - b) for b, side in zip(before, sides, strict=True)]
-    padded = np.pad(kspace, [(0, 0), *padding])
-    pattern = np.pad(np.broadcast_to(mask, (1, *sides)), [(0, 0), *padding])
-    coils, height, columns = padded.shape
-    names = ("kspace", "pattern", "maps", "image")
+    coils, *sides = kspace.shape
+    height, width = (side + -side % 4 for side in sides)
+    pattern = padded(np.broadcast_to(mask, (1, *sides)), (height, width))
+    names = ("kspace", "calibration", "pattern", "maps", "image")
     data = {name: folder / f"{name}.cfl" for name in names}
     files = {name: str(folder / name) for name in names}  # BART adds the suffixes
-    write_cfl(data["kspace"], padded)
+    middle = central_rows(calibration, settings.calibration_rows)
+    write_cfl(data["kspace"], padded(kspace, (height, width)))
+    write_cfl(data["calibration"], padded(middle, (height, width)))
     write_cfl(data["pattern"], pattern)
-    # More than half of the columns must remain for the kernel to be shifted over.
-    kernel = f"{min(KERNEL, height)}:{min(KERNEL, (width + 2) // 2)}:1"
-    region = f"{min(ROWS, height)}:{width}:1"
-    calibration = ["ecalib", *CALIBRATION, "-k", kernel, "-r", region]
-    _run(program, *calibration, files["kspace"], files["maps"])
-    solve = ["pics", "-S", *SETTINGS[norm], "-p", files["pattern"]]
+    # More than half of the samples must remain for the kernel to be shifted over.
+    rows, columns = middle.shape[1:]
+    sides_of_kernel = (min(settings.kernel, (n + 2) // 2) for n in (rows, columns))
+    kernel = ":".join(str(side) for side in (*sides_of_kernel, 1))
+    estimate = ["ecalib", *settings.ecalib, "-k", kernel, "-r", f"{rows}:{columns}:1"]
+    _run(program, *estimate, files["calibration"], files["maps"])
+    solve = ["pics", "-S", *settings.pics, "-p", files["pattern"]]
     _run(program, *solve, files["kspace"], files["maps"], files["image"])
-    maps = read_cfl(data["maps"], (coils, height, columns))
-    found = fft2c(maps * read_cfl(data["image"], (1, height, columns)))
-    inside = (slice(b, b + side) for b, side in zip(before, sides, strict=True))
-    return found[:, *inside]
+    # Dimension 4 of BART's holds the sets of sensitivities, each with an image of its own.
+    maps = read_cfl(data["maps"], (settings.maps, coils, height, width))
+    images = read_cfl(data["image"], (settings.maps, 1, height, width))
+    return padded(fft2c((maps * images).sum(0)), (sides[0], sides[1]))
 
 
 def _run(*command: str) -> None:

@@ -50,65 +50,34 @@ def zero_filled(kspace: Any, mask: Any) -> np.ndarray:
 
     Args:
         kspace: complex `[slices, coils, H, W]`, array or CPU tensor.
-        mask: bool `[W]`; columns outside it are ignored.
+        mask: bool `[W]` or `[H, W]`; what lies outside it is ignored.
 
     Returns:
         float32 `[slices, H, W]`.
     """
-    kspace, mask = arrays(kspace, mask)
+    kspace, mask = np.asarray(kspace), np.asarray(mask, dtype=bool)
     # Slice by slice: the coil images of a whole fastMRI volume would take gigabytes.
     slices = [np.linalg.norm(ifft2c(slice_ * mask), axis=0) for slice_ in kspace]
     return np.stack(slices).astype(np.float32)
 
 
-def with_measured(kspace: np.ndarray, mask: np.ndarray, modelled: np.ndarray) -> np.ndarray:
-    """The image of a modelled k-space with data consistency.
-
-    Args:
-        kspace: complex `[coils, H, W]`, measured.
-        mask: bool `[W]`, its columns.
-        modelled: complex `[coils, H, W]`.
-
-    Returns:
-        Real `[H, W]`, root sum of squares.
-    """
-    return np.linalg.norm(ifft2c(np.where(mask, kspace, modelled)), axis=0)
+def central_rows(block: np.ndarray, count: int) -> np.ndarray:
+    """The `count` middle ones, or all, of the rows of a calibration block `[coils, h, w]`."""
+    rows = min(count, block.shape[1])
+    top = block.shape[1] // 2 - rows // 2
+    return block[:, top : top + rows]
 
 
-def noise_level(kspace: np.ndarray, mask: np.ndarray) -> float:
-    """Standard deviation of the noise in the real (or imaginary) part of k-space.
-
-    Estimated from the measured samples with the least signal, farthest from the middle (the outer
-    eighth of the rows, in the outer half of the sampled columns): the lower quartile of the
-    magnitude of complex noise is 0.759 standard deviations. 0 where k-space was zero-padded.
-
-    Args:
-        kspace: complex `[slices, coils, H, W]`.
-        mask: bool `[W]`.
-    """
-    height, width = kspace.shape[-2:]
-    columns = np.flatnonzero(mask)
-    distance = np.abs(columns - width // 2)
-    outer = columns[distance >= np.median(distance)]
-    edge = max(height // 16, 1)
-    rows = np.r_[:edge, height - edge : height]
-    samples = np.abs(kspace[:, :, rows][..., outer])
-    return float(np.quantile(samples, 0.25) / np.sqrt(2 * np.log(4 / 3)))
-
-
-def arrays(kspace: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """K-space as complex64 `[slices, coils, H, W]` and mask as bool `[W]`.
-
-    Raises:
-        ValueError: the shapes differ from these.
-    """
-    kspace = np.asarray(kspace, dtype=np.complex64)
-    mask = np.asarray(mask, dtype=bool)
-    if kspace.ndim != 4 or mask.shape != kspace.shape[-1:]:
-        raise ValueError(
-            f"k-space {kspace.shape} and mask {mask.shape} must be [slices, coils, H, W] and [W]"
-        )
-    return kspace, mask
+def padded(block: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """K-space `[coils, h, w]` zero-padded or cropped to `[coils, H, W]` about its origin."""
+    out = np.zeros((len(block), *size), block.dtype)
+    into, of = [], []
+    for have, want in zip(block.shape[1:], size, strict=True):
+        first = want // 2 - have // 2
+        into.append(slice(max(first, 0), min(first + have, want)))
+        of.append(slice(max(-first, 0), max(-first, 0) + into[-1].stop - into[-1].start))
+    out[:, into[0], into[1]] = block[:, of[0], of[1]]
+    return out
 
 
 def fft2c(x: np.ndarray) -> np.ndarray:

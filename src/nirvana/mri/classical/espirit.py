@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from nirvana.mri.classical.common import AXES, ClassicalSettings, ifft2c
+from nirvana.mri.classical.common import AXES, ClassicalSettings, central_rows, ifft2c
 
 
 def espirit_maps(
-    kspace: np.ndarray, calibration_width: int, settings: ClassicalSettings | None = None
+    calibration: np.ndarray, size: tuple[int, int], settings: ClassicalSettings | None = None
 ) -> np.ndarray:
     """Coil sensitivities from the middle of k-space, one set.
 
@@ -17,8 +17,8 @@ def espirit_maps(
     at 8 to 10 columns gains more than a decibel.
 
     Args:
-        kspace: complex `[coils, H, W]`.
-        calibration_width: number of sampled columns in the middle.
+        calibration: complex `[coils, h, w]`, fully sampled, around the origin.
+        size: H and W of the maps.
         settings: see `ClassicalSettings`.
 
     Returns:
@@ -26,12 +26,11 @@ def espirit_maps(
         of the coils' first principal component, so that the image's stays smooth.
     """
     settings = settings or ClassicalSettings()
-    coils, height, width = kspace.shape
-    rows = min(settings.calibration_rows, height)
-    top, left = height // 2 - rows // 2, width // 2 - calibration_width // 2
-    middle = kspace[:, top : top + rows, left : left + calibration_width]
-    # About half of the columns must remain for the kernel to be shifted over.
-    kernel = (min(settings.kernel, rows), min(settings.kernel, (calibration_width + 2) // 2))
+    height, width = size
+    middle = central_rows(calibration, settings.calibration_rows)
+    coils, rows, columns = middle.shape
+    # About half of the samples must remain for the kernel to be shifted over.
+    kernel = (min(settings.kernel, (rows + 2) // 2), min(settings.kernel, (columns + 2) // 2))
     projection = _patch_projection(middle, kernel, settings.threshold)
     sums = np.zeros((coils, coils, 2 * kernel[0] - 1, 2 * kernel[1] - 1), dtype=np.complex64)
     for i in range(kernel[0]):

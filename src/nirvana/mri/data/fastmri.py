@@ -17,7 +17,8 @@ from nirvana.mri.data.report_texts import Reports, report_of
 from nirvana.mri.io import hdf5
 from nirvana.mri.io.scan import check_size
 from nirvana.mri.physics.fourier import fft2c, ifft2c
-from nirvana.mri.physics.masks import Sampling, find_mask, is_undersampled
+from nirvana.mri.physics.masks import Sampling, find_mask
+from nirvana.mri.physics.pattern import has_gaps
 
 SUFFIXES = (".h5", ".hdf5")
 
@@ -100,7 +101,7 @@ class ScanPool:
         values = values.reshape(-1, *values.shape[-2:])
         if not np.isfinite(values).all() or not values.any():
             raise InputError(f"{file}: slice {number} holds NaN, infinite values or nothing")
-        if is_undersampled(find_mask(values)):  # not every undersampled file has a mask
+        if has_gaps(find_mask(values).numpy()):  # not every undersampled file has a mask
             raise InputError(f"{file} is undersampled: training needs fully sampled scans")
         return cut(torch.from_numpy(values).to(self.device), size)
 

@@ -2,48 +2,66 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from nirvana.mri.data.scans import target_of, undersample_scan
+from nirvana.mri.data.scans import CoilOptions, Measurement, measure, target_of
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io import Scan
+from nirvana.mri.methods import Method, Progress
 from nirvana.mri.physics.masks import Sampling
+from nirvana.mri.physics.pattern import sampled_share
 from nirvana.statistics import signed_rank_test
 
-Method = Callable[[Tensor, Tensor], Any]
 Row = dict[str, Any]
 
 METRICS = ("ssim", "psnr", "nmse", "ssim_head", "psnr_head", "nmse_head")
 
 
+class Result(NamedTuple):
+    """What a method made of a scan."""
+
+    images: np.ndarray  # float32 [slices, H, W], magnitude
+    seconds: float  # per slice
+    combined: np.ndarray | None = None  # complex64 [slices, H, W], of one method only
+
+
 def run_methods(
-    kspace: Tensor, mask: Tensor, methods: Mapping[str, Method]
-) -> dict[str, tuple[np.ndarray, float]]:
-    """Reconstructs one undersampled volume with each method.
+    measurement: Measurement,
+    methods: Mapping[str, Method],
+    progress: Progress | None = None,
+    combined: str | None = None,
+) -> dict[str, Result]:
+    """Reconstructs a scan with each method.
 
     Args:
-        kspace: complex64 `[slices, coils, H, W]`.
-        mask: bool `[W]`.
-        methods: name -> function of (kspace, mask) that returns `[slices, H, W]`.
-
-    Returns:
-        Name -> (float32 `[slices, H, W]`, seconds per slice).
+        measurement: the scan.
+        methods: name -> method.
+        progress: see `Progress`.
+        combined: name of the method whose complex images are kept.
     """
-    results = {}
+    results, acquisition = {}, measurement.acquisition
+    shape = (len(acquisition), *acquisition.size)
     for name, method in methods.items():
+        counter = progress(name) if progress else None
+        magnitudes = np.empty(shape, np.float32)
+        complexes = np.empty(shape, np.complex64) if name == combined else None
         start = time.perf_counter()
-        volume = np.asarray(method(kspace, mask), dtype=np.float32)
-        results[name] = (volume, (time.perf_counter() - start) / len(kspace))
+        for number, image in enumerate(method(acquisition)):
+            magnitudes[number] = image.magnitude
+            if complexes is not None:
+                complexes[number] = image.combined()
+            if counter is not None:
+                counter(1)
+        seconds = (time.perf_counter() - start) / len(acquisition)
+        kept = None if complexes is None else measurement.volume_of(complexes)
+        results[name] = Result(measurement.volume_of(magnitudes), seconds, kept)
     return results
 
 
-def score_rows(
-    target: np.ndarray, results: Mapping[str, tuple[np.ndarray, float]], **facts: Any
-) -> list[Row]:
+def score_rows(target: np.ndarray, results: Mapping[str, Result], **facts: Any) -> list[Row]:
     """One row per method: `facts`, `method`, the scores of `metrics.score`, seconds per slice."""
     head = head_mask(target)
     # Where no head is found, only the whole volume is scored.
@@ -52,37 +70,46 @@ def score_rows(
         {
             **facts,
             "method": name,
-            **score(target, volume, inside),
-            "seconds_per_slice": seconds,
+            **score(target, result.images, inside),
+            "seconds_per_slice": result.seconds,
         }
-        for name, (volume, seconds) in results.items()
+        for name, result in results.items()
     ]
 
 
 def evaluate_volume(
-    scan: Scan, methods: Mapping[str, Method], sampling: Sampling, seed: int
+    scan: Scan,
+    methods: Mapping[str, Method],
+    sampling: Sampling,
+    seed: int,
+    coils: CoilOptions | None = None,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """Undersamples a full scan with one seeded mask and scores each method on it.
 
     Args:
         scan: fully sampled.
-        methods: name -> function of (kspace complex64 `[slices, coils, H, W]`, mask bool `[W]`).
+        methods: name -> method.
         sampling: kind of mask, acceleration, centre fraction.
         seed: of the mask.
+        coils: how the coils are combined before every method, see `CoilOptions`.
+        progress: see `Progress`.
 
     Returns:
-        Rows of `volume`, `slices`, `coils`, `seed`, `sampled` (share of columns), `method`, the
-        scores, `seconds_per_slice`.
+        Rows of `volume`, `slices`, `coils`, `virtual_coils`, `seed`, `sampled` (share of k-space),
+        `method`, the scores, `seconds_per_slice`.
     """
-    kspace, mask = undersample_scan(scan, sampling, seed)
+    full = measure(scan, coils)
+    measurement = full.undersampled(sampling, seed)
     return score_rows(
-        target_of(scan),
-        run_methods(kspace, mask, methods),
+        target_of(scan, full),
+        run_methods(measurement, methods, progress),
         volume=scan.name,
-        slices=kspace.shape[0],
-        coils=kspace.shape[1],
+        slices=scan.kspace.shape[0],
+        coils=scan.kspace.shape[1],
+        virtual_coils=measurement.acquisition.num_coils,
         seed=seed,
-        sampled=float(mask.float().mean()),
+        sampled=sampled_share(measurement.acquisition.pattern),
     )
 
 

@@ -1,5 +1,6 @@
 """Reads and writes fastMRI's HDF5."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,97 +8,79 @@ import numpy as np
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_file, writable_file
+from nirvana.mri.io.arrange import arranged
+from nirvana.mri.io.arrays import AUXILIARY, ArrayFile, ArrayKspace, read_kspace
 from nirvana.mri.io.geometry import is_affine, spacing_of
-from nirvana.mri.io.hdf5 import dataset, open_hdf5, text
-from nirvana.mri.io.header import parse_header
-from nirvana.mri.io.scan import Scan, Spacing, check_size, checked_kspace
+from nirvana.mri.io.hdf5 import dataset, open_hdf5, text, variables_of
+from nirvana.mri.io.header import Header, parse_header
+from nirvana.mri.io.options import ReadOptions, suffix_of
+from nirvana.mri.io.scan import Encoding, Scan, Spacing, Study, check_bytes, in_file_axes
 
 SIMULATION_SEED = "simulation_seed"  # the attribute by which a simulated scan is known
 TARGETS = ("reconstruction_rss", "reconstruction_esc")
+"""Of many coils and of one: fastMRI's single-coil files have both, and the root sum of squares in
+them is of all the coils that the single one was emulated from."""
+USUAL_AXES = {3: ("slice", "row", "column"), 4: ("slice", "coil", "row", "column")}
 
 
-def scan_of(file: Any, path: Path) -> Scan:
+def scan_of(file: Any, path: Path, options: ReadOptions) -> Scan:
     """The scan in an open file; see `nirvana.mri.io.read_scan`.
 
     Raises:
         InputError: its contents are no such scan.
     """
-    kspace = _kspace(file, path)
-    targets = ((dataset(file, key, path), key) for key in TARGETS)
-    target = next(
-        (_target(x, key, path, kspace.shape) for x, key in targets if x is not None), None
-    )
+    kspace = read_kspace(array_file(file, path), options)
     header = text(file, "ismrmrd_header", path)
     affine = _attribute(file, "affine", (4, 4), path)
     if affine is not None and not is_affine(affine):
         raise InputError(f"{path}: its attribute 'affine' {affine.tolist()} places no voxels")
-    return Scan(
-        kspace=kspace,
-        mask=_mask(file, path, kspace.shape[-1]),
-        target=target,
-        name=_name(file, path),
-        spacing=_spacing(file, path, affine, header, kspace.shape[-2]),
+    try:
+        parsed = parse_header(header or "")
+    except ValueError:
+        parsed = None  # reconstruction needs no header, and some files' are only a stub
+    scan = Scan(
+        kspace=kspace.values,
+        mask=None,
+        target=None,
+        name=_name(file, path) + suffix_of(options),
+        spacing=_spacing(file, path, affine, parsed, kspace.values.shape[-2]),
         header=header,
         affine=affine,
+        remarks=kspace.remarks,
+        study=Study() if parsed is None else parsed.study,
+        encoding=Encoding() if parsed is None else parsed.encodings[0].facts(),
     )
+    scan = kspace.completed(scan)
+    if file.attrs.get("volume_encoding") == "3D":
+        scan = replace(scan, volume_encoding="3D")
+    target = _target(file, path, kspace, options)
+    return arranged(scan, options, path, kspace.mask(), target)
 
 
-def _kspace(file: Any, path: Path) -> np.ndarray:
-    found = dataset(file, "kspace", path)
-    if found is None:
-        names = ", ".join(sorted(file)) or "nothing"
-        raise InputError(f"{path} has no dataset 'kspace'; it holds {names}")
-    if found.dtype.kind != "c":
-        raise InputError(f"{path}: 'kspace' is {found.dtype}; it must be complex")
-    if found.ndim not in (3, 4):
-        raise InputError(
-            f"{path}: 'kspace' has shape {found.shape}; it must be [slices, coils, H, W], or "
-            "[slices, H, W] of a single coil"
-        )
-    shape = found.shape if found.ndim == 4 else (len(found), 1, *found.shape[1:])
-    check_size(path, shape, 8)
-    return checked_kspace(path, _read(found, np.complex64).reshape(shape), "'kspace'")
+def array_file(file: Any, path: Path) -> ArrayFile:
+    """The arrays of an open file, unread, with fastMRI's meaning of their axes."""
+    return ArrayFile(path, variables_of(file, path, AUXILIARY), "C", USUAL_AXES)
 
 
-def _read(found: Any, dtype: Any) -> np.ndarray:
-    """All of a dataset, converted while it is read, whatever its byte order and precision."""
-    values = np.empty(found.shape, dtype)
-    if found.size:
-        found.read_direct(values)
-    return values
-
-
-def _mask(file: Any, path: Path, width: int) -> np.ndarray | None:
-    found = dataset(file, "mask", path)
-    if found is None:
-        return None
-    if found.dtype.kind not in "biuf":
-        raise InputError(f"{path}: 'mask' is {found.dtype}; it must be numbers or booleans")
-    if found.size != width:
-        raise InputError(
-            f"{path}: 'mask' has {found.size} columns and 'kspace' {width}; they must agree"
-        )
-    mask = np.asarray(found[()]).reshape(-1)
-    if not np.isfinite(mask).all():
-        raise InputError(f"{path}: 'mask' holds NaN or infinite values")
-    return mask != 0
-
-
-def _target(found: Any, name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    fits = found.ndim == 3 and len(found) == shape[0] and 0 not in found.shape
-    if not fits or found.shape[1] > shape[2] or found.shape[2] > shape[3]:
-        raise InputError(
-            f"{path}: '{name}' has shape {found.shape}; for this 'kspace' it must be "
-            f"[{shape[0]}, h <= {shape[2]}, w <= {shape[3]}]"
-        )
-    if found.dtype.kind not in "biuf":
-        raise InputError(f"{path}: '{name}' is {found.dtype}; it must be real numbers")
-    target = _read(found, np.float32)
-    if not np.isfinite(target).all():
-        raise InputError(f"{path}: '{name}' holds NaN or infinite values")
-    if not target.max() > 0:
-        raise InputError(f"{path}: '{name}' holds no value above zero")
-    return target
+def _target(file: Any, path: Path, kspace: ArrayKspace, options: ReadOptions) -> np.ndarray | None:
+    """The target, float32 `[slices, h, w]`; None where there is none."""
+    for name in TARGETS if "coil" in kspace.axes else TARGETS[::-1]:
+        found = dataset(file, name, path)
+        if found is None:
+            continue
+        if found.dtype.kind not in "biuf":
+            raise InputError(f"{path}: '{name}' is {found.dtype}; it must be real numbers")
+        check_bytes(path, found.shape, 4)
+        target = np.empty(found.shape, np.float32)
+        if found.size:
+            found.read_direct(target)
+        if not np.isfinite(target).all():
+            raise InputError(f"{path}: '{name}' holds NaN or infinite values")
+        if not target.max(initial=0) > 0:
+            raise InputError(f"{path}: '{name}' holds no value above zero")
+        chosen = options.select.get("slice")
+        return target if chosen is None or target.ndim != 3 else target[chosen : chosen + 1]
+    return None
 
 
 def _name(file: Any, path: Path) -> str:
@@ -106,7 +89,7 @@ def _name(file: Any, path: Path) -> str:
 
 
 def _spacing(
-    file: Any, path: Path, affine: np.ndarray | None, header: str | None, height: int
+    file: Any, path: Path, affine: np.ndarray | None, header: Header | None, height: int
 ) -> Spacing | None:
     """The spacing by nirvana's own attributes, else by the header of fastMRI's files."""
     own = _attribute(file, "spacing_mm", (3,), path)
@@ -117,10 +100,9 @@ def _spacing(
         return (slices, rows, columns)
     if affine is not None:
         return spacing_of(affine)
-    try:
-        encoded = parse_header(header or "").encoded
-    except ValueError:
-        return None  # reconstruction needs no header, and some files' are only a stub
+    if header is None:
+        return None
+    encoded = header.encodings[0].encoded
     rows, columns, slices = encoded.voxel
     return (slices, rows, columns) if encoded.matrix[0] == height else None
 
@@ -138,6 +120,8 @@ def _attribute(file: Any, key: str, shape: tuple[int, ...], path: Path) -> np.nd
 def write_scan(path: str | Path, scan: Scan, **attributes: str | float) -> None:
     """Writes a scan as fastMRI HDF5, atomically; `read_scan` and fastMRI's own loader read it.
 
+    The phase encoding runs along the columns of the file, whatever it did in the scan's own.
+
     Args:
         path: the file.
         scan: the scan; without a header of its own it gets a minimal ISMRMRD header.
@@ -146,10 +130,16 @@ def write_scan(path: str | Path, scan: Scan, **attributes: str | float) -> None:
     import h5py
 
     with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
-        file["kspace"] = scan.kspace.astype(np.complex64)
+        kspace = file.create_dataset("kspace", scan.kspace.shape, np.complex64)
+        for number, part in enumerate(scan.kspace):
+            kspace[number] = part
         file["ismrmrd_header"] = (scan.header or _ismrmrd_header(scan)).encode()
         if scan.mask is not None:
             file["mask"] = scan.mask.astype(np.float32)
+        for name in ("noise", "noise_covariance", "calibration"):
+            if (values := getattr(scan, name)) is not None:
+                file[name] = values
+        file.attrs["volume_encoding"] = scan.volume_encoding
         if scan.target is not None:
             file["reconstruction_rss"] = scan.target.astype(np.float32)
             file.attrs["max"] = float(scan.target.max())
@@ -178,30 +168,43 @@ def require_simulated(path: Path) -> None:
 
 
 def write_reconstruction(
-    path: str | Path, volume: np.ndarray, scan: Scan, mask: np.ndarray, **attributes: str | float
+    path: str | Path,
+    volume: np.ndarray,
+    scan: Scan,
+    mask: np.ndarray,
+    combined: np.ndarray | None = None,
+    **attributes: str | float,
 ) -> None:
-    """Writes a reconstructed volume as HDF5, atomically.
+    """Writes a reconstructed volume as HDF5, atomically, in the axes of the scan's file.
 
     Dataset `reconstruction` float32 `[slices, H, W]` on the scale of the k-space's own images,
-    `mask` bool `[W]`; attributes `name`, `spacing_mm` (slices, rows, columns) and `affine` (see
-    `Scan`) where known, `sampled` (share of columns), `acceleration` (its inverse) and
+    `reconstruction_complex` complex64 of the same shape where there is one, `mask` bool, which
+    broadcasts to these; attributes `name`, `spacing_mm` (slices, rows, columns) and `affine` (see
+    `Scan`) where known, `sampled` (share of the samples), `acceleration` (its inverse) and
     `attributes`.
 
     Args:
         path: the file.
         volume: real `[slices, H, W]`.
         scan: that was reconstructed.
-        mask: bool `[W]`, the columns that were used.
+        mask: bool, broadcastable to `[slices, H, W]`, the samples that were used.
+        combined: complex `[slices, H, W]`, or None.
         **attributes: further attributes, e.g. the method's name.
     """
     import h5py
 
+    volume, spacing, affine = in_file_axes(volume, scan)
+    turned = scan.phase_encode == "rows"
+    mask = np.asarray(mask, dtype=bool)
     with atomic_file(path) as temporary, h5py.File(temporary, "w") as file:
         file["reconstruction"] = np.asarray(volume, dtype=np.float32)
-        file["mask"] = np.asarray(mask, dtype=bool)
+        if combined is not None:
+            image = in_file_axes(combined, scan)[0]
+            file["reconstruction_complex"] = np.asarray(image, dtype=np.complex64)
+        file["mask"] = np.atleast_2d(mask).swapaxes(-2, -1) if turned else mask
         file.attrs["sampled"] = float(np.mean(mask))
         file.attrs["acceleration"] = 1 / float(np.mean(mask))
-        _write_attributes(file, scan, attributes)
+        _write_attributes(file, replace(scan, spacing=spacing, affine=affine), attributes)
 
 
 def _write_attributes(file: Any, scan: Scan, attributes: dict[str, str | float]) -> None:

@@ -19,6 +19,15 @@ def shifted(affine: np.ndarray, slices: int = 0, rows: int = 0, columns: int = 0
     return result
 
 
+def resampled(affine: np.ndarray, axis: int, old: int, new: int) -> np.ndarray:
+    """The affine of an image of the same field of view with `new` voxels along an axis, where it
+    had `old`; the voxel in the middle, where an image's origin lies, stays where it is."""
+    result = affine.copy()
+    result[:, axis] *= old / new
+    result[:, 3] += affine[:, axis] * (old // 2) - result[:, axis] * (new // 2)
+    return result
+
+
 def spacing_of(affine: np.ndarray) -> Spacing:
     """Distance of neighbouring slices, rows and columns, mm."""
     slices, rows, columns = np.linalg.norm(affine[:3, :3], axis=0)

@@ -1,10 +1,16 @@
 """Reads HDF5 without trusting it: data must be stored in the file itself and fit into memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nirvana.errors import InputError
+from nirvana.mri.io.arrays import KSPACE_NAMES, Variable
 from nirvana.mri.io.scan import MAX_COMPRESSION, UNREADABLE, check_stored
+
+MAX_DEPTH, MAX_VARIABLES = 3, 256
 
 
 def dataset(group: Any, key: str, path: Path) -> Any:
@@ -27,12 +33,165 @@ def dataset(group: Any, key: str, path: Path) -> Any:
         raise InputError(f"{path}: '{key}' lies in other files; it must be stored in this one")
     if found.shape is None:
         raise InputError(f"{path}: '{key}' is empty")
+    if not _is_consistent(found.id.get_type(), found.dtype):
+        raise InputError(f"{path}: the type of '{key}' contradicts itself; it seems damaged")
     claimed = found.size * found.dtype.itemsize
     check_stored(path, claimed, compressed=found.chunks is not None)
     # Chunks that were never written take no room in the file and all of it in memory.
     if found.chunks is not None and claimed > MAX_COMPRESSION * max(1, found.id.get_storage_size()):
         raise InputError(f"{path}: most of '{key}' was never written; it seems damaged")
+    _check_sequences(found, key, path)
     return found
+
+
+def _is_consistent(stored: Any, dtype: np.dtype) -> bool:
+    """Whether a stored type has the size of the one that numbers are read into, and its parts lie
+    one behind the other: HDF5 writes over its memory where they do not."""
+    from h5py import h5t
+
+    kind = stored.get_class()
+    if kind == h5t.VLEN:
+        base = stored.get_super()
+        return _is_consistent(base, base.dtype)
+    if stored.get_size() != dtype.itemsize and kind != h5t.STRING:
+        return False
+    if kind == h5t.ARRAY:
+        return _is_consistent(stored.get_super(), dtype.base)
+    if kind in (h5t.FLOAT, h5t.INTEGER):
+        return stored.get_offset() + stored.get_precision() <= 8 * stored.get_size()
+    if kind != h5t.COMPOUND:
+        return True
+    end = 0
+    for number in range(stored.get_nmembers()):
+        member, offset = stored.get_member_type(number), stored.get_member_offset(number)
+        is_complex = dtype.names is None  # h5py's own compound of two floats
+        part = member.dtype if is_complex else dtype[stored.get_member_name(number).decode()]
+        if offset < end or not _is_consistent(member, part):
+            return False
+        end = offset + member.get_size()
+    return end <= stored.get_size()
+
+
+def _check_sequences(found: Any, key: str, path: Path) -> None:
+    """Refuses sequences of variable length that claim to be longer than the file.
+
+    HDF5 allocates what they claim, also where another field of their records is read. Compressed
+    chunks are not looked into: they have checksums.
+    """
+    lengths = _length_fields(found)
+    if lengths is None:
+        return
+    most, blocks = path.stat().st_size, []
+    if found.chunks is None:
+        if found.id.get_offset() is not None:
+            blocks.append((found.id.get_offset(), found.size * lengths.itemsize))
+    elif found.compression is None and not found.shuffle:
+        found.id.chunk_iter(lambda chunk: blocks.append((chunk.byte_offset, chunk.size)))
+    with open(path, "rb") as file:
+        for offset, size in blocks:
+            file.seek(offset)
+            content = file.read(size)
+            values = np.frombuffer(content[: size // lengths.itemsize * lengths.itemsize], lengths)
+            if any((values[name] > most).any() for name in lengths.names or ()):
+                raise InputError(f"{path}: '{key}' holds sequences longer than the file")
+
+
+def _length_fields(found: Any) -> np.dtype | None:
+    """A dtype of a stored record whose fields are the lengths of its sequences; None without
+    such."""
+    from h5py import h5t
+
+    stored = found.id.get_type()
+    members = [(0, stored)]
+    if stored.get_class() == h5t.COMPOUND:
+        numbers = range(stored.get_nmembers())
+        members = [(stored.get_member_offset(n), stored.get_member_type(n)) for n in numbers]
+    # A sequence is stored as its length, 4 bytes, and the place of its content.
+    offsets = [
+        offset
+        for offset, kind in members
+        if kind.get_class() == h5t.VLEN
+        or (kind.get_class() == h5t.STRING and kind.is_variable_str())
+    ]
+    if not offsets:
+        return None
+    names = [f"length {offset}" for offset in offsets]
+    return np.dtype(
+        {
+            "names": names,
+            "formats": ["<u4"] * len(names),
+            "offsets": offsets,
+            "itemsize": stored.get_size(),
+        }
+    )
+
+
+def variables_of(
+    file: Any, path: Path, required: tuple[str, ...] = (), is_matlab: bool = False
+) -> list[Variable]:
+    """The datasets of numbers of an open file, in groups down to `MAX_DEPTH`, unread.
+
+    Links are left out, unless one has the name of a k-space or is `required` to be a dataset where
+    it is there.
+
+    Args:
+        file: the file.
+        path: of the file.
+        required: names at the top.
+        is_matlab: whether axes come in MATLAB's order, which is the reverse.
+
+    Raises:
+        InputError: a name at the top is no dataset of this file.
+    """
+    for name in file.keys():  # noqa: SIM118 - `in file` follows links
+        if name.lower() in (*KSPACE_NAMES, *required):
+            dataset(file, name, path)
+    found: list[Variable] = []
+    _collect(file, path, "", is_matlab, found)
+    return found
+
+
+def _collect(group: Any, path: Path, prefix: str, is_matlab: bool, found: list[Variable]) -> None:
+    import h5py
+
+    for key in group:
+        if len(found) >= MAX_VARIABLES or not isinstance(
+            group.get(key, getlink=True), h5py.HardLink
+        ):
+            continue
+        each = group[key]
+        if (
+            isinstance(each, h5py.Group)
+            and prefix.count("/") < MAX_DEPTH
+            and not key.startswith("#")
+        ):
+            _collect(each, path, f"{prefix}{key}/", is_matlab, found)
+        if not isinstance(each, h5py.Dataset) or each.shape is None:
+            continue
+        shape = each.shape[::-1] if is_matlab else each.shape
+        readers = _reader(group, key, path, is_matlab), _part_reader(group, key, path, is_matlab)
+        found.append(Variable(prefix + key, shape, each.dtype, *readers))
+
+
+def _reader(group: Any, key: str, path: Path, is_matlab: bool) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        values = dataset(group, key, path)[()]
+        return values.T if is_matlab else values
+
+    return read
+
+
+def _part_reader(
+    group: Any, key: str, path: Path, is_matlab: bool
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    place = group.name
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        with open_hdf5(path) as file:  # parts are read when the file has long been closed
+            values = dataset(file[place], key, path)[index[::-1] if is_matlab else index]
+        return values.T if is_matlab else values
+
+    return read
 
 
 def text(group: Any, key: str, path: Path) -> str | None:

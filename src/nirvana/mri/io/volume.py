@@ -1,6 +1,9 @@
 """Image volumes: NIfTI in and out, `.npy` in."""
 
 import gzip
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +11,19 @@ import numpy as np
 
 from nirvana.errors import InputError
 from nirvana.files import atomic_file
+from nirvana.mri.io.compressed import unpacked
+from nirvana.mri.io.numpy_files import NPY, is_complex_npy, open_npy
 from nirvana.mri.io.scan import UNREADABLE, Spacing, check_size, check_stored, existing
 
-SUFFIXES = (".nii", ".nii.gz", ".npy")
+SUFFIXES = (".nii", ".nii.gz", *NPY)
 
 
 def is_volume(path: str | Path) -> bool:
-    """Whether the name is one that `read_volume` reads."""
-    return Path(path).name.lower().endswith(SUFFIXES)
+    """Whether the file is one that `read_volume` reads: by its name, and of `.npy` by its kind of
+    numbers, since complex ones are k-space."""
+    path = Path(path)
+    name = path.name.lower()
+    return name.endswith(SUFFIXES) and not (name.endswith(NPY) and is_complex_npy(path))
 
 
 def read_volume(path: str | Path) -> np.ndarray:
@@ -35,7 +43,7 @@ def read_volume(path: str | Path) -> np.ndarray:
     path = existing(path)
     if not is_volume(path):
         raise InputError(f"{path} is no image volume; give {', '.join(SUFFIXES)}")
-    volume = _read_npy(path) if path.name.lower().endswith(".npy") else _read_nifti(path)
+    volume = _read_npy(path) if path.name.lower().endswith(NPY) else _read_nifti(path)
     if not np.isfinite(volume).all():
         raise InputError(f"{path} holds NaN or infinite values")
     peak = volume.max()
@@ -47,7 +55,7 @@ def read_volume(path: str | Path) -> np.ndarray:
 def read_spacing(path: str | Path) -> Spacing | None:
     """Distance of slices, rows, columns of `read_volume`'s result, in mm; None where unknown."""
     path = existing(path)
-    if path.name.lower().endswith(".npy"):
+    if path.name.lower().endswith(NPY):
         return None
     image, orientation = _open_nifti(path)
     columns, rows, slices = _canonical(image.header.get_zooms(), orientation)
@@ -55,13 +63,17 @@ def read_spacing(path: str | Path) -> Spacing | None:
 
 
 def read_affine(path: str | Path) -> np.ndarray | None:
-    """The affine of `read_volume`'s result (see `geometry`); None for `.npy`, which has none."""
+    """The affine of `read_volume`'s result (see `geometry`); None where the orientation is unknown:
+    for `.npy`, and for NIfTI whose codes of qform and sform are both 0, which has sizes of voxels
+    alone."""
     import nibabel
 
     path = existing(path)
-    if path.name.lower().endswith(".npy"):
+    if path.name.lower().endswith(NPY):
         return None
     image, orientation = _open_nifti(path)
+    if not (image.header["qform_code"] or image.header["sform_code"]):
+        return None
     shape = image.shape[:3]
     canonical = image.affine @ nibabel.orientations.inv_ornt_aff(orientation, shape)
     columns, rows, _ = _canonical(shape, orientation)
@@ -73,11 +85,8 @@ def read_affine(path: str | Path) -> np.ndarray | None:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:
-        # Refuses pickled objects, archives, and headers that claim more than the file holds.
-        array = np.lib.format.open_memmap(path, mode="r")
-    except UNREADABLE as error:
-        raise InputError(f"{path} cannot be read as an array of numbers: {error}") from error
+    with unpacked(path) as file:
+        array = np.array(open_npy(file))
     if array.ndim != 3 or array.dtype.kind not in "biuf":
         raise InputError(
             f"{path} holds {array.dtype} {array.shape}; it must be real [slices, H, W]"
@@ -106,10 +115,12 @@ def _open_nifti(path: Path) -> tuple[Any, np.ndarray]:
     """The image, header checked and data unread, and how its axes lie in RAS+ (nibabel's form)."""
     import nibabel
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.imageglobals import logger
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        image: Any = nibabel.load(path)
+        with _quiet(logger):  # what nibabel doubts is refused below, or harmless
+            image: Any = nibabel.load(path)
     except (ImageFileError, HeaderDataError, *UNREADABLE) as error:
         raise InputError(f"{path} is no readable NIfTI image: {error}") from error
     if len(image.shape) not in (3, 4) or 0 in image.shape:
@@ -126,6 +137,16 @@ def _open_nifti(path: Path) -> tuple[Any, np.ndarray]:
     return image, orientation
 
 
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _canonical(values: Any, orientation: np.ndarray) -> list[Any]:
     """What belongs to the first three axes of the file, in the order of the RAS+ axes."""
     order = np.argsort(orientation[:, 0])
@@ -138,11 +159,12 @@ def write_nifti(
     """Writes `[slices, H, W]` as float32 NIfTI, atomically, axes in closest canonical order.
 
     Of a volume that was read from a canonical file, every voxel has the index it had there, and the
-    file the affine it had there. Without an affine the orientation is marked as unknown.
+    file the affine it had there. Without an affine the orientation is marked as unknown, and a
+    volume that was read from such a file has the index it had there, too.
 
     Args:
         path: the file, `.nii` or `.nii.gz`.
-        volume: real `[slices, H, W]`.
+        volume: real `[slices, H, W]`; it is read slice by slice.
         affine: see `geometry`.
         spacing: of slices, rows, columns in mm, in place of an affine.
     """
@@ -151,13 +173,16 @@ def write_nifti(
     data = np.asarray(volume, dtype=np.float32).transpose(2, 1, 0)
     if affine is None:
         slices, rows, columns = spacing or (1.0, 1.0, 1.0)
-        image = nibabel.Nifti1Image(data, None)
+        # Readers of such files draw the second axis upwards, as `read_volume` does.
+        image = nibabel.Nifti1Image(data[:, ::-1], None)
         image.header.set_zooms((columns, rows, slices))
     else:
         image = nibabel.as_closest_canonical(nibabel.Nifti1Image(data, affine[:, [2, 1, 0, 3]]))
     image.header.set_xyzt_units("mm")
-    content = image.to_bytes()
-    if Path(path).suffix.lower() == ".gz":
-        content = gzip.compress(content, compresslevel=6, mtime=0)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        if Path(path).suffix.lower() == ".gz":
+            # Without name and time the same image gives the same bytes.
+            with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)

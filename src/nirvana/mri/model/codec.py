@@ -1,23 +1,35 @@
 """The codec: multi-coil k-space to an image, through a frozen language model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nirvana.cuda_graphs import GraphCache, capturable
-from nirvana.errors import InputError
 from nirvana.model.specialist import Specialist, own_state_dict
+from nirvana.mri.classical.common import padded
+from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.model.layout import crop, pad_to_patches, to_channels, to_complex, token_map
 from nirvana.mri.model.unet import build_decoder, build_unet
 from nirvana.mri.model.varnet import Cascade, Sensitivities
 from nirvana.mri.model.vit import PatchEncoder
-from nirvana.mri.physics.fourier import from_middle, ifft2c, rss, to_columns, to_middle
-from nirvana.mri.physics.masks import calibration_columns, require_calibration
-from nirvana.mri.physics.sense import sens_expand, sens_reduce
+from nirvana.mri.physics.fourier import (
+    fft2c,
+    from_middle,
+    ifft2c,
+    keep_sampled,
+    points_first,
+    replace_sampled,
+    rss,
+    to_columns,
+)
+from nirvana.mri.physics.partial_fourier import complete
+from nirvana.mri.physics.pattern import Extent, central_block, checked_pattern, slice_patterns
+from nirvana.mri.physics.sense import combine_coils, principal_coil, sens_expand, sens_reduce
 
 ENCODER_PARTS = ("sensitivities", "encoder_cascades", "encoder", "specialist")
 """Modules of a `CodecModel` before its image decoder: what stage 1 of a training trains."""
@@ -33,7 +45,7 @@ class KspaceEncoding(NamedTuple):
 
     k: Tensor  # complex [B, coils, H, W], in image space along H, see `fourier.to_columns`
     y: Tensor  # the measured k-space, likewise, zero where not measured
-    mask: Tensor  # bool [B or 1, 1, 1, W], the middle of W first
+    mask: Tensor  # bool [B or 1, 1, H or 1, W], see `fourier.points_first`
     sensitivities: Tensor  # complex [B, coils, H, W], the middle of W first
     image: Tensor  # [B, 2, H', W'], combined, padded to patches
     padding: tuple[int, int, int, int]  # of the image, for `layout.crop`
@@ -46,6 +58,21 @@ class CodecOutput(NamedTuple):
     image: Tensor | None
     # [B, M, vocabulary], at position i of text token i + 1; None without text
     logits: Tensor | None
+
+
+class CodecImages(NamedTuple):
+    """Images of some slices, both of the same coil images and on the scale of the input."""
+
+    magnitude: Tensor  # [B, H, W], root sum of squares
+    combined: Tensor  # complex [B, H, W], by the sensitivities, see `sense.combine_coils`
+
+
+class SliceBatch(NamedTuple):
+    """Some slices of a scan, as `CodecModel.forward` takes them."""
+
+    kspace: Tensor  # complex64 [B, coils, H, W], zero where not measured
+    mask: Tensor  # bool [W] or [B or 1, H or 1, W]
+    calibration: Tensor  # bool of the same shape, or complex64 [B, coils, H, W]
 
 
 class CodecModel(nn.Module):
@@ -100,11 +127,12 @@ class CodecModel(nn.Module):
 
         Args:
             y: complex `[B, coils, H, W]`, zero where not measured.
-            mask: bool `[W]` or `[B, W]`, the measured columns.
+            mask: bool `[W]` or `[B, W]`, the measured columns, or `[B or 1, H, W]`, points.
             calibration: bool of the same shape, their central block, see
-                `masks.calibration_columns`.
-            scale: `[B]`, the brightness that is treated as 1; `volume_scale` gives that of a whole
-                volume.
+                `masks.calibration_columns`; or complex `[B, coils, H, W]`, samples of a separate
+                scan from which the sensitivities are estimated.
+            scale: `[B]`, the brightness that is treated as 1; `Acquisition.scale` is that of a
+                whole volume.
             text: int64 `[B, M]`, token ids of prompt and report, which the backbone reads after the
                 image.
             image: whether the image is computed.
@@ -124,9 +152,12 @@ class CodecModel(nn.Module):
         self, y: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor
     ) -> KspaceEncoding:
         """Sensitivities, first cascades and combined image; arguments as of `forward`."""
-        mask, calibration = (to_middle(m).view(-1, 1, 1, m.shape[-1]) for m in (mask, calibration))
-        y = to_columns(y) * mask / scale[:, None, None, None]
-        sensitivities = self.sensitivities(y, calibration)
+        mask = _broadcast(mask)
+        y = keep_sampled(to_columns(y), mask) / scale[:, None, None, None]
+        separate = calibration.is_complex()
+        sensitivities = self.sensitivities(
+            to_columns(calibration) if separate else keep_sampled(y, _broadcast(calibration))
+        )
         k = y
         for cascade in self.encoder_cascades:
             k = cascade(k, y, mask, sensitivities)
@@ -147,6 +178,11 @@ class CodecModel(nn.Module):
         Returns:
             Magnitude images, real `[B, H, W]`.
         """
+        return from_middle(rss(self._coil_images(encoding, hidden))) * scale[:, None, None]
+
+    def _coil_images(self, encoding: KspaceEncoding, hidden: Tensor | None) -> Tensor:
+        """Complex `[B, coils, H, W]`, the middle of W first, divided by the input's scale; see
+        `decode_image`."""
         k, y, mask, sensitivities, image, padding = encoding
         if self.config.correction != "none":
             maps = () if hidden is None else (token_map(hidden, image.shape[2]),)
@@ -154,10 +190,8 @@ class CodecModel(nn.Module):
             k = k + sens_expand(correction, sensitivities)
         for cascade in self.image_cascades:
             k = cascade(k, y, mask, sensitivities)
-        coils = torch.fft.ifft(torch.where(mask, y, k), norm="ortho")
-        return from_middle(rss(coils)) * scale[:, None, None]
+        return torch.fft.ifft(replace_sampled(k, y, mask), norm="ortho")
 
-    @torch.inference_mode()
     def reconstruct(
         self,
         kspace: Tensor,
@@ -169,7 +203,7 @@ class CodecModel(nn.Module):
 
         Args:
             kspace: complex `[slices, coils, H, W]`.
-            mask: bool `[W]`; columns outside it are ignored.
+            mask: bool, see `physics.pattern`; what lies outside of it is ignored.
             batch_size: slices at once.
             progress: called with the number of slices just done.
 
@@ -177,47 +211,113 @@ class CodecModel(nn.Module):
             float32 `[slices, H, W]` on the CPU.
 
         Raises:
-            InputError: the mask has another width, or no central block of two columns from which
+            InputError: the mask has another size, or no central block of two columns from which
                 the coils could be calibrated.
         """
-        if mask.shape != kspace.shape[-1:]:
-            raise InputError(
-                f"the mask has {tuple(mask.shape)} columns, k-space has {kspace.shape[-1]}"
-            )
-        require_calibration(mask, "the mask")
-        device = next(self.parameters()).device
-        calibration = calibration_columns(mask).to(device)
-        mask = mask.to(device)
-        scale = volume_scale(kspace, mask)
-
-        def image_of(*inputs: Tensor) -> Tensor:
-            return self(*inputs).image
-
-        graphed = device.type == "cuda" and capturable()
+        pattern = checked_pattern(mask.cpu().numpy(), tuple(kspace.shape), "k-space")
         images = []
-        for part in kspace.split(batch_size):
-            part = part.to(device, torch.complex64)
-            inputs = (part, mask, calibration, scale.expand(len(part)))
-            image = self._graphs(self, image_of, *inputs) if graphed else image_of(*inputs)
-            images.append(image.float().cpu())
+        for part in self.images(Acquisition(kspace.cpu().numpy(), pattern), batch_size):
+            images.append(part.magnitude)
             if progress is not None:
-                progress(len(part))
+                progress(len(part.magnitude))
         return torch.cat(images)
 
+    @torch.inference_mode()
+    def images(self, acquisition: Acquisition, batch_size: int = 4) -> Iterator[CodecImages]:
+        """Reconstructs a scan, one batch of slices after another.
 
-def volume_scale(kspace: Tensor, mask: Tensor) -> Tensor:
-    """The brightest pixel of a volume's zero-filled root-sum-of-squares images.
+        Args:
+            acquisition: the measured k-space.
+            batch_size: slices at once.
+
+        Yields:
+            The images of each batch, float32 and complex64 on the CPU.
+
+        Raises:
+            InputError: the coils cannot be calibrated.
+        """
+        acquisition.require_calibration()
+        device, extent = self.device, acquisition.extent
+        scale = torch.tensor(acquisition.scale, device=device)
+        coil = principal_coil(torch.from_numpy(acquisition.coil_gram)).to(device)
+        # The completion of a missing side moves windows to the device, which no graph may.
+        graphed = device.type == "cuda" and capturable() and extent is None
+        for batch in slice_batches(acquisition, batch_size, device):
+            brightness = scale.expand(len(batch.kspace))
+            if graphed:
+                found = self._graphs(self, self.batch_images, *batch, brightness, coil)
+            else:
+                found = self.batch_images(*batch, brightness, coil, extent)
+            yield CodecImages(found.magnitude.float().cpu(), found.combined.cpu())
+
+    def batch_images(
+        self,
+        y: Tensor,
+        mask: Tensor,
+        calibration: Tensor,
+        scale: Tensor,
+        coil: Tensor,
+        extent: Extent | None = None,
+    ) -> CodecImages:
+        """The images of a batch; arguments as of `forward`, `sense.combine_coils` and
+        `partial_fourier.complete`."""
+        encoding = self.encode_kspace(y, mask, calibration, scale)
+        hidden = None
+        if self.config.correction == "tokens":
+            hidden, _ = self.specialist(self.encoder(encoding.image), None)
+        coils = from_middle(self._coil_images(encoding, hidden))
+        if extent is not None:
+            coils = torch.stack([ifft2c(complete(k, extent)) for k in fft2c(coils)])
+        images = rss(coils), combine_coils(coils, from_middle(encoding.sensitivities), coil)
+        return CodecImages(*(image * scale[:, None, None] for image in images))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codec's parameters are."""
+        return next(self.parameters()).device
+
+
+def slice_batches(
+    acquisition: Acquisition, batch_size: int, device: torch.device
+) -> Iterator[SliceBatch]:
+    """The slices of a scan, some at a time.
 
     Args:
-        kspace: complex `[slices, coils, H, W]`.
-        mask: bool `[W]`, on the device where this is computed.
-
-    Returns:
-        A float32 scalar above 0.
+        acquisition: the measured k-space.
+        batch_size: slices at once.
+        device: where they are put.
     """
-    parts = (part.to(mask.device, torch.complex64) * mask for part in kspace.split(8))
-    brightest = torch.stack([rss(ifft2c(part)).max() for part in parts]).max()
-    return brightest.clamp(min=torch.finfo(torch.float32).tiny)
+    pattern = acquisition.pattern
+    for first in range(0, len(acquisition), batch_size):
+        indices = range(first, min(first + batch_size, len(acquisition)))
+        mask = pattern if pattern.ndim == 1 else slice_patterns(pattern)
+        if pattern.ndim == 3 and len(pattern) > 1:
+            mask = pattern[first : indices.stop]
+        if acquisition.reference is None:
+            calibration = _central(mask, acquisition.size[0])
+        else:
+            blocks = [padded(acquisition.calibration(i), acquisition.size) for i in indices]
+            calibration = np.stack(blocks)
+        kspace = np.stack([acquisition.slice(index) for index in indices])
+        arrays = (torch.from_numpy(x).to(device) for x in (kspace, np.array(mask), calibration))
+        yield SliceBatch(*arrays)
+
+
+def _central(masks: np.ndarray, height: int) -> np.ndarray:
+    """The central blocks of masks `[W]` or `[B, H or 1, W]`, bool of the same shape."""
+    central = np.zeros_like(masks)
+    parts = zip(masks, central, strict=True) if masks.ndim == 3 else [(masks[None], central[None])]
+    for mask, block in parts:
+        rows, columns = central_block(mask, height)
+        block[rows if len(mask) > 1 else slice(None), columns] = True
+    return central
+
+
+def _broadcast(mask: Tensor) -> Tensor:
+    """A mask of `CodecModel.forward` as `[B or 1, 1, H or 1, W]`, see `fourier.points_first`."""
+    if mask.ndim < 3:
+        mask = mask.view(-1, 1, mask.shape[-1])
+    return points_first(mask)[:, None]
 
 
 def _cascades(count: int, config: CodecConfig) -> nn.ModuleList:

@@ -2,8 +2,8 @@
 
 The networks work on k-space that is in image space along H (`fourier.to_columns`): the transform
 along H commutes with the sampling of whole columns and is done once, and a cascade transforms along
-W alone. Along W both spaces begin with their middle, which saves a copy of all coils before and
-after every transform.
+W alone, unless single points are sampled. Along W both spaces begin with their middle, which saves
+a copy of all coils before and after every transform.
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.model.layout import crop, pad_to_patches, to_channels, to_complex
 from nirvana.mri.model.unet import build_unet
-from nirvana.mri.physics.fourier import from_middle, rss, to_middle
+from nirvana.mri.physics.fourier import from_middle, keep_sampled, rss, to_middle
 from nirvana.mri.physics.sense import sens_expand, sens_reduce
 
 
 class Sensitivities(nn.Module):
-    """Coil sensitivities from the calibration columns, by one U-Net on each coil's image, scaled to
+    """Coil sensitivities from calibration samples, by one U-Net on each coil's image, scaled to
     sum_c |S_c|^2 = 1 in every pixel.
 
     A "residual" U-Net corrects that image, which is a first estimate; an "instance" one replaces
@@ -29,17 +29,17 @@ class Sensitivities(nn.Module):
         self.net = ComplexNet(config, config.sensitivity_features)
         self.adds = config.unet == "residual"
 
-    def forward(self, k: Tensor, calibration: Tensor) -> Tensor:
+    def forward(self, calibration: Tensor) -> Tensor:
         """Estimates the sensitivities.
 
         Args:
-            k: complex `[B, coils, H, W]`, in image space along H.
-            calibration: bool `[B or 1, 1, 1, W]`, the contiguous central columns.
+            calibration: complex `[B, coils, H, W]`, in image space along H, zero outside of the
+                block around the origin that was fully sampled.
 
         Returns:
             Complex `[B, coils, H, W]`, the middle of W first.
         """
-        coils = from_middle(torch.fft.ifft(k * calibration, norm="ortho"))
+        coils = from_middle(torch.fft.ifft(calibration, norm="ortho"))
         maps = self.net(coils.flatten(0, 1)).view_as(coils)
         if self.adds:
             maps = coils + maps
@@ -86,8 +86,8 @@ class Cascade(nn.Module):
         Args:
             k: complex `[B, coils, H, W]`, in image space along H.
             y: the measured k-space, likewise.
-            mask: bool `[B or 1, 1, 1, W]`.
+            mask: bool `[B or 1, 1, H or 1, W]`, see `fourier.points_first`.
             sensitivities: of `Sensitivities`.
         """
         correction = self.refine(sens_reduce(k, sensitivities))
-        return k - self.eta * mask * (k - y) - sens_expand(correction, sensitivities)
+        return k - self.eta * keep_sampled(k - y, mask) - sens_expand(correction, sensitivities)

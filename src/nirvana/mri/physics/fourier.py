@@ -45,6 +45,38 @@ def to_columns(kspace: Tensor) -> Tensor:
     return torch.fft.fftshift(rows, dim=-2)
 
 
+def points_first(mask: Tensor) -> Tensor:
+    """A mask in the order that `keep_sampled` takes: the middle of W first and, unless whole
+    columns are sampled, that of H, too.
+
+    Args:
+        mask: bool `[..., 1, W]` of whole columns, or `[..., H, W]` of points.
+    """
+    dims = (-1,) if mask.shape[-2] == 1 else (-2, -1)
+    return torch.fft.ifftshift(mask, dim=dims)
+
+
+def keep_sampled(columns: Tensor, mask: Tensor) -> Tensor:
+    """The sampled part M k of k-space, both as of `to_columns`.
+
+    Args:
+        columns: complex `[..., H, W]`.
+        mask: bool, see `points_first`. A mask of points does not commute with the transform along
+            H, which is done and undone.
+    """
+    if mask.shape[-2] == 1:
+        return columns * mask
+    rows = torch.fft.fft(torch.fft.ifftshift(columns, dim=-2), dim=-2, norm="ortho")
+    return torch.fft.fftshift(torch.fft.ifft(rows * mask, dim=-2, norm="ortho"), dim=-2)
+
+
+def replace_sampled(columns: Tensor, measured: Tensor, mask: Tensor) -> Tensor:
+    """K-space with its sampled part replaced, k - M (k - y); arguments as of `keep_sampled`."""
+    if mask.shape[-2] == 1:
+        return torch.where(mask, measured, columns)
+    return columns - keep_sampled(columns - measured, mask)
+
+
 def rss(x: Tensor, dim: int = -3) -> Tensor:
     """Root-sum-of-squares magnitude sqrt(sum_c |x_c|^2) over the coil dimension `dim`.
 

@@ -1,7 +1,8 @@
-"""Sampling masks of Cartesian acquisitions: drawn, found in k-space, and their central block.
+"""Sampling masks of whole columns, drawn for Cartesian acquisitions, and their central block.
 
-K-space is complex, `[..., coils, H, W]`: H is the readout direction, W the phase-encoding one,
-and whole columns of W are measured or left out. The centre of k-space lies at `[H // 2, W // 2]`.
+K-space is complex, `[..., coils, H, W]`: H is the readout direction, W the phase-encoding one. The
+centre of k-space lies at `[H // 2, W // 2]`. Patterns of measured scans, which may also be of
+single points, are in `pattern`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nirvana.errors import InputError
+from nirvana.mri.physics.pattern import central_width
 
 MaskKind = Literal["equispaced", "random"]
 MASK_KINDS: tuple[MaskKind, ...] = ("equispaced", "random")
@@ -104,46 +106,10 @@ def _checked_center(
     return num_center
 
 
-def calibration_width(mask: Tensor | np.ndarray) -> int:
-    """Width of the fully sampled block in the middle of k-space, in columns.
-
-    The largest n for which the n columns from `W // 2 - n // 2` on are all sampled; 0 when the
-    middle column is not.
-
-    Args:
-        mask: bool `[W]`.
-    """
-    sampled = torch.as_tensor(mask).bool().cpu().numpy()
-    middle = len(sampled) // 2
-    holes = np.flatnonzero(~sampled)
-    left = middle - max((hole for hole in holes if hole <= middle), default=-1) - 1
-    right = min((hole for hole in holes if hole >= middle), default=len(sampled)) - middle
-    if right == 0:
-        return 0
-    return int(min(2 * left + 1, 2 * right))
-
-
-def require_calibration(mask: Tensor, name: object) -> None:
-    """Checks that coils can be calibrated.
-
-    Args:
-        mask: bool `[W]`.
-        name: of the scan, for the error.
-
-    Raises:
-        InputError: fewer than two contiguous columns in the middle are sampled.
-    """
-    width = calibration_width(mask)
-    if width < 2:
-        raise InputError(
-            f"{name}: {width} contiguous columns in the middle of k-space are sampled; coil "
-            "sensitivities need at least 2 in the centre"
-        )
-
-
 def calibration_columns(mask: Tensor) -> Tensor:
-    """The central block of `calibration_width` columns of a mask `[W]`: bool `[W]` on the CPU."""
-    width, middle = calibration_width(mask), len(mask) // 2
+    """The fully sampled block of columns in the middle of a mask `[W]`, see
+    `pattern.central_width`: bool `[W]` on the CPU."""
+    width, middle = central_width(mask.cpu().numpy()), len(mask) // 2
     columns = torch.arange(len(mask))
     return (columns >= middle - width // 2) & (columns < middle - width // 2 + width)
 
@@ -152,47 +118,3 @@ def find_mask(kspace: Tensor | np.ndarray) -> Tensor:
     """Columns of k-space `[..., coils, H, W]` that hold anything but zeros: bool `[W]`, CPU."""
     measured = torch.as_tensor(kspace) != 0
     return measured.reshape(-1, measured.shape[-1]).any(dim=0).cpu()
-
-
-def require_columns(kspace: Tensor | np.ndarray, name: object) -> None:
-    """Checks that k-space consists of whole columns, the same in every slice that is not empty.
-
-    A tenth of the samples may be exactly zero, as happens with numbers of few bits.
-
-    Args:
-        kspace: complex `[slices, coils, H, W]`.
-        name: of the scan, for the error.
-
-    Raises:
-        InputError: it does not.
-    """
-    columns = find_mask(kspace)
-    for number, part in enumerate(kspace):
-        measured = (torch.as_tensor(part) != 0).any(dim=0).cpu()
-        rows, own = measured.any(dim=1), measured.any(dim=0)
-        if not rows.any():
-            continue
-        if is_undersampled(rows):
-            raise InputError(
-                f"{name}: slice {number} lacks rows of k-space; phase encoding must run along the "
-                "last axis, so that whole columns are measured or left out"
-            )
-        if measured[rows][:, own].float().mean() < 0.9:
-            raise InputError(
-                f"{name}: slice {number} holds scattered points of k-space; whole columns must be "
-                "measured or left out"
-            )
-        if own.sum() < 0.9 * columns.sum():
-            raise InputError(
-                f"{name}: slice {number} holds other columns of k-space than the others; they must "
-                "be the same in every slice"
-            )
-
-
-def is_undersampled(mask: Tensor | np.ndarray) -> bool:
-    """Whether columns are missing between sampled ones in a mask `[W]`.
-
-    Empty columns at the two sides alone are zero-padding, which fully sampled scans have, too.
-    """
-    columns = torch.as_tensor(mask).cpu().nonzero().flatten()
-    return len(columns) == 0 or int(columns[-1] - columns[0]) + 1 != len(columns)

@@ -64,3 +64,37 @@ def sens_reduce(k: Tensor, sensitivities: Tensor) -> Tensor:
 def sens_expand(image: Tensor, sensitivities: Tensor) -> Tensor:
     """F S x, the adjoint of `sens_reduce`: image `[B, H, W]` to k-space `[B, coils, H, W]`."""
     return torch.fft.fft(sensitivities * to_middle(image)[:, None], norm="ortho")
+
+
+def combine_coils(coils: Tensor, sensitivities: Tensor, coil: Tensor) -> Tensor:
+    """The complex image of coil images, x = e^(i a) sum_c conj(S_c) x_c.
+
+    Sensitivities are known up to a phase in every pixel. a = arg sum_c S_c conj(p_c) chooses it
+    so that a combination p of the coils, the same in all pixels and slices, has a real positive
+    sensitivity: the phase of x is the one that a single coil p would have measured.
+
+    Args:
+        coils: complex `[..., coils, H, W]`.
+        sensitivities: likewise, sum_c |S_c|^2 = 1 or 0 in every pixel.
+        coil: p, complex `[coils]`, see `principal_coil`.
+
+    Returns:
+        Complex `[..., H, W]`; |x| is at most the root sum of squares of the coil images.
+    """
+    seen = (sensitivities * coil.conj()[:, None, None]).sum(-3)
+    return torch.sgn(seen) * (sensitivities.conj() * coils).sum(-3)
+
+
+def principal_coil(gram: Tensor) -> Tensor:
+    """The first principal component of the coils.
+
+    Args:
+        gram: complex `[coils, coils]`, sum over samples of k_c conj(k_d).
+
+    Returns:
+        Complex64 `[coils]` of unit norm, on the device of `gram`; the largest of its numbers is
+        real and positive, so that equal data give an equal phase on any machine.
+    """
+    vector = torch.linalg.eigh(gram.to("cpu", torch.complex128)).eigenvectors[:, -1]
+    largest = vector[vector.abs().argmax()]
+    return (vector * (largest.abs() / largest)).to(gram.device, torch.complex64)

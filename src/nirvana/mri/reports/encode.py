@@ -6,6 +6,7 @@ both come from the scan's affine.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from nirvana.errors import InputError
 from nirvana.mri.anatomy.brain_slices import GRID, PIXEL
-from nirvana.mri.io import Scan
+from nirvana.mri.data.acquisition import Acquisition
+from nirvana.mri.io import Scan, in_file_axes
 from nirvana.mri.io.geometry import spacing_of
-from nirvana.mri.model.codec import CodecModel, volume_scale
+from nirvana.mri.model.codec import CodecModel, slice_batches
 from nirvana.mri.model.layout import crop
 from nirvana.mri.physics.fourier import rss
-from nirvana.mri.physics.masks import calibration_columns
 from nirvana.mri.reports.reporter import Reporter
 
 
@@ -31,36 +32,51 @@ class View:
         spacing: of slices, rows and columns in mm.
         flip_rows: whether the first row is posterior.
         flip_columns: whether the first column is on the patient's left.
-        known: whether the scan has an orientation; otherwise its images are assumed to be in
-            radiological convention.
+        swapped: whether rows and columns are exchanged before that: of a scan whose phase encoding
+            runs along the rows of its file, the axes are those of the file.
+        orientation: where it is known from; images of unknown orientation are read as if they were
+            in radiological convention, and nothing may be claimed about their sides.
     """
 
     spacing: tuple[float, float, float]
     flip_rows: bool = False
     flip_columns: bool = False
-    known: bool = True
+    swapped: bool = False
+    orientation: Literal["of the scan", "as given", "unknown"] = "of the scan"
+
+    @property
+    def known(self) -> bool:
+        """Whether sides of the images are sides of the patient."""
+        return self.orientation != "unknown"
 
 
-def view_of(scan: Scan) -> View:
+def view_of(scan: Scan, radiological: bool = False) -> View:
     """The view of a scan by its affine or, without one, by its spacing.
+
+    Args:
+        scan: the scan.
+        radiological: the images of a scan without an orientation are in radiological convention.
 
     Raises:
         InputError: the scan has neither, or its slices are not axial from bottom to top.
     """
-    if scan.affine is None:
-        if scan.spacing is None:
+    swapped = scan.phase_encode == "rows"
+    _, spacing, affine = in_file_axes(np.empty((0, 0, 0)), scan)
+    if affine is None:
+        if spacing is None:
             raise InputError(
                 f"{scan.name}: the size of its pixels is unknown, and sizes in mm need it; give a "
                 "NIfTI volume or a scan with a header"
             )
-        return View(scan.spacing, known=False)
-    directions = scan.affine[:3, :3] / np.linalg.norm(scan.affine[:3, :3], axis=0)
+        orientation = "as given" if radiological else "unknown"
+        return View(spacing, swapped=swapped, orientation=orientation)
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     slices, rows, columns = directions.T
     if min(abs(slices[2]), abs(rows[1]), abs(columns[0])) < 0.7 or slices[2] < 0:
         raise InputError(
             f"{scan.name}: its slices are not axial from bottom to top; reports are of axial slices"
         )
-    return View(spacing_of(scan.affine), bool(rows[1] > 0), bool(columns[0] > 0))
+    return View(spacing_of(affine), bool(rows[1] > 0), bool(columns[0] > 0), swapped)
 
 
 def encode(
@@ -99,7 +115,9 @@ def encode(
 
 
 def to_grid(image: Tensor, view: View) -> Tensor:
-    """Images `[B, 2, H, W]` flipped, resampled to `PIXEL` and cropped or zero-padded to `GRID`."""
+    """Images `[B, 2, H, W]` turned, resampled to `PIXEL` and cropped or zero-padded to `GRID`."""
+    if view.swapped:
+        image = image.transpose(2, 3)
     flipped = [dim for dim, flip in ((2, view.flip_rows), (3, view.flip_columns)) if flip]
     image = image.flip(flipped)
     size = [
@@ -116,8 +134,7 @@ def to_grid(image: Tensor, view: View) -> Tensor:
 @torch.inference_mode()
 def encode_scan(
     reporter: Reporter,
-    kspace: Tensor,
-    mask: Tensor,
+    acquisition: Acquisition,
     view: View,
     batch_size: int = 4,
     progress: Callable[[int], None] | None = None,
@@ -126,8 +143,7 @@ def encode_scan(
 
     Args:
         reporter: whose codec encodes the slices, also mirrored if it reads both.
-        kspace: complex `[slices, coils, H, W]`, zero outside the mask.
-        mask: bool `[W]`.
+        acquisition: the measured k-space.
         view: of the scan.
         batch_size: slices at once.
         progress: called with the number of slices just encoded.
@@ -137,14 +153,10 @@ def encode_scan(
         brightest pixel of the zero-filled scan 1.
     """
     model = reporter.model
-    device = next(model.parameters()).device
-    calibration = calibration_columns(mask).to(device)
-    mask = mask.to(device)
-    scale = volume_scale(kspace, mask)
-    for part in kspace.split(batch_size):
-        part = part.to(device, torch.complex64)
-        inputs = (part, mask, calibration, scale.expand(len(part)))
-        tokens, image = encode(model, *inputs, view, reporter.mirrored)
+    scale = torch.tensor(acquisition.scale, device=model.device)
+    for batch in slice_batches(acquisition, batch_size, model.device):
+        brightness = scale.expand(len(batch.kspace))
+        tokens, image = encode(model, *batch, brightness, view, reporter.mirrored)
         yield tokens, rss(image).float().cpu()
         if progress is not None:
-            progress(len(part))
+            progress(len(batch.kspace))

@@ -13,7 +13,12 @@ WIDTH = 4.6
 
 
 def report_panel(
-    path: str | Path, image: np.ndarray, reading: Reading, marked: np.ndarray | None, title: str
+    path: str | Path,
+    image: np.ndarray,
+    reading: Reading,
+    marked: np.ndarray | None,
+    title: str,
+    sides_known: bool = True,
 ) -> None:
     """Writes a PNG, atomically: the slice in radiological convention with its finding's lobe
     outlined, the report, the probability of each fact, and the disclaimer.
@@ -24,6 +29,7 @@ def report_panel(
         reading: of the slice.
         marked: bool `[H, W]` of `localize.lobe_region`, or None.
         title: a line on top.
+        sides_known: whether the patient's right and left are marked.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,7 +44,7 @@ def report_panel(
     axes.imshow(image, cmap="gray", vmin=0, vmax=float(np.quantile(image, 0.998)) or 1.0)
     if marked is not None:
         axes.contour(marked, [0.5], colors=MARK, linewidths=1.4)
-    for x, letter in ((0.02, "R"), (0.98, "L")):  # the patient's
+    for x, letter in ((0.02, "R"), (0.98, "L")) if sides_known else ():  # the patient's
         axes.text(
             x, 0.5, letter, color=INK, fontsize=13, transform=axes.transAxes, va="center",
             ha="left" if letter == "R" else "right",
@@ -49,7 +55,8 @@ def report_panel(
     lines += ["", *_facts(reading)]
     if reading.facts.finding:
         outline = "its lobe is outlined" if marked is not None else "its lobe could not be outlined"
-        lines += ["", *_wrapped(f"({outline}; R and L are the patient's)", 44)]
+        sides = "R and L are the patient's" if sides_known else "which side is left is unknown"
+        lines += ["", *_wrapped(f"({outline}; {sides})", 44)]
     figure.text(
         left, 1 - 0.75 / size[1], "\n".join(lines), color=INK, fontsize=11, va="top",
         linespacing=1.5,

@@ -2,7 +2,8 @@
 
 A wording is a template for one lesion, one for several, and a sentence for none. Every wording
 states the number of lesions before the other facts, because its form depends on it. Place and size
-are those of the largest lesion. Sides are the patient's (see `lobes`).
+are those of the largest lesion. Sides are the patient's (see `lobes`); where the orientation of the
+images is unknown a report has "left or right" in the place of a side.
 """
 
 import re
@@ -20,6 +21,7 @@ NUMBERS = ("one", "two", "three", "four", "five")
 SIZES = (3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)
 """Sizes in mm that longest diameters are rounded to, about evenly spaced in their logarithm."""
 LARGEST_SIZE = 200
+UNKNOWN_SIDE = "left or right"
 assert len(NUMBERS) == MAX_COUNT
 
 
@@ -31,7 +33,7 @@ class Facts:
         finding: whether there is a lesion; without one all other facts are None.
         count: number of lesions, 1 to 5.
         type: one of `KINDS`.
-        side: the patient's, "left" or "right", of the largest lesion.
+        side: the patient's, "left" or "right", of the largest lesion; None where it is unknown.
         lobe: one of `LOBES`, of the largest lesion.
         size: longest diameter of the largest lesion in whole mm, 1 to 200.
         signal: one of `SIGNALS`, relative to normal brain.
@@ -54,6 +56,8 @@ class Facts:
             if not self.finding:
                 if value is not None:
                     raise InputError(f"{slot} = {value!r} without a finding; it must be left out")
+            elif slot == "side" and value is None:
+                continue
             elif isinstance(value, bool) or value not in VALUES[slot]:
                 raise InputError(f"{slot} = {value!r} is no {slot} that a report can have")
 
@@ -202,6 +206,8 @@ def _word(name: str, value: Any) -> str:
         return NUMBERS[value - 1].capitalize()
     if name == "types":
         return _plural(value)
+    if name == "side" and value is None:
+        return UNKNOWN_SIDE
     return str(value)
 
 
@@ -217,6 +223,8 @@ def _value(name: str, word: str) -> Any:
         return NUMBERS.index(word.lower()) + 1
     if name == "types":
         return next(kind for kind in KINDS if _plural(kind) == word)
+    if word == UNKNOWN_SIDE:
+        return None
     return int(word) if name == "size" else word
 
 
@@ -237,6 +245,8 @@ def _words(name: str) -> list[str]:
     """Patterns of the possible texts of a field; sizes have no leading zeros."""
     if name == "size":
         return ["[1-9][0-9]{0,2}"]
+    if name == "side":
+        return [UNKNOWN_SIDE, *SIDES]
     return [re.escape(_word(name, value)) for value in VALUES[_slot(name)]]
 
 

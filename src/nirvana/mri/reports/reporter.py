@@ -21,7 +21,17 @@ from nirvana.mri.anatomy.lobes import LOBES, SIDES
 from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.model.report_tokens import ReportTokens
-from nirvana.mri.reports.grammar import KINDS, NORMAL, NUMBERS, SIZES, SLOTS, Facts, pieces, write
+from nirvana.mri.reports.grammar import (
+    KINDS,
+    NORMAL,
+    NUMBERS,
+    SIZES,
+    SLOTS,
+    Facts,
+    parse_wording,
+    pieces,
+    write,
+)
 from nirvana.packaged import resolve
 
 DISCLAIMER = "Research software, not for diagnosis."
@@ -47,7 +57,7 @@ class Reading:
         facts: the most probable ones, each given those before it in the wording.
         finding: probability of a finding, 0..1.
         probabilities: fact -> value -> probability, given a finding and the decided facts before it
-            in the wording; sums to 1 over the values.
+            in the wording; sums to 1 over the values. Nothing of the side where it is unknown.
         text: the report.
     """
 
@@ -56,11 +66,22 @@ class Reading:
     probabilities: dict[str, dict[Any, float]]
     text: str
 
+    def without_side(self) -> "Reading":
+        """The same reading of an image of unknown orientation, of which no side is known."""
+        if not self.facts.finding:
+            facts, text = self.facts, self.text
+        else:
+            facts = replace(self.facts, side=None)
+            text = write(facts, parse_wording(self.text)[1])
+        others = {slot: values for slot, values in self.probabilities.items() if slot != "side"}
+        return Reading(facts, self.finding, others, text)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: text, facts, their probabilities, and those of all values."""
         chosen = {"finding": self.finding if self.facts.finding else 1 - self.finding}
         if self.facts.finding:
-            chosen |= {slot: self.probabilities[slot][getattr(self.facts, slot)] for slot in SLOTS}
+            known = (slot for slot in SLOTS if slot in self.probabilities)
+            chosen |= {slot: self.probabilities[slot][getattr(self.facts, slot)] for slot in known}
         return {
             "text": self.text,
             "facts": self.facts.to_dict(),

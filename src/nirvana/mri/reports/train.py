@@ -33,7 +33,7 @@ from nirvana.mri.reports.score import auc
 from nirvana.packaged import resolve
 from nirvana.train.checkpoint import latest, restore
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.distributed import ProcessContext, init_distributed
+from nirvana.train.distributed import init_distributed
 from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.task import Task
 
@@ -63,9 +63,6 @@ class ReportSection:
     # trained; 0 trains them by the reports
     image_weight: float = 1.0
     freeze_frontend: bool = False  # trains nothing before the combined image; steps are faster
-    # what the encoder starts from: the folder of another run, whose backbone may be of another kind
-    # and the same width, or a codec that was trained on reports ("reporter" is the packaged one)
-    start: str = ""
     valid: list[str] = field(default_factory=list)  # subjects to validate on
     valid_slices: int = 256  # of them
 
@@ -154,32 +151,32 @@ class ReportTask(Task):
             and (not name.startswith(CODEC) or in_encoder(name.removeprefix(CODEC)))
         )
 
-    def prepare(self, world: ProcessContext, compiled: bool) -> None:
-        """Starts from another encoder, if one is given, but keeps the parameters between tokens and
-        backbone, which are scaled to this backbone's embeddings."""
-        super().prepare(world, compiled)
-        start = self.config.data.start
-        if not start:
-            return
-        checkpoint = latest(start)
+    def initialize(self, initial: str) -> None:
+        """Starts from another encoder: the folder of a run, whose backbone may be of another kind
+        and the same width, or a codec that was trained on reports ("reporter" is the packaged one).
+
+        The parameters between tokens and backbone, which are scaled to this backbone's embeddings,
+        are kept. See `Task.initialize`.
+        """
+        checkpoint = latest(initial)
         if checkpoint is None:
-            return self._start_from_codec(start)
+            return self._start_from_codec(initial)
         adapter = [p for name, p in self._encoder() if name.startswith(ADAPTER)]
         own = [p.detach().clone() for p in adapter]
         try:
             restore(checkpoint, self.model, self._encoder())
         except InputError as error:
-            raise InputError(f"data.start = {start!r} has another encoder: {error}") from error
+            raise InputError(f"run.initial = {initial!r} has another encoder: {error}") from error
         with torch.no_grad():
             for parameter, value in zip(adapter, own, strict=True):
                 parameter.copy_(value)
 
-    def _start_from_codec(self, start: str) -> None:
+    def _start_from_codec(self, initial: str) -> None:
         """Takes the encoder of a saved codec. The auxiliary heads start anew, and so do cascades
         beyond those of the saved codec, which initially only restore the measured columns."""
-        where = f"data.start = {start!r}"
+        where = f"run.initial = {initial!r}"
         try:
-            saved = read_weights(resolve(start, "MRI reporter"))
+            saved = read_weights(resolve(initial, "MRI reporter"))
         except InputError as error:
             raise InputError(f"{where}: there is no checkpoint, and {error}") from error
         known = {name.split(".")[1] for name in saved if name.startswith("encoder_cascades.")}
@@ -269,9 +266,9 @@ class ReportTask(Task):
             pairs = zip(batch.facts, sides, strict=True)
             right += [each.side == SIDES[side] for each, side in pairs if each.finding]
         figures = {f"{name}_auc": auc(x, present) for name, x in scores.items() if x}
+        # With few slices all may be of one kind, and areas or sides are then undefined.
         figures["facts_side"] = sum(right) / len(right) if right else math.nan
-        # With few slices all may be of one kind, and an area is then undefined.
-        return {name: value for name, value in figures.items() if math.isfinite(value)}
+        return figures
 
     def export(self, folder: Path) -> None:
         """Writes a codec that `load_reporter` reads."""
@@ -292,7 +289,7 @@ def train_reporter(config: ReportConfig, resume: bool = False) -> Outcome:
     Raises:
         InputError: the configuration, the brain slices or the run's folder is wrong.
     """
-    read = [config.data.brain_slices, config.data.start or None, config.codec.weights]
+    read = [config.data.brain_slices, config.run.initial or None, config.codec.weights]
     check_run(config.run.out, None, read)
     with init_distributed(config.run.device) as world:
         torch.manual_seed(config.run.seed)

@@ -62,7 +62,6 @@ class StageSection:
     # "1": the encoder, on reports; "2": the decoder and the cascades after it, on images, with the
     # encoder frozen; "joint": everything at once
     name: Literal["1", "2", "joint"] = "joint"
-    initial: str = ""  # folder of the codec to start from: for stage 2 that of stage 1
     prompt: str = PROMPT  # what the backbone reads between image and report; a blank follows it
     report_tokens: int = 128  # to which longer reports are cut
     text_weight: float = 0.1  # of the reports' cross-entropy in the joint loss, with data.reports
@@ -73,8 +72,6 @@ class StageSection:
         require(self.report_tokens >= 1, "stage.report_tokens", self.report_tokens, "at least 1")
         for name in ("text_weight", "ssim_weight", "l1_weight"):
             require(getattr(self, name) >= 0, f"stage.{name}", getattr(self, name), "at least 0")
-        right = "the folder of the codec that stage 1 made"
-        require(self.name != "2" or bool(self.initial), "stage.initial", self.initial, right)
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,9 @@ class MriConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        if self.stage.name == "2":
+            right = "the codec that stage 1 made, as the folder of its model"
+            require(bool(self.run.initial), "run.initial", self.run.initial, right)
         if self.stage.name == "1":
             right = "a file of reports, which stage 1 is trained on"
             require(bool(self.data.reports), "data.reports", self.data.reports, right)

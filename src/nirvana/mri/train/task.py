@@ -1,6 +1,7 @@
 """Trains a codec on its frozen backbone, on simulated or measured fully sampled scans."""
 
 import glob
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from nirvana.config import load_config, to_dict
 from nirvana.cuda_graphs import TrainingGraphs
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.model.backbone import backbone_folder, fingerprint, load_backbone
+from nirvana.model.specialist import own_state_dict
 from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.data.batch import MriBatch, choice, micro_batch_generator
 from nirvana.mri.data.fastmri import SUFFIXES, ScanPool
 from nirvana.mri.data.report_texts import Reports, read_reports
 from nirvana.mri.data.scans import is_full, target_of
 from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.slice_array import Kspace
 from nirvana.mri.data.slices import SlicePool, simulate_batch
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import Scan, is_volume, read_scan, read_volume
@@ -66,11 +70,16 @@ class ReconstructionTask(Task):
         reports = read_reports(data.reports) if data.reports else None
         self.pool = pool or _pool(self.files, device, config, reports)
         self.tokens_and_labels = _report_tokens(config) if data.reports else None
-        self.model: nn.Module = _initial(config).to(device)
+        self.model: nn.Module = _new_codec(config).to(device)
         _freeze_other_stages(self.model, config.stage.name)
         self.frozen_before = self._backbone_bits()
         self._graphs: TrainingGraphs | None = None
         self.units_per_step = data.batch_size * config.optim.accumulation
+
+    def initialize(self, initial: str) -> None:
+        """Loads a codec of the same configuration: a folder, a packaged one, or a run of the joint
+        stage or its checkpoint. See `Task.initialize`."""
+        _load_initial(self.model, self.config)
 
     def trainable(self) -> Iterable[tuple[str, nn.Parameter]]:
         """The parameters that the stage trains, never the backbone's."""
@@ -139,9 +148,10 @@ class ReconstructionTask(Task):
                 "zero_filled_": zero_filled(masked.numpy(), mask.numpy()),
             }
             for prefix, image in images.items():
-                scores = score(target, image)
+                # A diverged codec's image has no scores.
+                scores = score(target, image) if np.isfinite(image).all() else {}
                 for name in ("psnr", "ssim"):
-                    rows.setdefault(prefix + name, []).append(scores[name])
+                    rows.setdefault(prefix + name, []).append(scores.get(name, np.nan))
         return {name: float(np.mean(values)) for name, values in rows.items()}
 
     def prepare(self, world: ProcessContext, compiled: bool) -> None:
@@ -163,6 +173,8 @@ class ReconstructionTask(Task):
             backbone = self.model.backbone
             blocks = [] if backbone is None else list(backbone.base_model.layers)  # type: ignore[union-attr,arg-type]
             shard(self.model, blocks, self.config.parallel, world)
+            # A validation reconstructs by this method, which must gather the shards as `forward`.
+            register_fsdp_forward_method(self.model, "batch_images")
             self.frozen_before = self._backbone_bits()
             return
         if not compiled:
@@ -182,7 +194,9 @@ class ReconstructionTask(Task):
         """Writes the codec without its backbone."""
         model = self.model
         if self.world.size > 1:  # this process holds a shard; the newest checkpoint is whole
-            model = _initial(self.config)
+            model = _new_codec(self.config)
+            if self.config.run.initial:
+                _load_initial(model, self.config)
             _freeze_other_stages(model, self.config.stage.name)
             newest = checkpoint.latest(self.config.run.out)
             assert newest is not None
@@ -218,17 +232,39 @@ def _report_tokens(config: MriConfig) -> ReportTokens:
     return ReportTokens(tokenizer, config.stage.prompt, config.stage.report_tokens)
 
 
-def _initial(config: MriConfig) -> CodecModel:
-    """The codec that a run starts from, on the CPU."""
-    if not config.stage.initial:
-        return CodecModel(config.codec, load_backbone(config.codec.backbone, config.codec.weights))
-    model = load_codec(config.stage.initial)
-    if model.config != config.codec:
+def _new_codec(config: MriConfig) -> CodecModel:
+    """A codec with random weights on its frozen backbone, on the CPU."""
+    return CodecModel(config.codec, load_backbone(config.codec.backbone, config.codec.weights))
+
+
+def _load_initial(model: nn.Module, config: MriConfig) -> None:
+    """Loads the weights that `run.initial` names into a codec."""
+    initial = config.run.initial
+    another = InputError(
+        f"configuration: run.initial = {initial!r} is another codec than [codec] describes; "
+        "make them equal"
+    )
+    if (
+        not (Path(initial) / "state.json").is_file()
+        and not (Path(initial) / "checkpoints").is_dir()
+    ):
+        saved = load_codec(initial)
+        if saved.config != config.codec:
+            raise another
+        model.load_state_dict(saved.state_dict())
+        return
+    found = checkpoint.find_checkpoint(initial)
+    if found.config.get("codec") != json.loads(json.dumps(to_dict(config.codec))):
+        raise another
+    own = own_state_dict(model)
+    named = [(name, p) for name, p in model.named_parameters() if name in own]
+    try:
+        checkpoint.restore(found, model, named)
+    except InputError as error:
         raise InputError(
-            f"configuration: stage.initial = {config.stage.initial!r} is another codec than "
-            "[codec] describes; make them equal"
-        )
-    return model
+            f"configuration: run.initial = {initial!r} holds the weights of one stage alone: give "
+            "the folder model of the finished run"
+        ) from error
 
 
 def _freeze_other_stages(model: nn.Module, stage: str) -> None:
@@ -258,7 +294,7 @@ def train(
         InputError: the configuration, a volume or the run's folder is wrong.
     """
     config = load_config(MriConfig, config_path, overrides)
-    data, weights = config.data, [config.codec.weights, config.stage.initial or None]
+    data, weights = config.data, [config.codec.weights, config.run.initial or None]
     files = [*expand(data.train), *expand(data.valid), data.reports or None]
     check_run(config.run.out, config_path, [*files, *weights])
     with init_distributed(config.run.device) as world:
@@ -295,7 +331,7 @@ def _validation_scan(path: Path, config: MriConfig) -> tuple[Tensor, np.ndarray,
     with a fixed seed."""
     data = config.data
 
-    def evenly(volume: np.ndarray) -> np.ndarray:
+    def evenly(volume: Kspace) -> np.ndarray:
         middle = volume[len(volume) // 5 : -(len(volume) // 5) or None]
         chosen = np.linspace(0, len(middle) - 1, min(data.valid_slices, len(middle))).round()
         return middle[chosen.astype(int)]

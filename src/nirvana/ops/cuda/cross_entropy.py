@@ -10,9 +10,11 @@ from torch import Tensor
 from nirvana.ops.cross_entropy import LinearCrossEntropy, loss_and_gradient
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, labels: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
     """See `nirvana.ops.linear_cross_entropy`."""
-    return LinearCrossEntropy.apply(h, weight, labels, _compiled())
+    return LinearCrossEntropy.apply(h, weight, labels, z_loss, _compiled())
 
 
 @cache
