@@ -1,6 +1,7 @@
 """The codec: multi-coil k-space to an image, through a frozen language model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,16 +11,20 @@ from transformers import PreTrainedModel
 from nirvana.cuda_graphs import GraphCache, capturable
 from nirvana.errors import InputError
 from nirvana.model.specialist import Specialist, own_state_dict
-from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.model.conditioning import Conditioning
+from nirvana.mri.model.config import START_STEPS, START_WEIGHT, CodecConfig
+from nirvana.mri.model.iterate import Iterate
 from nirvana.mri.model.layout import crop, pad_to_patches, to_channels, to_complex, token_map
+from nirvana.mri.model.operator import Measurement, acquired, conjugate, reduce, solve
+from nirvana.mri.model.sense_cascade import SenseCascade
 from nirvana.mri.model.unet import build_decoder, build_unet
 from nirvana.mri.model.varnet import Cascade, Sensitivities
 from nirvana.mri.model.vit import PatchEncoder
-from nirvana.mri.physics.fourier import from_middle, ifft2c, rss, to_columns, to_middle
+from nirvana.mri.physics.calibration import soft_espirit
+from nirvana.mri.physics.fourier import ifft2c, rss
 from nirvana.mri.physics.masks import calibration_columns, require_calibration
-from nirvana.mri.physics.sense import sens_expand, sens_reduce
 
-ENCODER_PARTS = ("sensitivities", "encoder_cascades", "encoder", "specialist")
+ENCODER_PARTS = ("sensitivities", "conditioning", "encoder_cascades", "encoder", "specialist")
 """Modules of a `CodecModel` before its image decoder: what stage 1 of a training trains."""
 
 
@@ -31,12 +36,18 @@ def in_encoder(name: str) -> bool:
 class KspaceEncoding(NamedTuple):
     """The state of a codec before the backbone."""
 
-    k: Tensor  # complex [B, coils, H, W], in image space along H, see `fourier.to_columns`
-    y: Tensor  # the measured k-space, likewise, zero where not measured
-    mask: Tensor  # bool [B or 1, 1, 1, W], the middle of W first
-    sensitivities: Tensor  # complex [B, coils, H, W], the middle of W first
-    image: Tensor  # [B, 2, H', W'], combined, padded to patches
+    iterate: Iterate
+    rows: Tensor  # bool [B or 1, H], those that the scan acquired; the others are zero-padding
+    columns: Tensor  # bool [B or 1, W], likewise
+    image: Tensor  # [B, 2, H', W'], combined (the first set), padded to patches
     padding: tuple[int, int, int, int]  # of the image, for `layout.crop`
+
+
+class InitialMaps(NamedTuple):
+    """Coil sensitivities before any training, see `calibration.soft_espirit`."""
+
+    maps: Tensor  # complex [B, sets, coils, H, W]
+    certainty: Tensor  # [B, sets, H, W]
 
 
 class CodecOutput(NamedTuple):
@@ -54,7 +65,8 @@ class CodecModel(nn.Module):
         sensitivities -> cascades -> combined image -> ViT -> tokens -> frozen backbone -> image
         decoder -> correction per coil -> cascades -> data consistency -> root sum of squares
 
-    Data consistency replaces the measured columns of the result by the measurement.
+    Data consistency replaces the measured samples of the result by the measurement, and sets
+    those to zero that lie outside of what the scan acquired (`operator.acquired`).
 
     Args:
         config: the parts and their sizes.
@@ -65,7 +77,9 @@ class CodecModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.token_dim if backbone is None else backbone.config.hidden_size
-        self.sensitivities = Sensitivities(config)
+        if config.maps == "network":
+            self.sensitivities = Sensitivities(config)
+        self.conditioning = Conditioning(config.conditioning) if config.conditioning else None
         self.encoder_cascades = _cascades(config.encoder_cascades, config)
         if config.correction == "tokens":
             self.encoder = PatchEncoder(config, dim)
@@ -95,12 +109,14 @@ class CodecModel(nn.Module):
         scale: Tensor,
         text: Tensor | None = None,
         image: bool = True,
+        initial: InitialMaps | None = None,
     ) -> CodecOutput:
         """Reconstructs a batch of slices, and predicts the tokens of a text about them.
 
         Args:
             y: complex `[B, coils, H, W]`, zero where not measured.
-            mask: bool `[W]` or `[B, W]`, the measured columns.
+            mask: bool `[W]` or `[B, W]`, the measured columns, or `[B, H, W]`, the measured
+                samples.
             calibration: bool of the same shape, their central block, see
                 `masks.calibration_columns`.
             scale: `[B]`, the brightness that is treated as 1; `volume_scale` gives that of a whole
@@ -108,11 +124,12 @@ class CodecModel(nn.Module):
             text: int64 `[B, M]`, token ids of prompt and report, which the backbone reads after the
                 image.
             image: whether the image is computed.
+            initial: of `initial_maps`, which a CUDA graph cannot compute; computed here if None.
 
         Raises:
             ValueError: there is text, but the codec's correction uses no tokens.
         """
-        encoding = self.encode_kspace(y, mask, calibration, scale)
+        encoding = self.encode_kspace(y, mask, calibration, scale, initial)
         hidden = logits = None
         if self.config.correction == "tokens":
             hidden, logits = self.specialist(self.encoder(encoding.image), text)
@@ -120,18 +137,59 @@ class CodecModel(nn.Module):
             raise ValueError("text needs tokens: this codec's correction reads none")
         return CodecOutput(self.decode_image(encoding, hidden, scale) if image else None, logits)
 
+    @torch.no_grad()
+    def initial_maps(self, y: Tensor, calibration: Tensor) -> InitialMaps | None:
+        """The sensitivities that the cascades start from; None where a network estimates them.
+
+        Arguments are as of `forward`.
+        """
+        if self.config.maps == "network":
+            return None
+        calibration = calibration if calibration.ndim > 1 else calibration[None]
+        with torch.autocast(y.device.type, enabled=False):
+            return InitialMaps(*soft_espirit(y, calibration, self.config.map_sets))
+
     def encode_kspace(
-        self, y: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor
+        self,
+        y: Tensor,
+        mask: Tensor,
+        calibration: Tensor,
+        scale: Tensor,
+        initial: InitialMaps | None = None,
     ) -> KspaceEncoding:
         """Sensitivities, first cascades and combined image; arguments as of `forward`."""
-        mask, calibration = (to_middle(m).view(-1, 1, 1, m.shape[-1]) for m in (mask, calibration))
-        y = to_columns(y) * mask / scale[:, None, None, None]
-        sensitivities = self.sensitivities(y, calibration)
-        k = y
+        mask, calibration = (m if m.ndim > 1 else m[None] for m in (mask, calibration))
+        y = y / scale[:, None, None, None]
+        if self.config.maps == "espirit" and initial is None:
+            initial = self.initial_maps(y, calibration)
+        measurement = Measurement.of(y, mask)
+        if initial is None:
+            region = Measurement.of(y, calibration).mask
+            maps = self.sensitivities(measurement, region)[:, None]
+            certainty = torch.ones_like(maps[:, :, 0].real)
+        else:
+            maps, certainty = measurement.to_middle(initial.maps), initial.certainty
+        scan = None if self.conditioning is None else self.conditioning(y, mask, calibration)
+        iterate = self._start(Iterate(measurement, maps, certainty, scan))
         for cascade in self.encoder_cascades:
-            k = cascade(k, y, mask, sensitivities)
-        image, padding = pad_to_patches(to_channels(sens_reduce(k, sensitivities)))
-        return KspaceEncoding(k, y, mask, sensitivities, image, padding)
+            iterate = cascade(iterate)
+        image, padding = pad_to_patches(to_channels(iterate.images[:, 0]))
+        sampled = mask if mask.ndim == 2 else mask.any(1)
+        rows, columns = acquired((y != 0).any(1).any(-1)), acquired(sampled)
+        return KspaceEncoding(iterate, rows, columns, image, padding)
+
+    def _start(self, iterate: Iterate) -> Iterate:
+        """The iterate before the first cascade: the measured k-space, or an image."""
+        measurement, maps = iterate.measurement, iterate.maps
+        if self.config.data_consistency == "gradient":
+            return replace(iterate, k=measurement.y)
+        if self.config.start == "zero_filled":
+            x = reduce(measurement.images(measurement.y), conjugate(maps))
+        else:
+            zero = torch.zeros_like(maps[:, :, 0])
+            weight = torch.full_like(zero[:, :1, :1, :1].real, START_WEIGHT)
+            x = solve(measurement, maps, weight, zero, START_STEPS)
+        return replace(iterate, x=x, z=x)
 
     def decode_image(
         self, encoding: KspaceEncoding, hidden: Tensor | None, scale: Tensor
@@ -147,15 +205,17 @@ class CodecModel(nn.Module):
         Returns:
             Magnitude images, real `[B, H, W]`.
         """
-        k, y, mask, sensitivities, image, padding = encoding
+        iterate, rows, columns, image, padding = encoding
         if self.config.correction != "none":
             maps = () if hidden is None else (token_map(hidden, image.shape[2]),)
             correction = to_complex(crop(self.decoder(image, *maps), padding).float())
-            k = k + sens_expand(correction, sensitivities)
+            iterate = iterate.corrected(correction)
         for cascade in self.image_cascades:
-            k = cascade(k, y, mask, sensitivities)
-        coils = torch.fft.ifft(torch.where(mask, y, k), norm="ortho")
-        return from_middle(rss(coils)) * scale[:, None, None]
+            iterate = cascade(iterate)
+        measurement = iterate.measurement
+        k = torch.where(measurement.mask, measurement.y, iterate.coil_kspace)
+        coils = measurement.images(measurement.within(k, rows, columns))
+        return measurement.from_middle(rss(coils)) * scale[:, None, None]
 
     @torch.inference_mode()
     def reconstruct(
@@ -191,13 +251,14 @@ class CodecModel(nn.Module):
         scale = volume_scale(kspace, mask)
 
         def image_of(*inputs: Tensor) -> Tensor:
-            return self(*inputs).image
+            return self(*inputs[:4], initial=InitialMaps(*inputs[4:]) if inputs[4:] else None).image
 
         graphed = device.type == "cuda" and capturable()
         images = []
         for part in kspace.split(batch_size):
-            part = part.to(device, torch.complex64)
+            part = part.to(device, torch.complex64) * mask
             inputs = (part, mask, calibration, scale.expand(len(part)))
+            inputs = (*inputs, *(self.initial_maps(part, calibration) or ()))
             image = self._graphs(self, image_of, *inputs) if graphed else image_of(*inputs)
             images.append(image.float().cpu())
             if progress is not None:
@@ -221,4 +282,5 @@ def volume_scale(kspace: Tensor, mask: Tensor) -> Tensor:
 
 
 def _cascades(count: int, config: CodecConfig) -> nn.ModuleList:
-    return nn.ModuleList(Cascade(config) for _ in range(count))
+    kind = Cascade if config.data_consistency == "gradient" else SenseCascade
+    return nn.ModuleList(kind(config) for _ in range(count))

@@ -1,23 +1,20 @@
-"""Coil sensitivities and cascades of E2E-VarNet (Sriram et al., arXiv 2004.06688).
+"""Coil sensitivities and cascades of E2E-VarNet (Sriram et al., arXiv 2004.06688)."""
 
-The networks work on k-space that is in image space along H (`fourier.to_columns`): the transform
-along H commutes with the sampling of whole columns and is done once, and a cascade transforms along
-W alone. Along W both spaces begin with their middle, which saves a copy of all coils before and
-after every transform.
-"""
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.model.iterate import Iterate
 from nirvana.mri.model.layout import crop, pad_to_patches, to_channels, to_complex
+from nirvana.mri.model.operator import Measurement, conjugate, expand, reduce
 from nirvana.mri.model.unet import build_unet
-from nirvana.mri.physics.fourier import from_middle, rss, to_middle
-from nirvana.mri.physics.sense import sens_expand, sens_reduce
+from nirvana.mri.physics.fourier import rss
 
 
 class Sensitivities(nn.Module):
-    """Coil sensitivities from the calibration columns, by one U-Net on each coil's image, scaled to
+    """Coil sensitivities from the calibration region, by one U-Net on each coil's image, scaled to
     sum_c |S_c|^2 = 1 in every pixel.
 
     A "residual" U-Net corrects that image, which is a first estimate; an "instance" one replaces
@@ -29,21 +26,22 @@ class Sensitivities(nn.Module):
         self.net = ComplexNet(config, config.sensitivity_features)
         self.adds = config.unet == "residual"
 
-    def forward(self, k: Tensor, calibration: Tensor) -> Tensor:
+    def forward(self, measurement: Measurement, calibration: Tensor) -> Tensor:
         """Estimates the sensitivities.
 
         Args:
-            k: complex `[B, coils, H, W]`, in image space along H.
-            calibration: bool `[B or 1, 1, 1, W]`, the contiguous central columns.
+            measurement: the scan.
+            calibration: bool, of the shape of the measurement's mask, the contiguous block in the
+                middle.
 
         Returns:
-            Complex `[B, coils, H, W]`, the middle of W first.
+            Complex `[B, coils, H, W]`, middle first.
         """
-        coils = from_middle(torch.fft.ifft(k * calibration, norm="ortho"))
+        coils = measurement.from_middle(measurement.images(measurement.y * calibration))
         maps = self.net(coils.flatten(0, 1)).view_as(coils)
         if self.adds:
             maps = coils + maps
-        return to_middle(maps / rss(maps).clamp(min=1e-8)[:, None])
+        return measurement.to_middle(maps / rss(maps).clamp(min=1e-8)[:, None])
 
 
 class ComplexNet(nn.Module):
@@ -80,14 +78,11 @@ class Cascade(nn.Module):
             nn.init.zeros_(self.refine.net.final_conv.bias)  # type: ignore[union-attr,arg-type]
         self.eta = nn.Parameter(torch.ones(()))
 
-    def forward(self, k: Tensor, y: Tensor, mask: Tensor, sensitivities: Tensor) -> Tensor:
-        """Applies the step.
-
-        Args:
-            k: complex `[B, coils, H, W]`, in image space along H.
-            y: the measured k-space, likewise.
-            mask: bool `[B or 1, 1, 1, W]`.
-            sensitivities: of `Sensitivities`.
-        """
-        correction = self.refine(sens_reduce(k, sensitivities))
-        return k - self.eta * mask * (k - y) - sens_expand(correction, sensitivities)
+    def forward(self, iterate: Iterate) -> Iterate:
+        """Applies the step."""
+        k, scan, maps = iterate.k, iterate.measurement, iterate.maps
+        assert k is not None
+        image = scan.from_middle(reduce(scan.images(k), conjugate(maps)))[:, 0]
+        change = scan.to_middle(self.refine(image))[:, None]
+        correction = scan.kspace(expand(change, maps))
+        return replace(iterate, k=k - self.eta * scan.mask * (k - scan.y) - correction)
