@@ -16,7 +16,7 @@ from nirvana.files import check_outputs, replaceable_folder, write_json
 from nirvana.progress import ProgressLines
 
 if TYPE_CHECKING:
-    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.data.simulation.config import Simulation
     from nirvana.mri.io import Scan
     from nirvana.mri.physics.masks import Sampling
     from nirvana.mri.pipeline import SliceCounter
@@ -248,7 +248,7 @@ def train(
 
 def simulation_of(coils: int, noise: float | None) -> "Simulation":
     """The simulator's settings that the options give."""
-    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.data.simulation.config import Simulation
 
     return Simulation(num_coils=coils) if noise is None else Simulation(coils, noise=(noise, noise))
 

@@ -17,7 +17,8 @@ from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.classical.sigpy import l1_wavelet
 from nirvana.mri.classical.sigpy import sense as sense_image
 from nirvana.mri.data.scans import is_full, sampled_columns, target_of, undersample_scan
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.compare import Method, finite, run_methods, score_rows
 from nirvana.mri.evaluate.figure import panel
 from nirvana.mri.evaluate.metrics import centre_crop

@@ -8,7 +8,9 @@ from nirvana.errors import InputError
 from nirvana.mri.classical.common import noise_level, zero_filled
 from nirvana.mri.classical.espirit import espirit_maps
 from nirvana.mri.classical.sigpy import l1_wavelet, sense
-from nirvana.mri.data.simulate import Simulation, coil_maps, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.coils import coil_maps
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
 from nirvana.mri.physics.masks import calibration_width, sampling_mask

@@ -16,7 +16,7 @@ from nirvana.cuda_graphs import capture_training
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.anatomy.brain_slices import save_brain_slices
 from nirvana.mri.anatomy.lesions import LesionSettings
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.reports.auxiliary import (

@@ -6,7 +6,6 @@ from typing import Literal
 from nirvana.errors import InputError
 from nirvana.model.backbone import DEFAULT, Backbone
 
-
 START_STEPS = 10  # conjugate-gradient steps before the first cascade
 START_WEIGHT = 0.01  # of the squared norm in them
 

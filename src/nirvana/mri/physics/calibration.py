@@ -27,8 +27,9 @@ def soft_espirit(kspace: Tensor, calibration: Tensor, num_sets: int = 1) -> tupl
     whose leading eigenvectors are the sensitivities. Power iterations find them; the first set
     starts from the low-resolution coil images c, so that it has their phase, and W(r)^n c(r) stays
     smooth. Further sets start from the same vector in every pixel and vanish where their eigenvalue
-    is below `FURTHER_SETS`, that is, wherever one set explains all signal. Of more than `VIRTUAL_COILS` coils the principal components of the calibration region
-    are taken, and mapped back.
+    is below `FURTHER_SETS`, that is, wherever one set explains all signal. Of more than
+    `VIRTUAL_COILS` coils the principal components of the calibration region are taken, and the
+    result is mapped back.
 
     Args:
         kspace: complex `[B, coils, H, W]`, its centre at `[H // 2, W // 2]`.
@@ -68,38 +69,38 @@ def soft_espirit(kspace: Tensor, calibration: Tensor, num_sets: int = 1) -> tupl
 
 def _patch_filter(middle: Tensor, inside: Tensor) -> Tensor:
     """G (G + a I)^-1 of the patches that lie inside, complex `[B, coils, k, l, coils, k, l]`."""
-    k, l = (min(side, have) for side, have in zip(KERNEL, middle.shape[-2:], strict=True))
+    high, wide = (min(side, have) for side, have in zip(KERNEL, middle.shape[-2:], strict=True))
     batch, coils = middle.shape[:2]
-    patches = middle.unfold(2, k, 1).unfold(3, l, 1)  # [B, coils, i, j, k, l]
-    whole = inside.unfold(1, k, 1).unfold(2, l, 1).all(-1).all(-1)  # [B or 1, i, j]
+    patches = middle.unfold(2, high, 1).unfold(3, wide, 1)  # [B, coils, i, j, k, l]
+    whole = inside.unfold(1, high, 1).unfold(2, wide, 1).all(-1).all(-1)  # [B or 1, i, j]
     patches = (patches * whole[:, None, :, :, None, None]).permute(0, 1, 4, 5, 2, 3)
-    flat = patches.reshape(batch, coils * k * l, -1)
+    flat = patches.reshape(batch, coils * high * wide, -1)
     gram = flat @ flat.mH
     trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)[:, None, None]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     weight = (REGULARISATION * trace).clamp(min=EPS)
     factor, _ = torch.linalg.cholesky_ex(gram + weight * identity)
-    inverse = torch.cholesky_solve(identity.expand_as(gram), factor)
-    kept = identity - weight * inverse
-    return kept.view(batch, coils, k, l, coils, k, l)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(gram), upper=False)
+    kept = identity - weight * (inverse.mH @ inverse)
+    return kept.view(batch, coils, high, wide, coils, high, wide)
 
 
 def _pixel_operator(kept: Tensor, size: tuple[int, int]) -> Tensor:
     """W(r), complex `[B, coils, coils, H, W]`."""
-    batch, coils, k, l = kept.shape[:4]
-    sums = kept.new_zeros(batch, coils, coils, 2 * k - 1, 2 * l - 1)
-    for i in range(k):
-        for j in range(l):
-            down, right = k - 1 - i, l - 1 - j
+    batch, coils, high, wide = kept.shape[:4]
+    sums = kept.new_zeros(batch, coils, coils, 2 * high - 1, 2 * wide - 1)
+    for i in range(high):
+        for j in range(wide):
+            down, right = high - 1 - i, wide - 1 - j
             block = kept[..., i, j].permute(0, 1, 4, 2, 3)
-            sums[..., down : down + k, right : right + l] += block
-    # Displacement 0 is the origin of the transform: no shift is needed before it.
-    padded = kept.new_zeros(batch, coils, coils, *size)
-    height, width = size
-    for i in range(-min(k, height) + 1, min(k, height)):
-        for j in range(-min(l, width) + 1, min(l, width)):
-            padded[..., i % height, j % width] += sums[..., k - 1 + i, l - 1 + j]
-    operator = torch.fft.ifft2(padded, norm="forward") / (k * l)
+            sums[..., down : down + high, right : right + wide] += block
+    # Displacement 0 becomes the origin of the transform, the others lie around it, modulo the size.
+    rows = torch.arange(1 - high, high, device=kept.device) % size[0]
+    columns = torch.arange(1 - wide, wide, device=kept.device) % size[1]
+    places = (rows[:, None] * size[1] + columns).flatten()
+    padded = kept.new_zeros(batch, coils, coils, size[0] * size[1])
+    padded.index_add_(-1, places, sums.flatten(-2))
+    operator = torch.fft.ifft2(padded.unflatten(-1, size), norm="forward") / (high * wide)
     return torch.fft.fftshift(operator, dim=(-2, -1))
 
 

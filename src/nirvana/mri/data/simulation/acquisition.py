@@ -32,23 +32,24 @@ def window(
     - Partial Fourier, in `partial_fourier`: a share of `PARTIAL` of the columns is measured.
     """
     height, width = size
-    rows = (torch.arange(height) - height // 2).float() / (height / 2)
-    columns = (torch.arange(width) - width // 2).float() / (width / 2)
-    rows, columns = rows[:, None], columns[None]
-    radius = uniform((0.75, 1.1), (draws, 1, 1), generator)
-    softness = uniform((0.02, 0.12), (draws, 1, 1), generator)
-    separable = chosen(0.5, draws, generator)
-    distance = (rows.square() + columns.square()).sqrt()
-    distance = torch.where(separable, torch.maximum(rows.abs(), columns.abs()), distance)
-    weight = torch.sigmoid((radius - distance) / softness)
-    weight = torch.where(chosen(settings.kspace_filter, draws, generator), weight, 1.0)
-    padded = chosen(settings.zero_padding, draws, generator)
-    kept = uniform((LEAST_ACQUIRED, 1.0), (2, draws, 1, 1), generator)
-    outside = (rows.abs() > kept[0]) | (columns.abs() > kept[1])
-    weight = torch.where(padded & outside, 0.0, weight)
-    partial = chosen(settings.partial_fourier, draws, generator)
-    which = torch.randint(len(PARTIAL), (draws, 1, 1), generator=generator)
-    measured = torch.tensor(PARTIAL)[which]
-    sign = torch.where(chosen(0.5, draws, generator), 1.0, -1.0)
-    missing = sign * columns > 2 * measured - 1
-    return torch.where(partial & missing, 0.0, weight)[:, None].to(device)
+    rows = (torch.arange(height, device=device) - height // 2)[:, None] / (height / 2)
+    columns = (torch.arange(width, device=device) - width // 2) / (width / 2)
+    shape = (draws, 1, 1)
+    radius = uniform((0.75, 1.1), shape, generator).to(device)
+    softness = uniform((0.02, 0.12), shape, generator).to(device)
+    separable = chosen(0.5, draws, generator).to(device)
+    filtered = chosen(settings.kspace_filter, draws, generator).to(device)
+    padded = chosen(settings.zero_padding, draws, generator).to(device)
+    kept = uniform((LEAST_ACQUIRED, 1.0), (2, *shape), generator).to(device)
+    partial = chosen(settings.partial_fourier, draws, generator).to(device)
+    which = torch.randint(len(PARTIAL), shape, generator=generator)
+    measured = torch.tensor(PARTIAL)[which].to(device)
+    sign = torch.where(chosen(0.5, draws, generator), 1.0, -1.0).to(device)
+
+    round_distance = (rows.square() + columns.square()).sqrt()
+    square_distance = torch.maximum(rows.abs(), columns.abs())
+    distance = torch.where(separable, square_distance, round_distance)
+    weight = torch.where(filtered, torch.sigmoid((radius - distance) / softness), 1.0)
+    outside = padded & ((rows.abs() > kept[0]) | (columns.abs() > kept[1]))
+    missing = partial & (sign * columns > 2 * measured - 1)
+    return torch.where(outside | missing, 0.0, weight)[:, None]
