@@ -11,7 +11,7 @@ REGULARISATION = 2e-5  # of the patches' Gram matrix, relative to its trace
 ITERATIONS = 6  # steps of the power iteration
 FALLBACK = 1e-3  # weight of the low-resolution images where no patch lies in the region
 VIRTUAL_COILS = 12  # more coils are first combined to as many
-FURTHER_SETS = (0.95, 0.99)  # eigenvalues between which the weight of a further set rises to 1
+FURTHER_SETS = (0.9, 0.98)  # eigenvalues between which the weight of a further set rises to 1
 EPS = 1e-12
 
 
