@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python $(PIP) -c constraints.txt
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 WHEELS := build/wheels
-EXTRAS := mri,train,eval,dev
+EXTRAS := mri,train,eval,dev,docs
 
 # One thread a worker: two workers with two threads each would only get in each other's way.
 PYTEST := -m pytest -n 2
@@ -23,7 +23,7 @@ SURFACE := tests/test_package.py tests/test_dependencies.py tests/model/test_con
 	tests/model/test_packing.py tests/cli/test_language.py tests/cli/test_mri.py tests/mri/io \
 	tests/mri/model/test_codec.py
 
-.PHONY: demo test quick lint types imports docs clean newest lowest test-newest test-newest-quick test-lowest
+.PHONY: demo test quick lint types imports docs site figures dist clean newest lowest test-newest test-newest-quick test-lowest
 
 demo: $(VENV)/.demo
 	$(BIN)/nirvana demo --out out/demo
@@ -49,6 +49,15 @@ imports: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(BIN)/python -m pytest -n 0 tests/test_docs.py
+
+# The site in build/site: examples are run for their pictures, warnings are errors.
+site: export OMP_NUM_THREADS = 1
+site: $(VENV)/.test
+	$(BIN)/python -m sphinx -n -q -W --keep-going -j 2 -c docs -d build/doctrees . build/site
+
+# The drawings of docs/concepts, in docs/images.
+figures: $(VENV)/.test
+	$(BIN)/python docs/figures/concepts.py
 
 # The newest versions that pip finds within the ranges. New ones appear without a change here, so
 # the environment is always made anew.
