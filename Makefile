@@ -9,7 +9,6 @@ INSTALL = $(BIN)/python $(PIP) -c constraints.txt
 # The two ends of the declared ranges have environments of their own.
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
-WHEELS := build/wheels
 EXTRAS := mri,train,eval,dev,docs
 
 # One thread a worker: two workers with two threads each would only get in each other's way.
@@ -59,6 +58,12 @@ site: $(VENV)/.test
 figures: $(VENV)/.test
 	$(BIN)/python docs/figures/concepts.py
 
+# Source distribution, and the wheel that is built from it, as a release has them.
+dist: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+
 # The newest versions that pip finds within the ranges. New ones appear without a change here, so
 # the environment is always made anew.
 test-newest test-newest-quick: export OMP_NUM_THREADS = 1
@@ -69,14 +74,13 @@ test-newest-quick: newest
 	$(NEWEST)/bin/python $(PYTEST) $(SURFACE)
 
 # The clean install: the wheel alone first, as a user gets it, then with the extras.
-newest:
-	rm -rf $(NEWEST) $(WHEELS)
+newest: dist
+	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(WHEELS) .
-	$(NEWEST)/bin/python $(PIP) pytest $(WHEELS)/nirvana-*.whl
+	$(NEWEST)/bin/python $(PIP) pytest dist/nirvana-*.whl
 	$(NEWEST)/bin/python -m pytest tests/install/test_wheel.py
 	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager \
-		"$$(echo $(WHEELS)/nirvana-*.whl)[$(EXTRAS)]"
+		"$$(echo dist/nirvana-*.whl)[$(EXTRAS)]"
 	$(NEWEST)/bin/python -m pip check
 	$(NEWEST)/bin/python -m pytest tests/install/test_extras.py
 
@@ -85,7 +89,7 @@ test-lowest: $(LOWEST)/.test
 	$(LOWEST)/bin/python $(PYTEST) --durations=10
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOWEST) build out
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) build dist out docs/gallery docs/api/commands.md
 
 $(VENV)/bin/python $(LOWEST)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.13 is needed: none found on the PATH"; exit 1; }

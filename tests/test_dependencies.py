@@ -17,7 +17,7 @@ from nirvana import cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "nirvana"
-FOLDERS = ("src", "tests", "experiments", "benchmarks", "examples", "docs")
+FOLDERS = ("src", "tests", "experiments", "benchmarks", "examples", "docs", "release")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 # Modules whose distribution need not be installed where these tests run.

@@ -56,7 +56,8 @@ print(found.text)
 
 # %%
 # Every fact has a probability, so a threshold of your own can be applied to them: lower ones find
-# more, and name more normal slices.
+# more, and name more normal slices. Side and signal are right here; the size is not, 24 mm were
+# painted.
 
 reporter.threshold = 0.9
 found = report(scan, slices=range(len(volume)), reporter=reporter)
