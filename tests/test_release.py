@@ -64,7 +64,7 @@ def test_a_workflow_names_what_exists(path):
 
 
 def test_only_publishing_jobs_may_ask_for_identities():
-    """Trusted publishing: no workflow reads a stored secret, and who publishes does nothing else."""
+    """Trusted publishing: no workflow reads a secret, and a job that publishes runs no program."""
     for path in WORKFLOWS:
         assert "secrets." not in path.read_text("utf-8")
         for job in read(path)["jobs"].values():

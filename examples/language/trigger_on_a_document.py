@@ -12,8 +12,10 @@ from pydoc_data.topics import topics
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Rectangle
 
 import nirvana
+from nirvana.model.trigger import TriggerTrace
 
 model, tokenizer = nirvana.load("tiny")
 text = topics["for"] + topics["while"] + topics["try"]
@@ -28,7 +30,7 @@ print(f"{ids.shape[1]} tokens")
 # window and near 0 where it reads the long memory.
 
 
-def costs(ids: torch.Tensor) -> torch.Tensor:
+def costs(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[TriggerTrace, ...]]:
     """Bits of every token after the first, and the traces."""
     with torch.no_grad():
         out = model(ids, output_trigger=True)
@@ -79,12 +81,12 @@ figure, axes = plt.subplots(figsize=(10, 2.6), layout="constrained")
 axes.set_axis_off()
 columns, x, y = 96, 0, 0
 for token, size in zip(ids[0, 1:120].tolist(), change[1:120].tolist(), strict=True):
-    word = tokenizer.decode([token]).replace("\n", "⏎")
+    word = str(tokenizer.decode([token])).replace("\n", "⏎")
     if x + len(word) > columns:
         x, y = 0, y + 1
     share = min(max((size - low) / (high - low), 0.0), 1.0)
     colour = plt.get_cmap("YlOrBr")(0.7 * share)
-    axes.add_patch(plt.Rectangle((x, -y - 0.5), len(word), 0.95, color=colour, lw=0))
+    axes.add_patch(Rectangle((x, -y - 0.5), len(word), 0.95, color=colour, lw=0))
     axes.text(x, -y, word, family="monospace", fontsize=12, va="center")
     x += len(word)
 axes.set(xlim=(0, columns), ylim=(-y - 1, 1))

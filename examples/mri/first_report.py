@@ -20,11 +20,11 @@ import numpy as np
 from nirvana.mri import load_reporter, report
 from nirvana.mri.data.scans import undersample_scan
 from nirvana.mri.data.simulate import Simulation, simulate_scan
-from nirvana.mri.io import read_affine, read_spacing, read_volume
+from nirvana.mri.io import read_affine, read_volume
 from nirvana.mri.physics.masks import Sampling
 
 path = Path(str(files("nibabel") / "tests" / "data" / "example4d.nii.gz"))
-volume, spacing = read_volume(path)[11:16].copy(), read_spacing(path)
+volume, spacing = read_volume(path)[11:16].copy(), (2.2, 2.0, 2.0)  # mm
 
 # %%
 # A spot in the third slice

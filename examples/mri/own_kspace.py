@@ -31,7 +31,7 @@ from nirvana.mri.pipeline import as_scan
 
 size, coils = 192, 6
 rows, columns = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
-phantom = resize(shepp_logan_phantom(), (size, size)).astype(np.float32)
+phantom = np.asarray(resize(shepp_logan_phantom(), (size, size)), dtype=np.float32)
 angles = 2 * np.pi * np.arange(coils) / coils
 distances = [(rows - np.sin(a)) ** 2 + (columns - np.cos(a)) ** 2 for a in angles]
 sensitivities = np.stack(

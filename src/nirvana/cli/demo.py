@@ -173,7 +173,7 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
 
     def write_images(folder: Path) -> None:
         images = {name: volume for name, (volume, _) in results.items()}
-        draw_middle(folder / "mri.png", target, images, table, scan.name, sampled)
+        draw_middle(folder / "mri.png", target, images, scan, sampled)
         write_reconstruction(
             folder / "reconstruction.h5", images[NIRVANA], scan, mask.numpy(), method="nirvana"
         )

@@ -19,8 +19,8 @@ from nirvana.mri.classical.sigpy import sense as sense_image
 from nirvana.mri.data.scans import is_full, sampled_columns, target_of, undersample_scan
 from nirvana.mri.data.simulate import Simulation, simulate_scan
 from nirvana.mri.evaluate.compare import Method, finite, run_methods, score_rows
-from nirvana.mri.evaluate.figure import panel
-from nirvana.mri.evaluate.metrics import centre_crop
+from nirvana.mri.evaluate.figure import panel, slice_geometry
+from nirvana.mri.evaluate.metrics import centre_crop, score
 from nirvana.mri.io import (
     Scan,
     is_volume,
@@ -334,7 +334,7 @@ def reconstruct_scan(
         (folder / "dicom").mkdir()
         description = f"nirvana {codec}, {prepared.sampled:.1%} sampled"
         write_dicom(folder / "dicom", image, scan, description)
-        draw_middle(folder / "panel.png", target, images, rows, scan.name, prepared.sampled)
+        draw_middle(folder / "panel.png", target, images, scan, prepared.sampled)
         write_json(folder / "metrics.json", results)
     return results
 
@@ -343,27 +343,36 @@ def draw_middle(
     path: Path,
     target: np.ndarray | None,
     volumes: Mapping[str, np.ndarray],
-    rows: list[dict[str, Any]],
-    name: str,
+    scan: Scan,
     sampled: float,
 ) -> None:
-    """Writes a picture of the middle slice of every method, cropped to the target.
+    """Writes a picture of the middle slice of every method, cropped to the target, with the scores
+    of this slice.
 
     Args:
         path: PNG file.
         target: real `[slices, h, w]`, or None where it is unknown.
         volumes: method -> real `[slices, H, W]`.
-        rows: of `score_rows`.
-        name: of the scan.
+        scan: for its name and geometry.
         sampled: share of the columns, 0..1.
     """
     shown = dict(volumes) if target is None else {TARGET: target, **volumes}
     size = next(iter(shown.values())).shape[-2:]
-    middle = len(next(iter(shown.values()))) // 2
+    slices = len(next(iter(shown.values())))
+    middle = slices // 2
+    images = {key: centre_crop(volume[middle], size) for key, volume in shown.items()}
+    scores = None
+    if target is not None and target[middle].any():
+        scores = {
+            key: score(target[middle][None], image[None])
+            for key, image in images.items()
+            if key != TARGET
+        }
     panel(
         path,
-        {key: centre_crop(volume[middle], size) for key, volume in shown.items()},
+        images,
         None if target is None else TARGET,
-        None if target is None else {row["method"]: row for row in rows},
-        f"{name}, slice {middle + 1}, {sampled:.1%} of columns sampled",
+        scores,
+        f"{scan.name}, slice {middle + 1} of {slices}, {sampled:.1%} of columns sampled",
+        slice_geometry(scan.spacing, scan.affine),
     )
