@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ INK, PAPER, QUIET = "#1b1f24", "#ffffff", "#5b6470"
 # Okabe and Ito's colours, which differ for the colour-blind too; pale ones fill boxes.
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#007a5a", "#9c4f84"
 FILLS = {BLUE: "#dcebf5", ORANGE: "#fbe5d8", GREEN: "#d9efe7", PURPLE: "#f1e1ec", QUIET: "#eceef0"}
-SETTINGS = {"svg.hashsalt": "nirvana", "font.size": 12, "mathtext.fontset": "dejavusans"}
+SETTINGS: Any = {"svg.hashsalt": "nirvana", "font.size": 12, "mathtext.fontset": "dejavusans"}
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

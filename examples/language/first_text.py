@@ -51,7 +51,7 @@ figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
 places = torch.arange(length)
 axes.bar(places - 0.2, first, 0.4, label="read for the first time", color="#0072b2")
 axes.bar(places + 0.2, second, 0.4, label="read again", color="#e69f00")
-names = [tokenizer.decode([token]) for token in ids[0, -length:].tolist()]
+names = [str(tokenizer.decode([token])) for token in ids[0, -length:].tolist()]
 axes.set_xticks(places, names, rotation=60, ha="right")
 axes.set_ylabel("bits")
 axes.legend(frameon=False)

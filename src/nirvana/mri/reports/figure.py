@@ -68,8 +68,8 @@ def report_panel(
         lines += [*textwrap.wrap(f"The lobe is {place}; {sides}.", CHARACTERS), ""]
     left = (wide + 0.25) / size[0]
     figure.text(
-        left, 1 - (above + 0.2) / size[1], "\n".join(lines), color=INK, fontsize=TEXT_SIZE, va="top",
-        linespacing=1.35,
+        left, 1 - (above + 0.2) / size[1], "\n".join(lines), color=INK, fontsize=TEXT_SIZE,
+        va="top", linespacing=1.35,
     )  # fmt: skip
     _draw_facts(figure, reading, (left, 0.75 / size[1]), size)
     figure.text(left, 0.22 / size[1], DISCLAIMER, color=MARK, fontsize=TEXT_SIZE)
