@@ -89,6 +89,7 @@ sphinx_gallery_conf = {
 }
 
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")
+LETTER = re.compile(r"^(\s+\w+: )([A-Za-z])\.")  # a lone one would begin a list
 EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/(\w+/\w+\.py|GALLERY_HEADER\.md)\)")
 
 
@@ -119,6 +120,7 @@ def keep_formulas(app: Sphinx, what: str, name: str, obj: Any, options: Any, lin
 
 def escaped(line: str) -> str:
     """Escapes what is markup in reStructuredText but not in Markdown, outside of backticks."""
+    line = LETTER.sub(r"\1\\\2.", line)
     parts = line.split("`")
     parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
     return "`".join(parts)

@@ -1,6 +1,7 @@
 """The examples, as notebooks from top to bottom, and what they claim."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def notebook(path: Path) -> Any:
 
     _, blocks = split_code_and_text_blocks(path)
     made = jupyter_notebook(blocks, copy.deepcopy(DEFAULT_GALLERY_CONF), path.parent)
-    return nbformat.from_dict(made)
+    return nbformat.reads(json.dumps(made), as_version=4)
 
 
 @pytest.mark.slow
