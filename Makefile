@@ -52,7 +52,7 @@ docs: $(VENV)/.test
 # The site in build/site: examples are run for their pictures, warnings are errors.
 site: export OMP_NUM_THREADS = 1
 site: $(VENV)/.test
-	$(BIN)/python -m sphinx -n -q -W --keep-going -j 2 -c docs -d build/doctrees . build/site
+	$(BIN)/python -m sphinx -n -q -W --keep-going -c docs -d build/doctrees . build/site
 
 # The drawings of docs/concepts, in docs/images.
 figures: $(VENV)/.test
