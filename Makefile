@@ -22,7 +22,7 @@ SURFACE := tests/test_package.py tests/test_dependencies.py tests/model/test_con
 	tests/model/test_packing.py tests/cli/test_language.py tests/cli/test_mri.py tests/mri/io \
 	tests/mri/model/test_codec.py
 
-.PHONY: demo test quick lint types imports docs site figures dist clean newest lowest test-newest test-newest-quick test-lowest
+.PHONY: demo test quick lint types imports docs site links figures dist clean newest lowest test-newest test-newest-quick test-lowest
 
 demo: $(VENV)/.demo
 	$(BIN)/nirvana demo --out out/demo
@@ -53,6 +53,10 @@ docs: $(VENV)/.test
 site: export OMP_NUM_THREADS = 1
 site: $(VENV)/.test
 	$(BIN)/python -m sphinx -n -q -W --keep-going -c docs -d build/doctrees . build/site
+
+# Addresses outside of the repository; needs a network.
+links: $(VENV)/.test
+	$(BIN)/python -m sphinx -q -b linkcheck -D sphinx_gallery_conf.plot_gallery=0 -c docs -d build/doctrees . build/links
 
 # The drawings of docs/concepts, in docs/images.
 figures: $(VENV)/.test

@@ -1,6 +1,7 @@
 """What the documentation names exists: files, headings, commands, options and settings."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,18 @@ def test_the_reference_holds_every_public_name(package):
         homes = {package.__name__, getattr(getattr(package, name), "__module__", None)}
         alone = re.search(rf":: {re.escape(package.__name__)}\.{name}$", pages, flags=re.M)
         assert alone or homes & set(whole), f"{package.__name__}.{name} is on no page of docs/api"
+
+
+def test_the_drawings_are_those_of_their_program(tmp_path):
+    """`make figures` was run; another version of Matplotlib may draw them otherwise."""
+    matplotlib = pytest.importorskip("matplotlib")
+    runpy.run_path(str(ROOT / "docs" / "figures" / "concepts.py"))["draw"](tmp_path)
+    committed = ROOT / "docs" / "images"
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in committed.glob("*.svg")}
+    for path in tmp_path.iterdir():
+        text = (committed / path.name).read_text("utf-8")
+        if f"v{matplotlib.__version__}," in text:
+            assert path.read_text("utf-8") == text, f"{path.name}: run make figures"
 
 
 def test_wrong_commands_are_found():
