@@ -78,6 +78,7 @@ GALLERY = "docs/gallery"
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": GALLERY,
+    "subsection_order": [f"examples/{name}" for name in ("language", "mri", "domains")],
     "filename_pattern": r"\.py$",
     "reset_modules": (),
     "download_all_examples": False,
@@ -90,14 +91,14 @@ sphinx_gallery_conf = {
 
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")
 LETTER = re.compile(r"^(\s+\w+: )([A-Za-z])\.")  # a lone one would begin a list
-EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/(\w+/\w+\.py|GALLERY_HEADER\.md)\)")
+EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/(\w+/\w+\.py|GALLERY_HEADER\.rst)\)")
 
 
 def link_examples(app: Sphinx, page: str, source: list[str]) -> None:
     """Turns links to an example's program into links to its page in the gallery."""
 
     def page_of(match: re.Match[str]) -> str:
-        name = match[1].replace("GALLERY_HEADER.md", "index.rst").replace(".py", ".rst")
+        name = match[1].replace("GALLERY_HEADER.rst", "index.rst").replace(".py", ".rst")
         return f"]({relpath(f'{GALLERY}/{name}', Path(page).parent)})"
 
     source[0] = EXAMPLE.sub(page_of, source[0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nirvana.model.backbone import Backbone, fingerprint, load_backbone
 from nirvana.model.specialist import Specialist
 
-STEPS = 30
+STEPS = 40
 LENGTH, PATCH, KEPT, NOISE = 512, 16, 0.25, 0.05
 # Place in the beat, width and height of the waves P, Q, R, S and T.
 WAVES = torch.tensor(
