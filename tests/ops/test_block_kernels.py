@@ -1,15 +1,19 @@
 """The kernels of a block against the definitions: the convolution with its gradients, the low-rank
-sum, and SwiGLU. Without a GPU they run in Triton's interpreter."""
+sum, and SwiGLU. Without a GPU they run in Triton's interpreter; there the definition stands in for
+the libraries' delta rule, so that the operation around it is tested."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from nirvana.ops import reference
+from nirvana.ops import chunked, reference
 
 pytest.importorskip("triton")
 from triton import knobs
 
-from nirvana.ops.cuda import conv, low_rank, swiglu
+from nirvana.ops.cuda import branches, conv, low_rank, swiglu
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +82,91 @@ def test_swiglu(width):
 def test_swiglu_is_a_proper_operation():
     x = torch.randn(3, 8, requires_grad=True)
     torch.library.opcheck(swiglu._swiglu, (x,))
+
+
+def delta_rule(q, k, v, log_alpha, beta, state, borders):
+    """Of rows laid end to end, `[1, N, ...]`, and the last states of all documents."""
+    outputs = []
+    for i, (start, end) in enumerate(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)):
+        parts = (x[:, start:end] for x in (q, k, v, log_alpha, beta))
+        before = None if state is None else state[i : i + 1]
+        outputs.append(chunked.gated_delta_rule(*parts, before, None))
+    o, last = zip(*outputs, strict=True)
+    return torch.cat(o, dim=1), torch.cat(last)
+
+
+def delta_forward(qkv, log_alpha, beta, state, borders, final):
+    o, last = delta_rule(*qkv, log_alpha, beta, state, borders)
+    return o, log_alpha.clone(), o.new_empty(1), last if final else None
+
+
+def delta_backward(do, dlast, qkv, beta, sums, inverse, state, borders):
+    given = [x for x in (*qkv, sums, beta, state) if x is not None]
+    leaves = [x.detach().requires_grad_() for x in given]
+    o, last = delta_rule(*leaves[:5], None if state is None else leaves[5], borders)
+    loss = (o * do).sum() + (0 if dlast is None else (last * dlast).sum())
+    return *torch.autograd.grad(loss, leaves), *([] if state is not None else [None])
+
+
+@pytest.fixture
+def linear_branch(monkeypatch, device):
+    """The operation of the linear branch on the CPU."""
+    if device != "cpu":
+        pytest.skip("test_cuda_backend tests it with the libraries' delta rule")
+    for operation in (branches._linear, branches._linear_gradients):
+        operation.register_kernel("cpu")(operation._init_fn)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    monkeypatch.setattr(branches, "_delta_forward", delta_forward)
+
+    def in_a_thread(*given):  # within an operation's own gradient autograd is off
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(delta_backward, *given).result()
+
+    monkeypatch.setattr(branches, "_delta_backward", in_a_thread)
+    return branches.linear_branch
+
+
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize(
+    ("fixed", "packed"),
+    [
+        *((None, packed) for packed in (False, True)),
+        ((), False),  # the dispatch keeps the packed one from the kernels
+        *((("conv_state",), packed) for packed in (False, True)),
+        *((("conv_state", "state"), packed) for packed in (False, True)),
+    ],
+    ids=str,
+)
+def test_linear_branch_around_the_delta_rule(linear_branch, fixed, packed, final):
+    """Gradients flow from the last states and into the first ones; None: there are no first."""
+    B, T, H, K = 2, 37, 2, 16
+    inputs = {
+        "qkv": torch.randn(B, T, 3 * H * K),
+        "conv_weight": torch.randn(3 * H * K, 4) / 2,
+        "log_alpha": -torch.nn.functional.softplus(torch.randn(B, T, H) - 3),
+        "beta": torch.rand(B, T, H),
+    }
+    states = {"conv_state": torch.randn(B, 3 * H * K, 3), "state": torch.randn(B, H, K, K) / 8}
+    inputs |= states if fixed is not None else {}
+    segments = borders = None
+    if packed:
+        segments = (torch.rand(B, T) < 0.1).cumsum(1)
+        segments[:, 0] = 0
+        segments[1] += fixed is not None  # the second row goes on from no state
+        starts = segments.diff(dim=1, prepend=segments[:, :1] - 1) != 0
+        ends = torch.tensor([B * T])
+        borders = torch.cat([starts.flatten().nonzero()[:, 0], ends]).int()
+    results = []
+    for compute in (linear_branch, reference.linear_branch):
+        leaves = {
+            name: x.detach().clone().requires_grad_(name not in (fixed or ()))
+            for name, x in inputs.items()
+        }
+        given = {**dict.fromkeys(states), **leaves}
+        outputs = compute(**given, head_dim=K, segments=segments, cu_seqlens=borders, final=final)
+        outputs = [x for x in outputs if x is not None]
+        torch.manual_seed(1)
+        loss = sum((x * torch.randn(x.shape)).sum() for x in outputs)
+        grads = torch.autograd.grad(loss, [x for x in leaves.values() if x.requires_grad])
+        results.append([*outputs, *grads])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

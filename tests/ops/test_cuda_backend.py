@@ -102,6 +102,15 @@ def test_linear_branch_goes_on_from_states(size, fixed):
     compare(ops.linear_branch, linear_inputs(*size, True), head_dim=size[-1], fixed=fixed)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_packed_samples_go_on_from_states(size):
+    """The first samples of some rows do, those of others begin with the row."""
+    inputs = linear_inputs(*size, True)
+    packed = borders_of(*size[:2], True)
+    packed["segments"][-1] += 1
+    compare(ops.linear_branch, inputs, head_dim=size[-1], fixed=("conv_state",), **packed)
+
+
 def test_linear_branch_without_last_states():
     size = SIZES[0]
     compare(ops.linear_branch, linear_inputs(*size, True), head_dim=size[-1], final=False)

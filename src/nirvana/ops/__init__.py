@@ -156,9 +156,7 @@ def linear_branch(
     if lengths is not None:  # padding writes nothing and keeps the state
         real = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]
         log_alpha, beta = (x * real[..., None] for x in (log_alpha, beta))
-    fits = dispatch.linear_branch_fits(
-        qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state, state
-    )
+    fits = dispatch.linear_branch_fits(qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state)
     o, recent, last = dispatch.implementation("linear_branch", fits)(
         qkv,
         at_least_float32(conv_weight),

@@ -134,31 +134,24 @@ def suits_kernels(x: Tensor) -> bool:
 
 
 def branch_fits(
-    x: Tensor,
-    head_dim: int,
-    segments: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *states: Tensor | None,
+    x: Tensor, head_dim: int, segments: Tensor | None, cu_seqlens: Tensor | None
 ) -> bool:
     """Whether the kernels of a branch of the Updater take a call.
 
-    They take more than one token, and packed samples only with `cu_seqlens` and without states.
+    They take more than one token, and packed samples only with `cu_seqlens`.
 
     Args:
         x: `[B, T, ...]`, the input.
         head_dim: K.
         segments: `[B, T]`, see `nirvana.ops`.
         cu_seqlens: `[samples + 1]`, see `nirvana.ops`.
-        states: the states before the first token.
 
     Returns:
         True if they do.
     """
     if not suits_kernels(x) or x.shape[1] == 1:
         return False
-    if segments is not None and (cu_seqlens is None or any(s is not None for s in states)):
-        return False
-    return head_dim in HEAD_DIMS
+    return head_dim in HEAD_DIMS and (segments is None or cu_seqlens is not None)
 
 
 def linear_branch_fits(
@@ -167,11 +160,15 @@ def linear_branch_fits(
     head_dim: int,
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
-    *states: Tensor | None,
+    conv_state: Tensor | None,
 ) -> bool:
-    """Whether the kernels of `linear_branch` take a call; arguments as of `branch_fits`."""
-    four = conv_weight.shape[1] == CONV_WIDTH
-    return four and branch_fits(qkv, head_dim, segments, cu_seqlens, *states)
+    """Whether the kernels of `linear_branch` take a call; arguments as of `branch_fits`.
+
+    They have no gradient of the convolution's state before packed samples.
+    """
+    learned = conv_state is not None and conv_state.requires_grad and torch.is_grad_enabled()
+    sizes = conv_weight.shape[1] == CONV_WIDTH and not (learned and segments is not None)
+    return sizes and branch_fits(qkv, head_dim, segments, cu_seqlens)
 
 
 def trigger_fits(x: Tensor) -> bool:

@@ -112,10 +112,24 @@ def _delta_backward(
     return *grads, dalpha.float(), dbeta.float(), dstate
 
 
-def _last_documents(borders: Tensor, B: int, T: int) -> Tensor:
-    """The number of the last document of each of B rows of T tokens, `[B]`."""
-    ends = torch.arange(1, B + 1, dtype=torch.int32, device=borders.device) * T
-    return torch.searchsorted(borders, ends) - 1
+def _row_documents(borders: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the first and of the last document of each of B rows of T tokens, `[B]`."""
+    rows = torch.arange(B + 1, dtype=torch.int32, device=borders.device) * T
+    starts = torch.searchsorted(borders, rows)
+    return starts[:-1], starts[1:] - 1
+
+
+def _document_states(state: Tensor, borders: Tensor, segments: Tensor) -> Tensor:
+    """The state before every document, `[documents, H, K, K]`: that of its row `[B, H, K, K]` where
+    a row's first document goes on from it, else zero."""
+    first, _ = _row_documents(borders, *segments.shape)
+    states = state.new_zeros(len(borders) - 1, *state.shape[1:])
+    return states.index_copy_(0, first, state * _continues(segments))
+
+
+def _continues(segments: Tensor) -> Tensor:
+    """Whether each row's first token goes on from the row's state, `[B, 1, 1, 1]`."""
+    return (segments[:, :1, None, None] == 0).float()
 
 
 @torch.library.custom_op(
@@ -141,12 +155,14 @@ def _linear(
     mixed = conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
     rows = mixed.view(3, 1, B * T, H, head_dim)
     log_alpha, beta = (x.contiguous().view(1, B * T, H) for x in (log_alpha, beta))
+    if state is not None and cu_seqlens is not None and segments is not None:
+        state = _document_states(state, borders, segments)
     with torch.cuda.device_of(qkv):
         o, sums, inverse, last = _delta_forward(rows, log_alpha, beta, state, borders, final)
     if last is None:
         last = sums.new_empty(0)
     elif cu_seqlens is not None:  # one state per document: take that of each row's last document
-        last = last[_last_documents(borders, B, T)]
+        last = last[_row_documents(borders, B, T)[1]]
     return o.view(B, T, H, head_dim), last, sums, inverse
 
 
@@ -196,7 +212,10 @@ def _linear_gradients(
     mixed = conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
     if dlast is not None and cu_seqlens is not None:
         documents = dlast.new_zeros(len(borders) - 1, *dlast.shape[1:])
-        dlast = documents.index_copy_(0, _last_documents(borders, B, T), dlast)
+        dlast = documents.index_copy_(0, _row_documents(borders, B, T)[1], dlast)
+    packed = cu_seqlens is not None and segments is not None
+    if state is not None and packed:
+        state = _document_states(state, borders, segments)
     with torch.cuda.device_of(qkv):
         dq, dk, dv, dalpha, dbeta, dstate = _delta_backward(
             do.contiguous().view(1, B * T, H, head_dim),
@@ -209,7 +228,11 @@ def _linear_gradients(
             borders,
         )
     dqkv, dweight = conv.backward((dq, dk, dv), qkv, conv_weight, head_dim, conv_state, segments)
-    dstate = sums.new_empty(0) if dstate is None else dstate.float()
+    if dstate is None:
+        dstate = sums.new_empty(0)
+    elif packed:
+        dstate = dstate[_row_documents(borders, B, T)[0]] * _continues(segments)
+    dstate = dstate.float()
     return dqkv, dweight, dalpha.view(B, T, H), dbeta.view(B, T, H), dstate
 
 
