@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "signal_specialist.py"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "signal_specialist.py"
+NETWORK = ROOT / "examples" / "own_network.py"
 
 
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("signal_specialist", EXAMPLE)
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def example():
+    return load(EXAMPLE)
 
 
 def test_it_is_short():
@@ -36,3 +42,22 @@ def test_training_helps(example, kind):
     few = example.decibels(example.train(kind, 1), example.TRAINED)
     more = example.decibels(example.train(kind, 15), example.TRAINED)
     assert more > few + 1
+
+
+def test_a_network_of_ones_own_learns_to_recall():
+    example = load(NETWORK)
+    network = example.Network(example.KEYS + example.VALUES, 64)
+    assert example.accuracy(network) < 0.2
+    example.train(network, 120)
+    assert example.accuracy(network) > 0.7
+
+
+def test_the_documentation_shows_that_network():
+    """The network and its training, 15 lines, as they are in the example."""
+    text, page = NETWORK.read_text(), (ROOT / "docs" / "building.md").read_text()
+    core = text[text.index("class Network") : text.index("@torch.no_grad")]
+    lines = [line for line in core.splitlines() if line.strip()]
+    assert len(lines) == 15
+    block = page[page.index("    class Network") :].splitlines()
+    shown = [line[4:] for line in block if line.strip()][:15]
+    assert shown == lines

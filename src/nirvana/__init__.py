@@ -13,7 +13,9 @@ from nirvana.errors import InputError
 if TYPE_CHECKING:
     from nirvana.model.assets import load_language_model as load
     from nirvana.model.config import NirvanaConfig, preset
+    from nirvana.model.layer import NirvanaLayer
     from nirvana.model.nirvana import NirvanaForCausalLM, NirvanaModel
+    from nirvana.model.state import State
     from nirvana.model.trigger import without_trigger
 
 __version__ = "0.1.0"
@@ -21,7 +23,9 @@ __all__ = [
     "InputError",
     "NirvanaConfig",
     "NirvanaForCausalLM",
+    "NirvanaLayer",
     "NirvanaModel",
+    "State",
     "load",
     "preset",
     "without_trigger",
@@ -30,7 +34,9 @@ __all__ = [
 _LAZY = {
     "NirvanaConfig": ("nirvana.model.config", "NirvanaConfig"),
     "NirvanaForCausalLM": ("nirvana.model.nirvana", "NirvanaForCausalLM"),
+    "NirvanaLayer": ("nirvana.model.layer", "NirvanaLayer"),
     "NirvanaModel": ("nirvana.model.nirvana", "NirvanaModel"),
+    "State": ("nirvana.model.state", "State"),
     "load": ("nirvana.model.assets", "load_language_model"),
     "preset": ("nirvana.model.config", "preset"),
     "without_trigger": ("nirvana.model.trigger", "without_trigger"),

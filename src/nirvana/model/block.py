@@ -48,7 +48,7 @@ class NirvanaBlock(CheckpointedWithGradients, GradientCheckpointingLayer):
         super().__init__()
         self.updater_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         attention = config.branches == "window" and layer_idx >= config.num_prelude_layers
-        self.updater = (Attention if attention else Updater)(config, layer_idx)
+        self.updater = (Attention if attention else Updater)(config, layer_idx, initialise=False)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 

@@ -1,6 +1,5 @@
 """The Nirvana language model."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -28,7 +26,7 @@ from nirvana.model.outputs import (
 from nirvana.model.state import LayerStates, NewStates, State
 from nirvana.model.trigger import NoBank, Trigger, TriggerTrace, WeightBank
 from nirvana.model.updater import RMSNorm, Updater
-from nirvana.ops import in_autocast, linear_cross_entropy
+from nirvana.ops import in_autocast, linear_cross_entropy, warn_without_kernels
 from nirvana.ops.cross_entropy import IGNORE
 
 
@@ -58,31 +56,8 @@ class NirvanaPreTrainedModel(PreTrainedModel):
         - Trigger: step size and decay from the configuration.
         """
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Updater):
-            bound = module.conv_weight.shape[1] ** -0.5
-            init.uniform_(module.conv_weight, -bound, bound)
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
-            step = torch.empty_like(module.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
-            init.copy_(module.dt_bias, step + (-torch.expm1(-step)).log())
-            if module.has_window:
-                if module.constant:
-                    init.zeros_(module.gate_logit)
-                init.zeros_(module.window_up)
-                init.zeros_(module.window_out[-1].weight)  # type: ignore[arg-type]
-                init.zeros_(module.zeta[-1].weight)  # type: ignore[arg-type]
-        elif isinstance(module, WeightBank):
-            C, R = module.gain.shape
-            init.normal_(module.weight, 0.0, (C * R) ** -0.5)
-            init.normal_(module.gain, 1 / R, std)
-            init.normal_(module.bias, 0.0, std)
-            init.normal_(module.shift, 0.0, std)
-        elif isinstance(module, Trigger):
-            if "lr_percent" in module._parameters:
-                init.constant_(module.lr_percent, 100 * module.fixed_lr)
-            if "decay_logit" in module._parameters:
-                decay = module.fixed_decay
-                init.constant_(module.decay_logit, math.log(decay / (1 - decay)))
+        if isinstance(module, Updater | WeightBank | Trigger):
+            module.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimiser should not decay.
@@ -103,7 +78,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
     def __init__(self, config: NirvanaConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.bank = (WeightBank if config.has_trigger else NoBank)(config)
+        self.bank = (WeightBank if config.has_trigger else NoBank)(config, initialise=False)
         self.layers = nn.ModuleList(
             NirvanaBlock(config, i) for i in range(config.num_hidden_layers)
         )
@@ -227,6 +202,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
         """The blocks, over columns in the order of the masks."""
         traces: list[TriggerTrace] | None = [] if output_trigger else None
         h = in_autocast(inputs_embeds)  # else a float32 table would make all residuals float32
+        warn_without_kernels(h, self.config.head_dim)
         fast = self.bank.start(h)
         for layer in self.layers if h.shape[1] > 0 else ():
             h, fast = layer(h, fast, self.bank, masks, states=states, traces=traces)

@@ -1,11 +1,13 @@
 """Task-Aware Memory Trigger: one step of gradient descent per layer on a self-supervised loss."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.ops import (
@@ -28,15 +30,28 @@ class WeightBank(nn.Module):
 
     Args:
         config: of the model; C is `task_dim`, R `bank_size`.
+        initialise: draw initial values; a model draws those of all its parts itself, in one order.
     """
 
-    def __init__(self, config: NirvanaConfig):
+    def __init__(self, config: NirvanaConfig, initialise: bool = True):
         super().__init__()
         C, R = config.task_dim, config.bank_size
+        self.initial_std = config.initializer_range
         self.weight = nn.Parameter(torch.empty(C, C, R))
         self.gain = nn.Parameter(torch.empty(C, R))
         self.bias = nn.Parameter(torch.empty(C, R))
         self.shift = nn.Parameter(torch.empty(C, R))
+        if initialise:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the initial values; see `NirvanaPreTrainedModel._init_weights`."""
+        C, R = self.gain.shape
+        init.normal_(self.weight, 0.0, (C * R) ** -0.5)
+        init.normal_(self.gain, 1 / R, self.initial_std)
+        init.normal_(self.bias, 0.0, self.initial_std)
+        init.normal_(self.shift, 0.0, self.initial_std)
 
     def start(self, x: Tensor) -> Tensor:
         """Fast parameters before the first step, all ones.
@@ -57,7 +72,7 @@ class WeightBank(nn.Module):
 class NoBank(nn.Module):
     """The bank of a model without Trigger: no parameters, fast parameters of length 0."""
 
-    def __init__(self, config: NirvanaConfig):
+    def __init__(self, config: NirvanaConfig, initialise: bool = True):
         super().__init__()
 
     def start(self, x: Tensor) -> Tensor:
@@ -91,6 +106,16 @@ class Trigger(nn.Module):
         self.has_memory = config.has_memory
         if config.trigger_decay_learnable:
             self.decay_logit = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets learned step sizes and decays to those of the configuration."""
+        if "lr_percent" in self._parameters:
+            init.constant_(self.lr_percent, 100 * self.fixed_lr)
+        if "decay_logit" in self._parameters:
+            decay = self.fixed_decay
+            init.constant_(self.decay_logit, math.log(decay / (1 - decay)))
 
     @property
     def lr(self) -> Tensor | float:

@@ -1,10 +1,12 @@
 """Specialized Memory Updater: linear and window attention, blended under the Trigger's control."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
@@ -42,10 +44,12 @@ class Updater(nn.Module):
     Args:
         config: of the model.
         layer_idx: of the layer, counted from 0.
+        initialise: draw initial values; a model draws those of all its parts itself, in one order.
     """
 
-    def __init__(self, config: NirvanaConfig, layer_idx: int):
+    def __init__(self, config: NirvanaConfig, layer_idx: int, initialise: bool = True):
         super().__init__()
+        self.initial_std = config.initializer_range
         D, H, C = config.hidden_size, config.num_attention_heads, config.task_dim
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -66,10 +70,19 @@ class Updater(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.out_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(D, D, bias=False)
-        if not self.has_window:
-            return
+        if self.has_window:
+            self._add_window(config, rank, C)
+        if initialise:
+            for part in self.modules():
+                if isinstance(part, nn.Linear):
+                    init.normal_(part.weight, 0.0, self.initial_std)
+            self.reset_parameters()
+
+    def _add_window(self, config: NirvanaConfig, rank: int, C: int) -> None:
+        """The parts of a layer with a window branch and a blend, in the order of their weights."""
+        D = config.hidden_size
         if self.has_trigger:
-            self.trigger = Trigger(config, layer_idx)
+            self.trigger = Trigger(config, self.layer_idx)
         self.window_up = nn.Parameter(torch.empty(3, rank, D))
         self.window_out = nn.Sequential(
             nn.Linear(D, max(1, D // 8), bias=False), nn.Linear(max(1, D // 8), D, bias=False)
@@ -85,6 +98,22 @@ class Updater(nn.Module):
             nn.SiLU(),
             nn.Linear(max(1, D // 8), D, bias=False),
         )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the initial values of what is not a plain linear map or norm; see
+        `NirvanaPreTrainedModel._init_weights`."""
+        bound = self.conv_weight.shape[1] ** -0.5
+        init.uniform_(self.conv_weight, -bound, bound)
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())
+        step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
+        init.copy_(self.dt_bias, step + (-torch.expm1(-step)).log())
+        if self.has_window:
+            if self.constant:
+                init.zeros_(self.gate_logit)
+            init.zeros_(self.window_up)
+            init.zeros_(self.window_out[-1].weight)  # type: ignore[arg-type]
+            init.zeros_(self.zeta[-1].weight)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -265,9 +294,10 @@ class Attention(nn.Module):
     Args:
         config: of the model.
         layer_idx: of the layer, counted from 0.
+        initialise: see `Updater`.
     """
 
-    def __init__(self, config: NirvanaConfig, layer_idx: int):
+    def __init__(self, config: NirvanaConfig, layer_idx: int, initialise: bool = True):
         super().__init__()
         D = config.hidden_size
         self.layer_idx = layer_idx
@@ -276,6 +306,9 @@ class Attention(nn.Module):
         self.rope_theta = config.rope_theta
         self.in_proj = nn.Linear(D, 3 * D, bias=False)
         self.out_proj = nn.Linear(D, D, bias=False)
+        if initialise:
+            for part in (self.in_proj, self.out_proj):
+                init.normal_(part.weight, 0.0, config.initializer_range)
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nirvana.ops import dispatch
 from nirvana.ops.chunked import last_inputs
-from nirvana.ops.dispatch import BACKENDS, suits_kernels, use_backend
+from nirvana.ops.dispatch import BACKENDS, suits_kernels, use_backend, warn_without_kernels
 from nirvana.ops.precision import at_least_float32, in_autocast, no_autocast
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "trigger_gradient",
     "unit",
     "use_backend",
+    "warn_without_kernels",
     "window_attention",
     "window_branch",
 ]

@@ -6,8 +6,10 @@ a GPU. The tensors decide at every call: `cuda` where its kernels fit, else `chu
 in the package chooses. `use_backend` overrides the choice, for tests.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -131,6 +133,27 @@ def _kernel_module(operation: str) -> Any:
 def suits_kernels(x: Tensor) -> bool:
     """Whether x is a half-precision CUDA tensor and the kernels' packages are installed."""
     return HAS_KERNELS and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def warn_without_kernels(x: Tensor, head_dim: int) -> None:
+    """Logs once for each head size that tensors like x suit the kernels, but the size does not.
+
+    Args:
+        x: the input of a model or layer.
+        head_dim: K.
+    """
+    if head_dim not in HEAD_DIMS and not torch.compiler.is_compiling() and suits_kernels(x):
+        _warn_of(head_dim)
+
+
+@cache
+def _warn_of(head_dim: int) -> None:
+    sizes = ", ".join(map(str, HEAD_DIMS))
+    logging.getLogger(__name__).warning(
+        "no GPU kernel takes heads of %d: PyTorch computes them; there are kernels for %s",
+        head_dim,
+        sizes,
+    )
 
 
 def branch_fits(

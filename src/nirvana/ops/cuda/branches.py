@@ -213,8 +213,7 @@ def _linear_gradients(
     if dlast is not None and cu_seqlens is not None:
         documents = dlast.new_zeros(len(borders) - 1, *dlast.shape[1:])
         dlast = documents.index_copy_(0, _row_documents(borders, B, T)[1], dlast)
-    packed = cu_seqlens is not None and segments is not None
-    if state is not None and packed:
+    if state is not None and cu_seqlens is not None and segments is not None:
         state = _document_states(state, borders, segments)
     with torch.cuda.device_of(qkv):
         dq, dk, dv, dalpha, dbeta, dstate = _delta_backward(
@@ -230,7 +229,7 @@ def _linear_gradients(
     dqkv, dweight = conv.backward((dq, dk, dv), qkv, conv_weight, head_dim, conv_state, segments)
     if dstate is None:
         dstate = sums.new_empty(0)
-    elif packed:
+    elif cu_seqlens is not None and segments is not None:
         dstate = dstate[_row_documents(borders, B, T)[0]] * _continues(segments)
     dstate = dstate.float()
     return dqkv, dweight, dalpha.view(B, T, H), dbeta.view(B, T, H), dstate
