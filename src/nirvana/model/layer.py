@@ -124,7 +124,7 @@ class NirvanaLayer(nn.Module):
             )
         fast = start if fast is None else fast
         if state is not None:
-            state.require(self.config, len(x))
+            state.require(self.config, x.shape[0])
         warn_without_kernels(in_autocast(x), self.config.head_dim)
         masks = create_state_masks(
             self.config, x, attention_mask, state, position_ids, cu_seqlens, seq_idx
@@ -134,11 +134,11 @@ class NirvanaLayer(nn.Module):
             x, fast = reordered(x, order), reordered(fast, order)
         if state is not None or return_state:
             states = NewStates(self.config, state, masks["lengths"])
-        y = x
+        y, fast_next = x, fast
         if x.shape[1] > 0:
-            y, fast = self.updater(x, fast, self.bank, masks, states)
+            y, fast_next = self.updater(x, fast, self.bank, masks, states)
         if order is not None:
-            order = order.argsort(1)
-            y, fast = reordered(y, order), reordered(fast, order)
+            back = order.argsort(1)
+            y, fast_next = reordered(y, back), reordered(fast_next, back)
         after = states.state_after(masks) if states is not None and return_state else None
-        return LayerOutput(y, fast, after)
+        return LayerOutput(y, fast_next, after)
