@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
-from nirvana.model.masks import row_layout
+from nirvana.model.rows import row_layout
 
 LENGTHS = [9, 1, 17, 6]
 TOTAL = sum(LENGTHS)

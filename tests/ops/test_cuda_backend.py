@@ -46,21 +46,24 @@ def relative(actual, expected):
 
 
 def compare(operation, inputs, **more):
-    """The outputs and the gradients of a random sum of them, bf16 kernels against float64."""
+    """The outputs and the gradients of a random sum of them, bf16 kernels against float64.
+
+    States in `more["fixed"]` need no gradient."""
+    fixed = more.pop("fixed", ())
     outcomes = []
     for backend, dtype in (("cuda", None), ("reference", torch.float64)):
         given = {
             name: x
             if x is None
-            else x.detach().to(dtype or x.dtype).requires_grad_("state" not in name)
+            else x.detach().to(dtype or x.dtype).requires_grad_(name not in fixed)
             for name, x in inputs.items()
         }
         with ops.use_backend(backend):
             outputs = operation(**given, **more)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.manual_seed(1)
-        weights = [torch.randn(outputs[0].shape)]
-        (outputs[0] * weights[0].to(outputs[0].dtype)).sum().backward()
+        given_back = [x for x in outputs if x is not None]
+        sum((x * torch.randn(x.shape).to(x.dtype)).sum() for x in given_back).backward()
         grads = {n: x.grad for n, x in given.items() if x is not None and x.requires_grad}
         values = {str(i): x.detach() for i, x in enumerate(outputs) if x is not None}
         outcomes.append(values | grads)
@@ -92,9 +95,16 @@ def test_linear_branch(size, packed):
     )
 
 
+@pytest.mark.parametrize("fixed", [(), ("conv_state",), ("conv_state", "state")], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_linear_branch_goes_on_from_states(size):
-    compare(ops.linear_branch, linear_inputs(*size, True), head_dim=size[-1])
+def test_linear_branch_goes_on_from_states(size, fixed):
+    """The gradients flow from both last states, and into those of the states that need one."""
+    compare(ops.linear_branch, linear_inputs(*size, True), head_dim=size[-1], fixed=fixed)
+
+
+def test_linear_branch_without_last_states():
+    size = SIZES[0]
+    compare(ops.linear_branch, linear_inputs(*size, True), head_dim=size[-1], final=False)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
@@ -127,6 +137,15 @@ def test_window_attention_over_the_past(queries, past):
         with ops.use_backend("reference"):
             exact = ops.window_attention(*(x.double() for x in (q, k, v)), 100)
     assert relative(fast, exact) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [100, None])
+@pytest.mark.parametrize(("queries", "past"), [(256, 99), (33, 200), (256, 256)])
+def test_gradients_of_attention_over_the_past(queries, past, window):
+    inputs = {"q": torch.randn(2, queries, 2, 128, dtype=torch.bfloat16)}
+    for name in "kv":
+        inputs[name] = torch.randn(2, past + queries, 2, 128, dtype=torch.bfloat16)
+    compare(ops.window_attention, inputs, window=window)
 
 
 def make_model(**overrides):
@@ -178,6 +197,45 @@ def test_borders_given_on_the_cpu_are_those_counted_on_the_gpu():
         known = create_masks(config, x, None, None, given, borders)
         assert torch.equal(known["segments"], counted["segments"])
         assert torch.equal(known["cu_seqlens"], counted["cu_seqlens"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_in_chunks_is_training_on_the_whole_text(compiled):
+    """Loss and gradients, with and without compiled blocks; the kernels compute the chunks too."""
+    model = make_model().train()
+    tokens = torch.randint(97, (2, 512))
+    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    how = {"skip_logits": True, "num_items_in_batch": 1022}
+    whole = model(tokens, shift_labels=labels, **how).loss
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(whole, parameters)
+    if compiled:
+        compile_blocks(model.model.layers)
+    state, total = None, 0.0
+    with ops.dispatch.recorded_backends() as used:
+        for chunk, shifted in zip(tokens.chunk(4, 1), labels.chunk(4, 1), strict=True):
+            out = model(chunk, shift_labels=shifted, state=state, return_state=True, **how)
+            state, total = out.state, total + out.loss
+    if not compiled:
+        assert used["linear_branch"] == used["window_attention"] == ["cuda"]
+    assert abs(total - whole).item() < 2e-3
+    found = torch.autograd.grad(total, parameters)
+    # Each is some bf16 roundings from the exact one, those of scalars and small vectors the most.
+    for name, a, b in zip(names, found, expected, strict=True):
+        assert relative(a, b) < (0.05 if b.numel() > 1000 else 0.2), name
+
+
+def test_memory_of_chunks_does_not_grow():
+    model = make_model().train()
+    tokens = torch.randint(97, (2, 16 * 256))
+    peaks, state = [], None
+    for chunk in tokens.chunk(16, 1):
+        torch.cuda.reset_peak_memory_stats()
+        out = model(chunk, labels=chunk, skip_logits=True, state=state, return_state=True)
+        out.loss.backward()
+        state, out = out.state.detach(), None
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert max(peaks[3:]) <= 1.02 * peaks[2]
 
 
 @pytest.mark.parametrize("n", [1, 64, 130, 259])

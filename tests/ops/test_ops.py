@@ -205,6 +205,54 @@ def test_linear_branch_is_its_definition(T, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_states_are_those_after_the_lengths(backend, packed):
+    """As of each row cut there, in values and gradients; a row without tokens keeps its states."""
+    B, T, H, K, F = 5, 70, 2, 4, 6
+    lengths = [0, 1, 2, 64, 70]
+    inputs = {
+        "qkv": normal(B, T, 3 * H * K),
+        "log_alpha": -torch.exp(normal(B, T, H)),
+        "beta": normal(B, T, H).sigmoid(),
+        "conv_state": normal(B, 3 * H * K, 3),
+        "state": normal(B, H, K, K),
+        "g": normal(B, T, F),
+        "m": normal(B, F),
+    }
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    weight = normal(3 * H * K, 4)
+    segments = borders(B, T, seed=T) if packed else None
+    if segments is not None:  # padding belongs to the last sample
+        place = torch.arange(T).clamp(max=(torch.tensor(lengths)[:, None] - 1).clamp(min=0))
+        segments = segments.gather(1, place)
+        segments[0] = 0
+
+    def states(rows, T, lengths=None):
+        x = {name: each[rows] for name, each in inputs.items()}
+        own = None if segments is None else segments[rows, :T]
+        qkv, log_alpha, beta = (x[name][:, :T] for name in ("qkv", "log_alpha", "beta"))
+        branch = ops.linear_branch(
+            *(qkv, weight, log_alpha, beta, K, x["conv_state"], x["state"], own), lengths=lengths
+        )
+        return *branch[1:], ops.decayed_sum(x["g"][:, :T], 0.9, x["m"], own, lengths)[1]
+
+    with ops.use_backend(backend):
+        together = states(slice(0, B), T, torch.tensor(lengths))
+        alone = [states(slice(row, row + 1), lengths[row]) for row in range(1, B)]
+    kept = [inputs[name][:1] for name in ("conv_state", "state", "m")]
+    expected = [torch.cat(each) for each in zip(kept, *alone, strict=True)]
+    torch.testing.assert_close(list(together), expected)
+    weights = [torch.randn_like(x) for x in expected]
+    grads = [
+        torch.autograd.grad(
+            sum((x * w).sum() for x, w in zip(given, weights, strict=True)), list(inputs.values())
+        )
+        for given in (together, expected)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_window_branch_is_its_definition(packed):
     B, T, H, K, rank = 2, 37, 3, 4, 5
     inputs = {

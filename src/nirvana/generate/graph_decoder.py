@@ -115,7 +115,7 @@ def _block(
     block: nn.Module, h: Tensor, fast: Tensor, bank: nn.Module, masks: Masks, states: _States
 ) -> tuple[Tensor, Tensor]:
     # block(...) may be compiled for training.
-    return block.forward(h, fast, bank, masks, cache=states)
+    return block.forward(h, fast, bank, masks, states)
 
 
 def _head(model: Any, h: Tensor) -> Tensor:
@@ -311,7 +311,8 @@ class Decoder(StepDecoder):
 
 
 def _no_masks(positions: Tensor) -> Masks:
-    return {"segments": None, "cu_seqlens": None, "window": None, "positions": positions}
+    names = ("segments", "cu_seqlens", "lengths", "window")
+    return {"positions": positions, **dict.fromkeys(names)}
 
 
 @lru_cache(maxsize=1)

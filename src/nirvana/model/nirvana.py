@@ -11,79 +11,25 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from nirvana.model.arguments import check_arguments
+from nirvana.model.block import CheckpointedWithGradients, NirvanaBlock
 from nirvana.model.cache import CACHE_FIELD, StepDecoder, in_output, usable_cache
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.masks import Borders, Masks, create_masks
+from nirvana.model.masks import Borders, Masks, create_masks, create_state_masks
 from nirvana.model.outputs import (
     NirvanaCausalLMOutputWithPast,
     NirvanaOutputWithPast,
     reordered,
     restore_order,
 )
+from nirvana.model.state import LayerStates, NewStates, State
 from nirvana.model.trigger import NoBank, Trigger, TriggerTrace, WeightBank
-from nirvana.model.updater import Attention, RMSNorm, Updater
-from nirvana.ops import in_autocast, linear_cross_entropy, swiglu
+from nirvana.model.updater import RMSNorm, Updater
+from nirvana.ops import in_autocast, linear_cross_entropy
 from nirvana.ops.cross_entropy import IGNORE
-
-
-class _CheckpointedWithGradients:
-    """Gradient checkpointing only where gradients are enabled: without them a model in training
-    mode uses its cache as in evaluation. The library's own blocks do so since 5.24."""
-
-    _checkpointing = False
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        return self._checkpointing and torch.is_grad_enabled()
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enabled: bool) -> None:
-        self._checkpointing = enabled
-
-
-class SwiGLU(nn.Module):
-    """silu(x W_gate) * (x W_up), then W_down; gate and up are one matrix product."""
-
-    def __init__(self, config: NirvanaConfig):
-        super().__init__()
-        assert config.intermediate_size is not None
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[B, T, D]` to `[B, T, D]`."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
-
-
-class NirvanaBlock(_CheckpointedWithGradients, GradientCheckpointingLayer):
-    """Pre-norm block: the Updater under its Trigger, then SwiGLU."""
-
-    def __init__(self, config: NirvanaConfig, layer_idx: int):
-        super().__init__()
-        self.updater_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        attention = config.branches == "window" and layer_idx >= config.num_prelude_layers
-        self.updater = (Attention if attention else Updater)(config, layer_idx)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
-
-    def forward(
-        self,
-        h: Tensor,
-        fast: Tensor,
-        bank: WeightBank,
-        masks: Masks,
-        cache: Cache | None = None,
-        traces: list[TriggerTrace] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The block's residual stream `[B, T, D]` and fast parameters; arguments: see `Updater`."""
-        y, fast = self.updater(self.updater_norm(h), fast, bank, masks, cache, traces)
-        h = h + y
-        return h + self.mlp(self.mlp_norm(h)), fast
 
 
 class NirvanaPreTrainedModel(PreTrainedModel):
@@ -95,7 +41,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["NirvanaBlock"]  # noqa: RUF012
     _supports_sdpa = True
-    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values", "states"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": NirvanaBlock}  # noqa: RUF012
     _is_stateful = True
 
@@ -151,7 +97,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
         return {n for n, p in self.named_parameters() if p.ndim < 2 or n.endswith(undecayed)}
 
 
-class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
+class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
     """Embedding, blocks and final norm; returns hidden states `[B, T, D]`."""
 
     def __init__(self, config: NirvanaConfig):
@@ -180,6 +126,8 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
         cu_seq_lens_q: Borders | None = None,
         seq_idx: Tensor | None = None,
         output_trigger: bool = False,
+        state: State | None = None,
+        return_state: bool = False,
         **kwargs: Any,
     ) -> NirvanaOutputWithPast:
         """Computes hidden states.
@@ -187,7 +135,8 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, D]` instead.
             attention_mask: `[B, past + T]`, 0 at padding; or another form that
-                `nirvana.model.masks.row_layout` reads, or the result of `create_masks`.
+                `nirvana.model.rows.row_layout` reads, or the result of `create_masks`. With `state`
+                or `return_state` `[B, T]`, see `nirvana.model.rows.chunk_layout`.
             position_ids: `[B, T]`; wherever they do not increase by one, a new sample starts and no
                 state crosses (packed documents). When continuing from the cache of a packed row,
                 pass `position_ids` relative to the current sample.
@@ -200,54 +149,77 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
             cu_seq_lens_q: see `cu_seqlens`.
             seq_idx: `[B, T]`, a number for each document.
             output_trigger: return `trigger`, a `TriggerTrace` for each layer with a Trigger.
+            state: the state after the tokens before these, which a forward with `return_state`
+                returned; in place of a cache. Gradients flow through it.
+            return_state: return `state`, the state after these tokens, and no cache.
             kwargs: `output_hidden_states` and `return_dict` of the library, and the arguments that
                 `nirvana.model.arguments` lists as without effect.
 
         Returns:
-            hidden states `[B, T, D]` after the final norm, the cache and the traces.
+            hidden states `[B, T, D]` after the final norm, the cache, the traces and the state.
 
         Raises:
             TypeError: for an unknown argument, and for a cache that is not a `Cache`.
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for masks
-                and borders that `row_layout` rejects, and caches that `usable_cache` rejects.
+                and borders that `row_layout` rejects, and caches that `usable_cache` rejects; for a
+                cache beside a state, and a state that is not one of this model and batch.
         """
         check_arguments(type(self).forward, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if cu_seqlens is not None and cu_seq_lens_q is not None:
             raise ValueError("cu_seqlens and cu_seq_lens_q are two names of one argument: give one")
+        functional = state is not None or return_state
+        if functional and not (cache is None and past_key_values is None):
+            raise ValueError("state and cache are two ways to continue a text: give one")
         if self.training and self.gradient_checkpointing:
             cache = past_key_values = None  # the second forward would write to it again
+            if functional and self._checkpoints_reentrantly():
+                raise ValueError(
+                    "states have no gradient in reentrant checkpointing: "
+                    'gradient_checkpointing_enable({"use_reentrant": False})'
+                )
         cache = usable_cache(self.config, cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if use_cache and cache is None:
+        if state is not None:
+            state.require(self.config, inputs_embeds.shape[0])
+        if use_cache and cache is None and not functional:
             cache = DynamicCache(config=self.config)
-        if isinstance(attention_mask, dict):
-            masks = attention_mask
-        else:
+        masks = attention_mask
+        if not isinstance(masks, dict):
             borders = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-            masks = create_masks(
-                self.config, inputs_embeds, attention_mask, cache, position_ids, borders, seq_idx
-            )
+            given = (position_ids, borders, seq_idx)
+            if functional:
+                masks = create_state_masks(self.config, inputs_embeds, masks, state, *given)
+            else:
+                masks = create_masks(self.config, inputs_embeds, masks, cache, *given)
         order = masks["order"]
         if order is not None:
             inputs_embeds = reordered(inputs_embeds, order)
         kwargs["return_dict"] = True
+        states = NewStates(self.config, state, masks["lengths"]) if functional else cache
+        use_cache = bool(use_cache) and not functional
         outputs = self._run_blocks(
-            inputs_embeds, masks, cache, bool(use_cache), output_trigger, **kwargs
+            inputs_embeds, masks, states, use_cache, output_trigger, **kwargs
         )
         if order is not None:
             restore_order(outputs, order.argsort(1))
+        if return_state and isinstance(states, NewStates):
+            outputs["state"] = states.state_after(masks)
         return outputs
+
+    def _checkpoints_reentrantly(self) -> bool:
+        checkpoint = getattr(self, "_gradient_checkpointing_func", None)
+        return getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
 
     @capture_outputs
     def _run_blocks(
         self,
         inputs_embeds: Tensor,
         masks: Masks,
-        cache: Cache | None,
+        states: LayerStates | None,
         use_cache: bool,
         output_trigger: bool,
         **kwargs: Any,
@@ -257,11 +229,11 @@ class NirvanaModel(_CheckpointedWithGradients, NirvanaPreTrainedModel):
         h = in_autocast(inputs_embeds)  # else a float32 table would make all residuals float32
         fast = self.bank.start(h)
         for layer in self.layers if h.shape[1] > 0 else ():
-            h, fast = layer(h, fast, self.bank, masks, cache=cache, traces=traces)
+            h, fast = layer(h, fast, self.bank, masks, states=states, traces=traces)
         return NirvanaOutputWithPast(
             last_hidden_state=self.norm(h),
             trigger=None if traces is None else tuple(traces),
-            **in_output(cache if use_cache else None),
+            **in_output(states if use_cache else None),  # type: ignore[arg-type]
         )
 
 
@@ -294,6 +266,8 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
         output_trigger: bool = False,
+        state: State | None = None,
+        return_state: bool = False,
         **kwargs: Any,
     ) -> NirvanaCausalLMOutputWithPast:
         """Computes logits and the loss; arguments as of `NirvanaModel.forward`, and:
@@ -310,8 +284,8 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
                 and those of `NirvanaModel.forward`.
 
         Returns:
-            logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, the traces, and
-            hidden states if `output_hidden_states`.
+            logits `[B, T, vocab_size]` (None if skipped), the loss, the cache, the traces, the
+            state, and hidden states if `output_hidden_states`.
 
         Raises:
             TypeError: see `NirvanaModel.forward`.
@@ -325,8 +299,8 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             raise ValueError("skip_logits leaves nothing to compute without labels")
         decoder = past_key_values if cache is None else cache
         if isinstance(decoder, StepDecoder):
-            packed = [cu_seqlens, cu_seq_lens_q, seq_idx]
-            _require_decodable(labels, position_ids, packed)
+            unread = [cu_seqlens, cu_seq_lens_q, seq_idx, state, labels]
+            _require_decodable(unread, position_ids, return_state)
             return self._decode(decoder, input_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
@@ -340,6 +314,8 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
             output_trigger=output_trigger,
+            state=state,
+            return_state=return_state,
             **kwargs,
         )
         h, logits, loss = outputs.last_hidden_state, None, None
@@ -362,6 +338,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             trigger=outputs.trigger,
+            state=outputs.state,
             **in_output(outputs.get(CACHE_FIELD)),
         )
 
@@ -449,15 +426,15 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         return create_masks(config, inputs_embeds, attention_mask, cache, position_ids)
 
 
-def _require_decodable(
-    labels: Tensor | None, position_ids: Tensor | None, packed: list[Any]
-) -> None:
+def _require_decodable(unread: list[Any], position_ids: Tensor | None, return_state: bool) -> None:
     """Raises for arguments that a `StepDecoder` does not read."""
-    several = any(borders is not None for borders in packed)
+    several = return_state or any(argument is not None for argument in unread)
     if position_ids is not None and position_ids.shape[-1] > 1:
         several = several or bool((position_ids.diff(dim=-1) != 1).any())
-    if several or labels is not None:
-        raise ValueError("a Decoder reads one sample a row, and gives logits, not a loss")
+    if several:
+        raise ValueError(
+            "a Decoder reads one sample a row, and gives logits, not a loss and not a state"
+        )
 
 
 def _is_plain(head: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from nirvana.model.cache import CACHE_FIELD
+from nirvana.model.state import State
 from nirvana.model.trigger import TriggerTrace
 
 
@@ -22,16 +23,18 @@ class _CacheNamed:
 
 @dataclass
 class NirvanaOutputWithPast(_CacheNamed, BaseModelOutputWithPast):
-    """The library's output, and `trigger`: one trace for each layer with a Trigger."""
+    """The library's output, `trigger`, one trace for each layer with a Trigger, and `state`."""
 
     trigger: tuple[TriggerTrace, ...] | None = None
+    state: State | None = None
 
 
 @dataclass
 class NirvanaCausalLMOutputWithPast(_CacheNamed, CausalLMOutputWithPast):
-    """The library's output, and `trigger`: one trace for each layer with a Trigger."""
+    """The library's output, `trigger`, one trace for each layer with a Trigger, and `state`."""
 
     trigger: tuple[TriggerTrace, ...] | None = None
+    state: State | None = None
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ class Trigger(nn.Module):
         bank: WeightBank,
         state: Tensor | None = None,
         segments: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes the step of every token.
 
@@ -122,6 +123,7 @@ class Trigger(nn.Module):
             bank: the model's bank.
             state: m before the first token, `[B, 4, R]`; None means zero.
             segments: `[B, T]`, see `nirvana.ops`; the memory restarts with every sample.
+            lengths: `[B]`, see `nirvana.ops`.
 
         Returns:
             the task vector `[B, T, C]` in qkv's dtype; the fast parameters after the step,
@@ -133,7 +135,7 @@ class Trigger(nn.Module):
                 g = trigger_gradient(k, v, fast, *bank.parts(), exact=self.exact)
                 if self.has_memory:
                     initial = None if state is None else state.flatten(1)
-                    m, last = decayed_sum(g.flatten(2), self.decay, initial, segments)
+                    m, last = decayed_sum(g.flatten(2), self.decay, initial, segments, lengths)
                     g, state = m.view_as(g), last.view_as(g[:, 0])
                 if self.normalised:
                     g = g * (g.square().mean(-1, keepdim=True) + STEP_EPS).rsqrt()

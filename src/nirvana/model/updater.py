@@ -5,10 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
+from nirvana.model.state import LayerStates
 from nirvana.model.trigger import Trigger, TriggerTrace, WeightBank, trace_step
 from nirvana.ops import (
     add_low_rank,
@@ -92,7 +92,7 @@ class Updater(nn.Module):
         fast: Tensor,
         bank: WeightBank,
         masks: Masks,
-        cache: Cache | None = None,
+        states: LayerStates | None = None,
         traces: list[TriggerTrace] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes the layer's update of the residual stream.
@@ -102,26 +102,26 @@ class Updater(nn.Module):
             fast: `[B, T, 4, R]`, fast parameters from the layer below.
             bank: the model's bank.
             masks: of `create_masks`.
-            cache: the states before x, updated in place; None means none.
+            states: give the states before x and receive those after it; None means none.
             traces: a list that receives the Trigger's trace.
 
         Returns:
             y `[B, T, D]`, and the fast parameters for the layer above, `[B, T, 4, R]`.
         """
-        state = self._states(cache)
+        before = self._before(states)
         qkv, gate, beta, alpha, *rest = _Split.apply(self.in_proj(x), self.sections)
-        b = self.linear(qkv, gate, beta, alpha, masks, state, cache)
+        b = self.linear(qkv, gate, beta, alpha, masks, before, states)
         if not self.has_window:
             return b, fast
         low_rank, task = rest
-        a = self.windowed(qkv, low_rank, masks, cache)
+        a = self.windowed(qkv, low_rank, masks, states)
         if not self.has_trigger:
             return self.blend(a, b, task, self.gates(task)), fast
         h_task, fast_next, memory = self.trigger(
-            task, fast, bank, state["memory"], masks["segments"]
+            task, fast, bank, before["memory"], masks["segments"], masks["lengths"]
         )
-        if cache is not None and memory is not None:
-            cache.update_conv_state(memory, self.layer_idx, state_idx=1)
+        if states is not None and memory is not None:
+            states.update_conv_state(memory, self.layer_idx, state_idx=1)
         gates = self.gates(h_task)
         if traces is not None:
             traces.append(trace_step(task, fast, fast_next, gates, bank))
@@ -133,16 +133,16 @@ class Updater(nn.Module):
             return self.gate_logit.sigmoid().to(h_task.dtype).expand(*h_task.shape[:2], -1)
         return self.gate_proj(h_task).sigmoid()
 
-    def _states(self, cache: Cache | None) -> dict[str, Tensor | None]:
+    def _before(self, states: LayerStates | None) -> dict[str, Tensor | None]:
         """The layer's states before this call. All are read before any is updated, because the
         library's cache counts a layer as filled as soon as its convolution state is written."""
-        if cache is None:
+        if states is None:
             return {"conv": None, "delta": None, "memory": None}
         has_memory = self.has_trigger and self.trigger.has_memory
         return {
-            "conv": cache.get_conv_state(self.layer_idx),
-            "delta": cache.get_recurrent_state(self.layer_idx),
-            "memory": cache.get_conv_state(self.layer_idx, state_idx=1) if has_memory else None,
+            "conv": states.get_conv_state(self.layer_idx),
+            "delta": states.get_recurrent_state(self.layer_idx),
+            "memory": states.get_conv_state(self.layer_idx, state_idx=1) if has_memory else None,
         }
 
     def linear(
@@ -152,8 +152,8 @@ class Updater(nn.Module):
         beta: Tensor,
         alpha: Tensor,
         masks: Masks,
-        state: dict[str, Tensor | None],
-        cache: Cache | None,
+        before: dict[str, Tensor | None],
+        states: LayerStates | None,
     ) -> Tensor:
         """The linear branch b: convolution, gated delta rule, gated norm, output projection.
 
@@ -163,8 +163,8 @@ class Updater(nn.Module):
             beta: `[B, T, H]`, logits of the write strength.
             alpha: `[B, T, H]`, logits of the time step.
             masks: of `create_masks`.
-            state: the layer's states before x, by name.
-            cache: receives the states after x.
+            before: the layer's states before x, by name.
+            states: receive those after x.
 
         Returns:
             b `[B, T, D]`.
@@ -177,20 +177,21 @@ class Updater(nn.Module):
             log_alpha,
             beta.sigmoid(),
             self.head_dim,
-            state["conv"],
-            state["delta"],
+            before["conv"],
+            before["delta"],
             masks["segments"],
             masks["cu_seqlens"],
-            final=cache is not None,
+            final=states is not None,
+            lengths=masks["lengths"],
         )
-        if cache is not None:  # the cache writes in place, so only after the old state was read
+        if states is not None:  # a cache writes in place, so only after the old state was read
             assert recent is not None
             assert S is not None
-            cache.update_conv_state(recent, self.layer_idx)
-            cache.update_recurrent_state(S, self.layer_idx)
+            states.update_conv_state(recent, self.layer_idx)
+            states.update_recurrent_state(S, self.layer_idx)
             if self.counts_tokens:
                 empty = qkv.new_empty(qkv.shape[0], 1, qkv.shape[1], 0)
-                cache.update(empty, empty, self.layer_idx)
+                states.update(empty, empty, self.layer_idx)
         o = self.out_norm(o) * F.silu(gate.unflatten(-1, (-1, self.head_dim)))
         return self.out_proj(o.flatten(2))
 
@@ -199,7 +200,7 @@ class Updater(nn.Module):
         qkv: Tensor,
         low_rank: Tensor,
         masks: Masks,
-        cache: Cache | None,
+        states: LayerStates | None,
     ) -> Tensor:
         """The window branch a, on q, k and v plus their low-rank terms.
 
@@ -207,17 +208,17 @@ class Updater(nn.Module):
             qkv: `[B, T, 3 D]`.
             low_rank: `[B, T, 3 r]`.
             masks: of `create_masks`.
-            cache: holds the keys and values of the past, and receives the new ones.
+            states: hold the keys and values of the past, and receive the new ones.
 
         Returns:
             a `[B, T, D]`.
         """
-        if cache is None and self.rope_theta is None and masks["window"] is None:
+        if states is None and self.rope_theta is None and masks["window"] is None:
             borders = masks["segments"], masks["cu_seqlens"]
             o = window_branch(qkv, low_rank, self.window_up, self.head_dim, self.window, *borders)
             return self.window_out(o.flatten(2))
         q, k, v = add_low_rank(qkv, low_rank, self.window_up, self.head_dim)
-        o = attend(q, k, v, self.window, self.rope_theta, masks, cache, self.layer_idx)
+        o = attend(q, k, v, self.window, self.rope_theta, masks, states, self.layer_idx)
         return self.window_out(o.flatten(2))
 
     def blend(self, a: Tensor, b: Tensor, h_task: Tensor, gates: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ class Attention(nn.Module):
         fast: Tensor,
         bank: nn.Module,
         masks: Masks,
-        cache: Cache | None = None,
+        states: LayerStates | None = None,
         traces: list[TriggerTrace] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention from x `[B, T, D]` to y `[B, T, D]`; arguments and returns as of the Updater.
@@ -290,7 +291,7 @@ class Attention(nn.Module):
         `fast` is returned unchanged.
         """
         q, k, v = self.in_proj(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        o = attend(q, k, v, self.window, self.rope_theta, masks, cache, self.layer_idx)
+        o = attend(q, k, v, self.window, self.rope_theta, masks, states, self.layer_idx)
         return self.out_proj(o.flatten(2)), fast
 
 
@@ -301,10 +302,10 @@ def attend(
     window: int | None,
     rope_theta: float | None,
     masks: Masks,
-    cache: Cache | None,
+    states: LayerStates | None,
     layer_idx: int,
 ) -> Tensor:
-    """Window attention of new tokens to themselves and to cached ones.
+    """Window attention of new tokens to themselves and to those of the past.
 
     Args:
         q: `[B, T, H, K]`.
@@ -313,16 +314,16 @@ def attend(
         window: tokens that a token attends to, itself included; None means all before it.
         rope_theta: base of rotary positions; None means none.
         masks: of `create_masks`.
-        cache: holds the keys and values of the past, and receives the new ones; None means none.
-        layer_idx: of the layer, for the cache.
+        states: hold the keys and values of the past, and receive the new ones; None means none.
+        layer_idx: of the layer, for the states.
 
     Returns:
         `[B, T, H, K]`.
     """
     if rope_theta is not None:
         q, k = (rotate(x, masks["positions"], rope_theta) for x in (q, k))
-    if cache is not None:
-        k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
+    if states is not None:
+        k, v = states.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     if masks["window"] is None:
         return window_attention(q, k, v, window, masks["segments"], masks["cu_seqlens"])

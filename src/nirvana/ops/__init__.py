@@ -5,7 +5,7 @@ precision on a GPU, `chunked` for everything else; inside `use_backend(name)` th
 Whatever the model's dtype, the recurrences and the Trigger compute in float32 (float64 stays
 float64).
 
-Two arguments separate packed samples within a row:
+Two arguments separate packed samples within a row, and one ends it:
 
 - `segments`, integer `[B, T]`, grows by one wherever a new sample starts. No state crosses such a
   border. A state passed in belongs to segment 0; the state returned belongs to the last token's
@@ -13,11 +13,15 @@ Two arguments separate packed samples within a row:
 - `cu_seqlens`, int32 `[samples + 1]`, holds the same borders for the kernels: the cumulative
   lengths of all samples in the batch laid out as one row, where rows are borders too. Without it
   packed samples are computed by `chunked`.
+- `lengths`, integer `[B]`, is the number of tokens of each row that padding follows: the state
+  returned is the one after them. Padding belongs to the last sample. None means no padding.
 """
 
+import torch
 from torch import Tensor
 
 from nirvana.ops import dispatch
+from nirvana.ops.chunked import last_inputs
 from nirvana.ops.dispatch import BACKENDS, suits_kernels, use_backend
 from nirvana.ops.precision import at_least_float32, in_autocast, no_autocast
 
@@ -127,6 +131,7 @@ def linear_branch(
     segments: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     final: bool = True,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`causal_conv` of q, k and v, `unit` of q and k, then `gated_delta_rule`.
 
@@ -141,12 +146,16 @@ def linear_branch(
         segments: `[B, T]`, see the module.
         cu_seqlens: `[samples + 1]`, see the module.
         final: whether to return the states after the last token.
+        lengths: `[B]`, see the module.
 
     Returns:
         o `[B, T, H, K]` in qkv's dtype; the last inputs of the convolution,
         `[B, 3 H K, width - 1]`; and the delta rule's last state, `[B, H, K, K]`, in float32
         (float64 for float64). Both states are None unless `final`.
     """
+    if lengths is not None:  # padding writes nothing and keeps the state
+        real = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]
+        log_alpha, beta = (x * real[..., None] for x in (log_alpha, beta))
     fits = dispatch.linear_branch_fits(
         qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state, state
     )
@@ -162,6 +171,8 @@ def linear_branch(
         cu_seqlens,
         final,
     )
+    if final and lengths is not None:
+        recent = last_inputs(qkv, conv_weight.shape[1], conv_state, segments, lengths)
     return o.to(qkv.dtype), recent, last
 
 
@@ -236,7 +247,7 @@ def window_attention(
     """
     if segments is not None and k.shape[1] != q.shape[1]:
         raise ValueError("segments separate new tokens, not those of the past")
-    fits = dispatch.attention_fits(q, k, segments, cu_seqlens)
+    fits = dispatch.branch_fits(q, q.shape[-1], segments, cu_seqlens)
     compute = dispatch.implementation("window_attention", fits)
     return compute(q, k, v, window, segments, cu_seqlens)
 
@@ -335,6 +346,7 @@ def decayed_sum(
     decay: Tensor | float,
     state: Tensor | None = None,
     segments: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Trigger's memory along the sample, m_t = decay m_{t-1} + g_t.
 
@@ -343,13 +355,19 @@ def decayed_sum(
         decay: one number in 0..1.
         state: `[B, F]`, m before the first token; None means zero.
         segments: `[B, T]`, see the module.
+        lengths: `[B]`, see the module.
 
     Returns:
         m `[B, T, F]` and its last row, `[B, F]`, in float32 (float64 for float64).
     """
     with no_autocast(g.device):
         compute = dispatch.implementation("decayed_sum")
-        return compute(at_least_float32(g), decay, state, segments)
+        m, last = compute(at_least_float32(g), decay, state, segments)
+        if lengths is not None:
+            before = torch.zeros_like(last) if state is None else state.to(last.dtype)
+            last = m.take_along_dim((lengths - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
+            last = torch.where(lengths[:, None] > 0, last, before)
+        return m, last
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -174,7 +174,13 @@ def causal_conv(
     return F.silu(y), last_inputs(x, width, state, segments)
 
 
-def last_inputs(x: Tensor, width: int, state: Tensor | None, segments: Tensor | None) -> Tensor:
+def last_inputs(
+    x: Tensor,
+    width: int,
+    state: Tensor | None,
+    segments: Tensor | None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """The inputs that the convolution of the next token reads.
 
     Args:
@@ -182,20 +188,25 @@ def last_inputs(x: Tensor, width: int, state: Tensor | None, segments: Tensor | 
         width: of the convolution.
         state: `[B, D, width - 1]`, the inputs before; None means zero.
         segments: `[B, T]`, see `nirvana.ops`.
+        lengths: `[B]`, see `nirvana.ops`.
 
     Returns:
         `[B, D, width - 1]`, zero where an input is not of the last token's sample.
     """
-    T = x.shape[1]
-    missing = max(0, width - 1 - T)
-    last = x[:, max(0, T - width + 1) :]
+    B, T, D = x.shape
+    missing = width - 1 if lengths is not None else max(0, width - 1 - T)
+    last = x if lengths is not None else x[:, max(0, T - width + 1) :]
     if missing:
-        old = x.new_zeros(len(x), missing, x.shape[2])
+        old = x.new_zeros(B, missing, D)
         if state is not None:
             old = state.mT[:, -missing:].to(x.dtype)
         last = torch.cat([old, last], dim=1)
-    if segments is not None:
-        owner = F.pad(segments, (missing, 0))[:, 1 - width :]
+    owner = None if segments is None else F.pad(segments, (missing, 0))[:, -last.shape[1] :]
+    if lengths is not None:
+        place = torch.arange(width - 1, device=x.device) + lengths[:, None]
+        last = last.take_along_dim(place[..., None], dim=1)
+        owner = None if owner is None else owner.take_along_dim(place, dim=1)
+    if segments is not None and owner is not None:  # padding belongs to the last sample
         last = last * (owner == segments[:, -1:])[..., None]
     return last.mT
 

@@ -174,17 +174,6 @@ def linear_branch_fits(
     return four and branch_fits(qkv, head_dim, segments, cu_seqlens, *states)
 
 
-def attention_fits(
-    q: Tensor, k: Tensor, segments: Tensor | None, cu_seqlens: Tensor | None
-) -> bool:
-    """Whether the kernels of `window_attention` take a call.
-
-    They have no gradient where keys of the past precede those of the queries (S > T).
-    """
-    differentiable = q.shape == k.shape or not torch.is_grad_enabled()
-    return differentiable and branch_fits(q, q.shape[-1], segments, cu_seqlens)
-
-
 def trigger_fits(x: Tensor) -> bool:
     """Whether the Trigger's kernels take tokens x `[..., T, C]`.
 

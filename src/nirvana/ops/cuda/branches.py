@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nirvana.ops.chunked import last_inputs
@@ -84,6 +85,7 @@ def _delta_forward(
 
 def _delta_backward(
     do: Tensor,
+    dlast: Tensor | None,
     qkv: Tensor,
     beta: Tensor,
     sums: Tensor,
@@ -91,22 +93,29 @@ def _delta_backward(
     state: Tensor | None,
     borders: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, each `[1, N, H, K]`, and of log_alpha and beta, `[1, N, H]`."""
+    """Gradients of q, k and v, each `[1, N, H, K]`, of log_alpha and beta, `[1, N, H]`, and of the
+    state (None without a state); `dlast` `[documents, H, K, K]` is that of the last states."""
     q, k, v = qkv.unbind(0)
     scale = q.shape[-1] ** -0.5
     if _flash_qla_fits(q):
         chunk = import_module("flash_qla.ops.gated_delta_rule.chunk")
-        dq, dk, dv, dbeta, dalpha, _ = chunk.chunk_gated_delta_rule_bwd(
-            q, k, v, sums, beta, inverse, do, None, scale, state, borders
+        dq, dk, dv, dbeta, dalpha, dstate = chunk.chunk_gated_delta_rule_bwd(
+            q, k, v, sums, beta, inverse, do, dlast, scale, state, borders
         )
     else:
         chunk = import_module("fla.ops.gated_delta_rule.chunk")
         places = import_module("fla.ops.utils.index").prepare_chunk_indices(borders, CHUNK)
-        dq, dk, dv, dbeta, dalpha, *_ = chunk.chunk_gated_delta_rule_bwd(
-            q, k, v, sums, beta, inverse, scale, state, do, None, False, borders, None, places
+        dq, dk, dv, dbeta, dalpha, dstate, *_ = chunk.chunk_gated_delta_rule_bwd(
+            q, k, v, sums, beta, inverse, scale, state, do, dlast, False, borders, None, places
         )
     grads = (grad.to(q.dtype).contiguous() for grad in (dq, dk, dv))
-    return *grads, dalpha.float(), dbeta.float()
+    return *grads, dalpha.float(), dbeta.float(), dstate
+
+
+def _last_documents(borders: Tensor, B: int, T: int) -> Tensor:
+    """The number of the last document of each of B rows of T tokens, `[B]`."""
+    ends = torch.arange(1, B + 1, dtype=torch.int32, device=borders.device) * T
+    return torch.searchsorted(borders, ends) - 1
 
 
 @torch.library.custom_op(
@@ -137,8 +146,7 @@ def _linear(
     if last is None:
         last = sums.new_empty(0)
     elif cu_seqlens is not None:  # one state per document: take that of each row's last document
-        ends = torch.arange(1, B + 1, dtype=torch.int32, device=qkv.device) * T
-        last = last[torch.searchsorted(borders, ends) - 1]
+        last = last[_last_documents(borders, B, T)]
     return o.view(B, T, H, head_dim), last, sums, inverse
 
 
@@ -168,6 +176,7 @@ def _(
 )
 def _linear_gradients(
     do: Tensor,
+    dlast: Tensor | None,
     qkv: Tensor,
     conv_weight: Tensor,
     beta: Tensor,
@@ -178,16 +187,20 @@ def _linear_gradients(
     cu_seqlens: Tensor | None,
     sums: Tensor,
     inverse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, conv_weight, log_alpha and beta."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, conv_weight, log_alpha, beta, and state (empty without a state)."""
     B, T, D3 = qkv.shape
     H = D3 // (3 * head_dim)
     borders = _equal_rows(B, T, qkv.device) if cu_seqlens is None else cu_seqlens
     qkv, conv_weight = _rows(qkv), conv_weight.contiguous()
     mixed = conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
+    if dlast is not None and cu_seqlens is not None:
+        documents = dlast.new_zeros(len(borders) - 1, *dlast.shape[1:])
+        dlast = documents.index_copy_(0, _last_documents(borders, B, T), dlast)
     with torch.cuda.device_of(qkv):
-        dq, dk, dv, dalpha, dbeta = _delta_backward(
+        dq, dk, dv, dalpha, dbeta, dstate = _delta_backward(
             do.contiguous().view(1, B * T, H, head_dim),
+            None if dlast is None else dlast.contiguous(),
             mixed.view(3, 1, B * T, H, head_dim),
             beta.contiguous().view(1, B * T, H),
             sums,
@@ -196,12 +209,14 @@ def _linear_gradients(
             borders,
         )
     dqkv, dweight = conv.backward((dq, dk, dv), qkv, conv_weight, head_dim, conv_state, segments)
-    return dqkv, dweight, dalpha.view(B, T, H), dbeta.view(B, T, H)
+    dstate = sums.new_empty(0) if dstate is None else dstate.float()
+    return dqkv, dweight, dalpha.view(B, T, H), dbeta.view(B, T, H), dstate
 
 
 @_linear_gradients.register_fake
 def _(
     do,
+    dlast,
     qkv,
     conv_weight,
     beta,
@@ -215,24 +230,27 @@ def _(
 ):
     dalpha, dbeta = (beta.new_empty(beta.shape, dtype=torch.float32) for _ in range(2))
     dweight = conv_weight.new_empty(conv_weight.shape, dtype=torch.float32)
-    return qkv.new_empty(qkv.shape), dweight, dalpha, dbeta
+    dstate = sums.new_empty((0,) if state is None else state.shape)
+    return qkv.new_empty(qkv.shape), dweight, dalpha, dbeta, dstate
 
 
 def _linear_save(ctx, inputs, output):
-    qkv, conv_weight, _, beta, ctx.head_dim, conv_state, state, segments, cu_seqlens, _ = inputs
+    qkv, conv_weight, _, beta, ctx.head_dim, conv_state, state, segments, cu_seqlens, final = inputs
     _, last, sums, inverse = output
-    ctx.mark_non_differentiable(last, sums, inverse)
+    ctx.final = final
+    ctx.mark_non_differentiable(sums, inverse, *(() if final else (last,)))
     ctx.save_for_backward(
         qkv, conv_weight, beta, conv_state, state, segments, cu_seqlens, sums, inverse
     )
 
 
-def _linear_autograd(ctx, do, *_):
+def _linear_autograd(ctx, do, dlast, *_):
     qkv, conv_weight, beta, conv_state, state, segments, cu_seqlens, sums, inverse = (
         ctx.saved_tensors
     )
-    grads = _linear_gradients(
+    *grads, dstate = _linear_gradients(
         do,
+        dlast if ctx.final else None,
         qkv,
         conv_weight,
         beta,
@@ -244,7 +262,7 @@ def _linear_autograd(ctx, do, *_):
         sums,
         inverse,
     )
-    return *grads, None, None, None, None, None, None
+    return *grads, None, None, None if state is None else dstate, None, None, None
 
 
 _linear.register_autograd(_linear_autograd, setup_context=_linear_save)
@@ -262,8 +280,17 @@ def linear_branch(
     cu_seqlens: Tensor | None,
     final: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `nirvana.ops.linear_branch`; the states are not differentiable."""
+    """See `nirvana.ops.linear_branch`."""
     width = conv_weight.shape[1]
+    recent = last_inputs(qkv, width, conv_state, segments) if final else None
+    in_front = 0
+    if conv_state is not None and conv_state.requires_grad and torch.is_grad_enabled():
+        # The convolution's kernel has no gradient of its state. Here the state is tokens in front
+        # of the row, which write nothing to the delta rule's state and keep it.
+        in_front = width - 1
+        qkv = torch.cat([conv_state.mT.to(qkv.dtype), qkv], dim=1)
+        log_alpha, beta = (F.pad(x, (0, 0, in_front, 0)) for x in (log_alpha, beta))
+        conv_state = None
     o, last, _, _ = _linear(
         qkv,
         conv_weight.float(),
@@ -276,8 +303,7 @@ def linear_branch(
         cu_seqlens,
         final,
     )
-    recent = last_inputs(qkv, width, conv_state, segments) if final else None
-    return o, recent, last if final else None
+    return o[:, in_front:], recent, last if final else None
 
 
 # The window branch.
@@ -431,4 +457,9 @@ def window_attention(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """See `nirvana.ops.window_attention`; the kernels read the borders from `cu_seqlens`."""
+    past = k.shape[1] - q.shape[1]
+    if past and torch.is_grad_enabled():
+        # The gradient's kernels take one query for each key: zeros for those of the past.
+        q = F.pad(q, (0, 0, 0, 0, past, 0))
+        return _attention(q, k, v, window, cu_seqlens)[0][:, past:]
     return _attention(q, k, v, window, cu_seqlens)[0]
