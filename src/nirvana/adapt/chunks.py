@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from nirvana.adapt.optimizer import TaskOptimizer
 from nirvana.adapt.parameters import TaskHooks
-from nirvana.adapt.state import CarriedCache
-from nirvana.model.cache import in_output
+from nirvana.adapt.state import CarriedCache, read_chunk
+from nirvana.model.state import State
 from nirvana.ops import at_least_float32
 
 
@@ -76,7 +76,7 @@ def read_documents(
     config = optimizer.config
     device = optimizer.values.device
     tokens, lengths = _in_rows(documents, config.chunk, device)
-    state = CarriedCache(config=model.config)
+    state = None
     scores = [torch.zeros(len(tokens), 0, device=device)]
     with _frozen(model), TaskHooks(model, optimizer.layout) as hooks:
         for begin in range(0, tokens.shape[1] - 1, config.chunk):
@@ -98,8 +98,8 @@ def _learn(
     part: Tensor,
     scored: Tensor,
     optimizer: TaskOptimizer,
-    state: CarriedCache,
-) -> tuple[Tensor, Tensor, CarriedCache]:
+    state: State | CarriedCache | None,
+) -> tuple[Tensor, Tensor, State | CarriedCache | None]:
     """Scores a chunk and takes the optimiser's steps on it.
 
     Args:
@@ -114,13 +114,13 @@ def _learn(
     shared = len(optimizer.values) == 1
     active = rows.any()[None] if shared else rows
     documents = rows.sum().clamp(min=1) if shared else 1
-    kept = torch.zeros(0), torch.zeros_like(optimizer.values), state
+    kept = None
     for step in range(max(1, steps)):
         values = optimizer.values.detach().requires_grad_(steps > 0)
         hooks.set(values)
-        after = state.detached()
         with torch.set_grad_enabled(steps > 0):
-            nll = next_token_nll(model, part, after) * scored
+            logits, after = read_chunk(model, part[:, :-1], state)
+            nll = next_token_nll(logits, part[:, 1:]) * scored
             if steps > 0:
                 loss = nll.sum() / (optimizer.config.chunk * documents)
                 (gradient,) = torch.autograd.grad(loss, values)
@@ -128,23 +128,21 @@ def _learn(
             else:
                 gradient = torch.zeros_like(values)
         if step == 0:
-            kept = nll.detach(), gradient, after.detached()
+            kept = nll.detach(), gradient, after
+    assert kept is not None
     return kept
 
 
-def next_token_nll(model: PreTrainedModel, part: Tensor, state: CarriedCache) -> Tensor:
-    """-ln p of the tokens of a chunk.
+def next_token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-ln p of tokens.
 
     Args:
-        model: a causal language model of transformers.
-        part: `[B, c + 1]`; the first token is context only.
-        state: before the chunk; the model adds the chunk to it.
+        logits: `[B, T, vocabulary]`, in which those of a token are at the place before it.
+        targets: `[B, T]`, the tokens.
 
     Returns:
-        `[B, c]`, float32 (float64 of a float64 model).
+        `[B, T]`, float32 (float64 for float64).
     """
-    logits = model(input_ids=part[:, :-1], use_cache=True, **in_output(state)).logits
-    targets = part[:, 1:]
     logits = at_least_float32(logits).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 

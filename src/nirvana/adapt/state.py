@@ -4,11 +4,39 @@ import copy
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+
+from nirvana.model.cache import in_output
+from nirvana.model.nirvana import NirvanaForCausalLM
+from nirvana.model.state import State
+
+
+def read_chunk(
+    model: PreTrainedModel, tokens: Tensor, state: "State | CarriedCache | None"
+) -> "tuple[Tensor, State | CarriedCache]":
+    """Reads a chunk of every row, with gradients where they are enabled.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: `[B, T]`.
+        state: before the chunk, which stays as it is; None before the first one.
+
+    Returns:
+        logits `[B, T, vocabulary]`, and the state after the chunk, through which no gradient flows.
+    """
+    if isinstance(model, NirvanaForCausalLM):
+        assert not isinstance(state, CarriedCache)
+        output = model(tokens, state=state, return_state=True)
+        assert output.state is not None
+        return output.logits, output.state.detach()
+    cache = CarriedCache(config=model.config) if state is None else state.detach()
+    logits = model(input_ids=tokens, use_cache=True, **in_output(cache)).logits  # type: ignore[arg-type]
+    return logits, cache.detach()  # type: ignore[return-value]
 
 
 class CarriedCache(DynamicCache):
-    """The library's dynamic cache, which a forward with gradients may update.
+    """The library's dynamic cache, which a forward with gradients may update: for models of other
+    architectures, which have no state as a value.
 
     The library writes recurrent and convolution states in place, over values that the backward of
     the same forward needs. Here each write goes to a copy.
@@ -33,7 +61,7 @@ class CarriedCache(DynamicCache):
         if states.get(state_idx) is not None:
             states[state_idx] = states[state_idx].clone()
 
-    def detached(self) -> "CarriedCache":
+    def detach(self) -> "CarriedCache":
         """A cache with the same contents and no gradients; updating one leaves the other."""
         other = copy.copy(self)
         other.layers = [_detached(layer) for layer in self.layers]

@@ -9,7 +9,7 @@ adapted to.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -133,18 +133,55 @@ def read_scores(
     Raises:
         ValueError: for an empty document or a tokenizer without BOS.
     """
+    model.eval()
+    for document in encoded(tokenizer, documents):
+        ((nll, _),) = token_log_likelihoods(model, [document.tokens], piece=piece)
+        yield document_score(document, nll)
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as tokens."""
+
+    tokens: list[int]  # BOS first
+    sizes: list[int]  # bytes of each token but BOS
+
+
+def encoded(tokenizer: Any, documents: Iterable[str]) -> Iterator[EncodedDocument]:
+    """Encodes documents as they are scored.
+
+    Args:
+        tokenizer: see `read_scores`.
+        documents: see `read_scores`.
+
+    Yields:
+        Each document, in order.
+
+    Raises:
+        ValueError: see `read_scores`.
+    """
     if tokenizer.bos_token_id is None:
         raise ValueError("the tokenizer has no BOS token, with which every document must start")
     encode = aligned_encoder(tokenizer)
-    model.eval()
     for text in documents:
         ids, sizes = encode(text)
         if not ids:
             raise ValueError("an empty document has no bits per byte")
-        tokens = [tokenizer.bos_token_id, *ids]
-        ((nll, _),) = token_log_likelihoods(model, [tokens], piece=piece)
-        total = Score(float(nll.sum()), len(ids), len(text.encode("utf-8")), 1)
-        yield DocumentScore(total, by_position(nll, sizes))
+        yield EncodedDocument([tokenizer.bos_token_id, *ids], sizes)
+
+
+def document_score(document: EncodedDocument, nll: Tensor) -> DocumentScore:
+    """The score of a document.
+
+    Args:
+        document: the document.
+        nll: -ln p of each of its tokens but BOS, in nats.
+
+    Returns:
+        its score as a whole and by position.
+    """
+    total = Score(float(nll.sum()), len(nll), sum(document.sizes), 1)
+    return DocumentScore(total, by_position(nll, document.sizes))
 
 
 def score_documents(
@@ -168,12 +205,17 @@ def score_documents(
         yield score.total
 
 
+Reader = Callable[[Any, Any, Iterable[str]], Iterator[DocumentScore]]
+"""Yields the scores of documents for a model and its tokenizer."""
+
+
 def read_files(
     model: nn.Module,
     tokenizer: Any,
     files: Mapping[str, str | Path],
     limit: int | None = None,
     progress: bool = False,
+    reader: Reader = read_scores,
 ) -> dict[str, FileScore]:
     """Scores text files.
 
@@ -184,6 +226,7 @@ def read_files(
             first is scored.
         limit: documents of each file at most; None: all.
         progress: whether to show a progress line on standard error.
+        reader: scores documents as `read_scores` does.
 
     Returns:
         Name -> score of the file.
@@ -203,7 +246,7 @@ def read_files(
             found = scores[name] = FileScore()
             digest = hashlib.sha256()
             documents = _digested(islice(read_documents(path), limit), digest)
-            for score in read_scores(model, tokenizer, documents):
+            for score in reader(model, tokenizer, documents):
                 found.documents.append(score.total)
                 for start, part in score.positions.items():
                     found.positions[start] = found.positions.get(start, Score()) + part
