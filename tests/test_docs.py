@@ -19,7 +19,9 @@ PAGES = sorted(
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "CHANGELOG.md",
+        ROOT / "benchmarks" / "LOG.md",
         *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "experiments").glob("*/*.md"),
         *(ROOT / "src/nirvana/assets").glob("*/README.md"),
     ]
 )
