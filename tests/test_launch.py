@@ -8,9 +8,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
+import torch
 
+from nirvana import NirvanaConfig, NirvanaForCausalLM
+from nirvana.adapt import AdaptConfig, adapt, save_task
 from nirvana.evaluate.perplexity import score_files
 from nirvana.model.assets import load_language_model
 from nirvana.packaged import resolve
@@ -67,14 +71,31 @@ def test_lm_eval_agrees_with_ours(tmp_path, environment):
 
 @pytest.fixture
 def server(tmp_path, environment):
-    """`transformers serve` with the packaged model on a free port; returns its address."""
+    """`transformers serve` with the packaged model on a free port; its address."""
+    with serving(tmp_path, environment) as address:
+        yield address
+
+
+@contextmanager
+def serving(tmp_path, environment, *own):
+    """The server, started with options of `nirvana.launch` itself."""
     for module in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(module, reason="needs the server: pip install 'transformers[serving]'")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [*LAUNCH, "transformers", "serve", TINY, "--device", "cpu", "--dtype", "float32"]
+    command = [
+        *LAUNCH,
+        *own,
+        "transformers",
+        "serve",
+        TINY,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -138,6 +159,70 @@ def test_server_answers(server):
     written = [part["choices"][0]["delta"].get("content") or "" for part in parts]
     assert "".join(written) == expected("\n".join(chat))
     assert sum(map(bool, written)) > 1
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A task file of the packaged model that changes what it writes, and the task."""
+    model, tokenizer = load_language_model("tiny")
+    config = AdaptConfig(chunk=16, lr={"norm": 0.1})
+    found = adapt(model, tokenizer(TEXTS[0], return_tensors="pt").input_ids, config=config).task
+    save_task(found, tmp_path / "a.safetensors")
+    return str(tmp_path / "a.safetensors"), found
+
+
+def test_server_answers_with_a_task(tmp_path, environment, task):
+    file, learned = task
+    model, tokenizer = load_language_model("tiny")
+    tokens = tokenizer("The court held that", return_tensors="pt").input_ids
+
+    def written():
+        out = model.generate(tokens, max_new_tokens=8, do_sample=False)
+        return tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+
+    plain = written()
+    with learned.applied(model):
+        expected = written()
+    assert expected != plain
+    with serving(tmp_path, environment, "--task", file) as address:
+        answer = ask(f"{address}/v1/completions", prompt="The court held that")
+    assert answer["choices"][0]["text"] == expected
+
+
+LOADING = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+print(float(model(torch.arange(9)[None]).logits.double().sum()))
+"""
+
+
+@pytest.mark.parametrize("program", [[], ["accelerate", "launch", "--cpu"]])
+def test_a_script_loads_models_with_a_task(tmp_path, environment, task, program):
+    if program:
+        pytest.importorskip("accelerate", reason="needs accelerate (the extra dev)")
+    file, learned = task
+    (tmp_path / "script.py").write_text(LOADING)
+    command = [*LAUNCH, "--task", file, *program, str(tmp_path / "script.py"), TINY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    model, _ = load_language_model("tiny")
+    with learned.applied(model), torch.no_grad():
+        expected = float(model(torch.arange(9)[None]).logits.double().sum())
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_task_of_another_model_is_refused(tmp_path, environment, task):
+    (tmp_path / "script.py").write_text(LOADING)
+    torch.manual_seed(0)
+    config = NirvanaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
+    NirvanaForCausalLM(config).save_pretrained(tmp_path / "other")
+    arguments = [str(tmp_path / "script.py"), str(tmp_path / "other")]
+    for file, message in ((task[0], "another model"), ("none.safetensors", "no such file")):
+        command = [*LAUNCH, "--task", file, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
 
 
 SCRIPT = """

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,6 +25,8 @@ from nirvana.errors import InputError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What a file system that has no locks answers to the request for one."""
+HEAD_BYTES = 2**16
+"""Bytes of an existing file from which its kind is read."""
 
 
 def check_outputs(
@@ -213,15 +215,33 @@ def writable_json(path: str | Path) -> Path:
         InputError: as `writable_file`, and for an existing file that does not begin as those do
             that `write_json` writes: it is not replaced.
     """
+    begins = (b"{", b"[", b"{}", b"[]")
+    return replaceable_file(path, lambda head: head[:4].split(b"\n")[0].strip() in begins)
+
+
+def replaceable_file(
+    path: str | Path, recognised: Callable[[bytes], bool], kind: str = "results"
+) -> Path:
+    """The same path, if a file may be written there, and one that is there is of the same kind.
+
+    Args:
+        path: of the file.
+        recognised: whether a file that begins with these bytes is of the kind; not called for an
+            empty one, which may be replaced.
+        kind: for the message.
+
+    Raises:
+        InputError: as `writable_file`, and for an existing file of another kind.
+    """
     path = writable_file(path)
     if path.exists():
         try:
             with open(path, "rb") as handle:
-                begin = handle.read(4)
+                head = handle.read(HEAD_BYTES)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        if begin and begin.split(b"\n")[0].strip() not in (b"{", b"[", b"{}", b"[]"):
-            raise InputError(f"{path} holds something else than results; give another file")
+        if head and not recognised(head):
+            raise InputError(f"{path} holds something else than {kind}; give another file")
     return path
 
 

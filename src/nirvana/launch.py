@@ -4,10 +4,14 @@
     python -m nirvana.launch trl sft --model_name_or_path FOLDER ...
     torchrun --nproc_per_node 8 -m nirvana.launch train.py ...
     torchrun --nproc_per_node 8 -m nirvana.launch -m trl.scripts.sft ...
+    python -m nirvana.launch --task FILE transformers serve FOLDER ...
 
 The models are registered only in a process that has imported this package; the alternative, code
 beside the weights that a loader executes, is not ours. What accelerate's launcher starts on behalf
 of such a program (`trl sft` starts its script so) is started through this module again.
+
+With `--task FILE` every Nirvana model that the program loads computes with the task parameters of
+that file; a model to which they do not belong is refused.
 """
 
 import argparse
@@ -18,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nirvana._auto import after_import
+from nirvana._auto import MODEL_MODULE, after_import
+from nirvana.errors import InputError
 
 ACCELERATE = "accelerate.commands.launch"
 
@@ -28,8 +33,20 @@ def main() -> None:
 
     These are the name of a console script, `-m` and a module, or a file, in this order.
     """
-    arguments = sys.argv[1:]
-    after_import(ACCELERATE, _launch_through_this_module)
+    try:
+        _run(sys.argv[1:])
+    except InputError as error:
+        _refuse(str(error))
+
+
+def _run(arguments: list[str]) -> None:
+    own: list[str] = []
+    if arguments[:1] == ["--task"]:
+        if len(arguments) < 2 or not Path(arguments[1]).is_file():
+            _refuse(f"--task {arguments[1] if len(arguments) > 1 else ''}: no such file")
+        own, arguments = arguments[:2], arguments[2:]
+        after_import(MODEL_MODULE, lambda: _load_with_task(Path(own[1]).resolve()))
+    after_import(ACCELERATE, lambda: _launch_through_this_module(own))
     if arguments[:1] == ["-m"]:
         _run_module(arguments[1:])
     elif script := _console_script(arguments):
@@ -62,20 +79,37 @@ def _run_module(arguments: list[str]) -> None:
 
 
 def _refuse(what: str) -> NoReturn:
-    usage = "python -m nirvana.launch (PROGRAM | -m MODULE | FILE) ..."
+    usage = "python -m nirvana.launch [--task FILE] (PROGRAM | -m MODULE | FILE) ..."
     print(f"nirvana.launch: {what}; usage: {usage}", file=sys.stderr)
     sys.exit(2)
 
 
-def _launch_through_this_module() -> None:
-    """Makes accelerate's launcher start its script as `python -m nirvana.launch SCRIPT`."""
+def _load_with_task(file: Path) -> None:
+    """Makes `from_pretrained` add the task parameters of a file to the model that it returns."""
+    model_class: Any = sys.modules[MODEL_MODULE].NirvanaForCausalLM
+    load = model_class.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        from nirvana.adapt.task import load_task
+
+        found = load(*args, **kwargs)
+        load_task(file).applied(found[0] if isinstance(found, tuple) else found).add()
+        return found
+
+    model_class.from_pretrained = from_pretrained
+
+
+def _launch_through_this_module(own: list[str]) -> None:
+    """Makes accelerate's launcher start its script as `python -m nirvana.launch SCRIPT`, with this
+    module's own options before the script."""
     launcher: Any = sys.modules[ACCELERATE]
     launch = launcher.launch_command
 
     def launch_command(args: argparse.Namespace) -> None:
         if not args.no_python:
             module = ["-m"] if args.module else []
-            args.training_script_args = [*module, args.training_script, *args.training_script_args]
+            script = [*own, *module, args.training_script]
+            args.training_script_args = [*script, *args.training_script_args]
             args.training_script, args.module = "nirvana.launch", True
         launch(args)
 

@@ -48,10 +48,40 @@ CASES: dict[str, Case] = {
     ),
     "eval": (
         "{model} --data {data} --tasks s_niah_2,copa --haystack {haystack} "
-        "--task-data {task_data} --json {json}",
-        {"model": "model/", "data": "a.txt", "haystack": "hay.txt", "task_data": "tasks/"},
+        "--task-data {task_data} --task {task} --json {json}",
+        {
+            "model": "model/",
+            "data": "a.txt",
+            "haystack": "hay.txt",
+            "task_data": "tasks/",
+            "task": "a.safetensors",
+        },
         {"json": "out.json"},
-        {"tasks", "compare", "device", "lengths"},
+        {"tasks", "compare", "device", "lengths", "parameters", "lr", "trace", "picture"},
+    ),
+    "eval --adapt": (
+        "{model} --data {data} --task {task} --trace {trace} --picture {picture}",
+        {"model": "model/", "data": "a.txt", "task": "a.safetensors"},
+        {"trace": "out.json", "picture": "out.png"},
+        set(),
+    ),
+    "adapt": (
+        "{model} {files} --out {out} --task {task} --json {json}",
+        {"model": "model/", "files": "a.txt", "task": "a.safetensors"},
+        {"out": "out.safetensors", "json": "out.json"},
+        {"device", "parameters", "lr"},
+    ),
+    "task info": (
+        "{file} --model {model}",
+        {"file": "a.safetensors", "model": "model/"},
+        {},
+        set(),
+    ),
+    "task merge": (
+        "{files} --out {out}",
+        {"files": "a.safetensors"},
+        {"out": "out.safetensors"},
+        {"weights"},
     ),
     "eval --compare": (
         "{a} {b} --json {json}",
@@ -66,7 +96,12 @@ CASES: dict[str, Case] = {
         {"preset", "parts", "train", "decode_contexts", "peers", "dtype", "device"},
     ),
     "config": ("tiny --out {out}", {}, {"out": "out.toml"}, {"name"}),
-    "generate": ("{model} --prompt a", {"model": "model/"}, {}, {"prompt", "device"}),
+    "generate": (
+        "{model} --prompt a --task {task}",
+        {"model": "model/", "task": "a.safetensors"},
+        {},
+        {"prompt", "device", "parameters", "lr"},
+    ),
     "mri simulate": ("{volume} --out {out}", {"volume": "head.h5"}, {"out": "out.h5"}, set()),
     "mri reconstruct": (
         "{scan} --out {out} --codec {codec} --json {json}",
@@ -101,7 +136,17 @@ CASES: dict[str, Case] = {
         {"ctx"},
     ),
 }
-FILES = ("a.txt", "hay.txt", "head.h5", "scan.cfl", "scan.hdr", "a.npy", "b.npy", "reports.jsonl")
+FILES = (
+    "a.txt",
+    "hay.txt",
+    "a.safetensors",
+    "head.h5",
+    "scan.cfl",
+    "scan.hdr",
+    "a.npy",
+    "b.npy",
+    "reports.jsonl",
+)
 FOLDERS = {
     "model": ("config.json", "model.safetensors", "tokenizer.json"),
     "codec": ("config.json", "model.safetensors"),
@@ -115,7 +160,7 @@ FOLDERS = {
 
 REASONS = (
     "the input",
-    "holds something else than results",
+    "holds something else than",
     "give a new or empty folder",
     "is a file; give",
     "is a folder; give",

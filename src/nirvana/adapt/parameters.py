@@ -146,7 +146,7 @@ def _belongs(module: nn.Module, name: str, group: str, width: int) -> bool:
 
 
 class TaskHooks:
-    """Lets a model compute with task parameters while the block is entered.
+    """Lets a model compute with task parameters, in a `with` block or between `add` and `remove`.
 
     Args:
         model: the model; its weights stay as they are.
@@ -174,7 +174,8 @@ class TaskHooks:
         """
         self._parts = dict(zip(self.layout.names, self.layout.split(values), strict=True))
 
-    def __enter__(self) -> "TaskHooks":
+    def add(self) -> None:
+        """Lets the model compute with the task parameters."""
         self._forget_graphs()
         for number, each in enumerate(self.layout.tensors):
             module = self.model.get_submodule(each.module)
@@ -187,13 +188,20 @@ class TaskHooks:
                 self._factors[each.name] = _factor(module, each, self.layout.seed + number)
                 hook = module.register_forward_hook(self._low_rank(each.name))
             self._handles.append(hook)
-        return self
 
-    def __exit__(self, *raised: Any) -> None:
+    def remove(self) -> None:
+        """Lets the model compute without them."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._forget_graphs()
+
+    def __enter__(self) -> "TaskHooks":
+        self.add()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.remove()
 
     def _forget_graphs(self) -> None:
         """Drops what `generate` has compiled: that code would not notice a change of hooks."""
@@ -201,17 +209,18 @@ class TaskHooks:
             del self.model._compiled_call
             torch.compiler.reset()
 
-    def _part(self, name: str, rows: int) -> Tensor:
-        part = self._parts[name]
+    def _part(self, name: str, x: Tensor) -> Tensor:
+        """The tensor for a batch x, on its device."""
+        part, rows = self._parts[name], x.shape[0]
         if part.shape[0] not in (1, rows):
             raise ValueError(f"{part.shape[0]} rows of task parameters for a batch of {rows} rows")
-        return part
+        return part.to(x.device)
 
     def _norm(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
             # In bfloat16 a gain of 1.003 would be 1: the product is rounded, not the factor.
             with no_autocast(y.device):
-                gain = self._part(name, y.shape[0])[:, None]
+                gain = self._part(name, y)[:, None]
                 return (at_least_float32(y) * (1 + gain)).to(y.dtype)
 
         return hook
@@ -219,15 +228,15 @@ class TaskHooks:
     def _fast(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> Any:
             x, fast, *rest = args
-            return x, fast + self._part(name, fast.shape[0])[:, None], *rest
+            return x, fast + self._part(name, fast)[:, None], *rest
 
         return hook
 
     def _low_rank(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
             (x,) = args
-            part = self._part(name, y.shape[0]).to(y.dtype)
-            return y + (x @ self._factors[name].to(x.dtype)) @ part
+            part = self._part(name, y).to(y.dtype)
+            return y + (x @ self._factors[name].to(x)) @ part
 
         return hook
 

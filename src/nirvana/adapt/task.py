@@ -1,8 +1,7 @@
 """Task files: what a frozen model learned from a sample or a domain, in some kilobytes."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,24 +80,24 @@ class Task:
         """
         return replace(self, values=self.values[number : number + 1])
 
-    @contextmanager
-    def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """Lets the model compute with these task parameters in a block.
+    def applied(self, model: PreTrainedModel) -> TaskHooks:
+        """What lets the model compute with these task parameters: in a `with` block, or from its
+        `add()` on.
 
         Args:
             model: the model to which they belong. A batch must have as many rows as the task, or
                 the task one row.
 
-        Yields:
-            None.
+        Returns:
+            the hooks.
 
         Raises:
             InputError: for another model.
         """
         self.require(model)
-        with TaskHooks(model, self.layout) as hooks:
-            hooks.set(self.values.to(next(model.parameters()).device))
-            yield
+        hooks = TaskHooks(model, self.layout)
+        hooks.set(self.values)
+        return hooks
 
     def require(self, model: PreTrainedModel) -> None:
         """Refuses another model.

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from nirvana import __version__
-from nirvana.cli import bench, config, convert, demo, evaluate, language, mri, report
+from nirvana.cli import adapt, bench, config, convert, demo, evaluate, language, mri, report
 from nirvana.errors import InputError
 
 
@@ -81,6 +81,8 @@ app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
 app.command("export")(language.export)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)
+app.command("adapt")(adapt.adapt)
+app.add_typer(adapt.task_app, name="task", cls=CommandGroup)
 app.command("bench")(bench.bench)
 app.command("config")(config.config)
 

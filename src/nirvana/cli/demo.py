@@ -105,7 +105,7 @@ def _cut(documents: Iterable[str]) -> list[str]:
 
 def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[str, float]]:
     """Bits per byte of each text with the Trigger on and off, and a continuation."""
-    from nirvana.cli.language import continue_text
+    from nirvana.cli.language import continue_text, prompt_tokens
     from nirvana.evaluate.perplexity import Score, score_documents
     from nirvana.model.assets import load_language_model
     from nirvana.model.trigger import without_trigger
@@ -129,7 +129,8 @@ def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[s
     console.print("[bold]Language[/]: the packaged model of 5.8 M parameters")
     console.print(table)
     console.print(f"[bold]Continuation[/] of: {PROMPT}")
-    continue_text(model, tokenizer, PROMPT, max_new_tokens=48, seed=SEED)
+    tokens = prompt_tokens(tokenizer, PROMPT)
+    continue_text(model, tokenizer, tokens, max_new_tokens=48, seed=SEED)
     return figures
 
 

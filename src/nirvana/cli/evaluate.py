@@ -1,8 +1,9 @@
 """`nirvana eval`: a language model's figures on text, tasks and recall; two models compared."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,17 +11,36 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from nirvana.cli.adapt import (
+    AdaptOption,
+    ChunkOption,
+    ParametersOption,
+    StepSizesOption,
+    StepsOption,
+    TaskOption,
+    adapt_config,
+    require_adapt,
+)
 from nirvana.cli.console import DeviceOption, JsonOption, output
 from nirvana.data.hub import local_path
 from nirvana.errors import InputError
-from nirvana.files import check_outputs, write_json
+from nirvana.files import check_outputs, replaceable_file, writable_json, write_json
 from nirvana.packaged import folder_of, resolve
 from nirvana.progress import ProgressLines
 
 RECALL = ("s_niah_1", "s_niah_2", "s_niah_3", "mqar")
 LENGTHS = "1024,2048,4096,8192,16384,32768"
 NUM_PROBLEMS = 100  # of each recall task and length, unless --limit is given
+PNG = b"\x89PNG"
 HAYSTACK = Path("text/novels/test.jsonl.xz")  # within NIRVANA_DATA
+
+
+def _trace_output(path: Path | None) -> Path | None:
+    return path and writable_json(path)
+
+
+def _picture_output(path: Path | None) -> Path | None:
+    return path and replaceable_file(path, lambda head: head.startswith(PNG), "a picture")
 
 
 def evaluate(
@@ -58,7 +78,26 @@ def evaluate(
         typer.Option(help=f"Text file of s_niah_2 and 3; else NIRVANA_DATA/{HAYSTACK}."),
     ] = None,
     pairs: Annotated[int, typer.Option(help="Pairs of an mqar problem.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Questions read at once.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions, or documents with --adapt, read at once.")
+    ] = 8,
+    adapt: AdaptOption = False,
+    task: TaskOption = None,
+    parameters: ParametersOption = None,
+    chunk: ChunkOption = None,
+    steps: StepsOption = None,
+    lr: StepSizesOption = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write what --adapt did, by layer and position (JSON).",
+            callback=_trace_output,
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Also draw it, the mean over documents (PNG).", callback=_picture_output),
+    ] = None,
 ) -> None:
     """Bits per byte and perplexity on text files, tasks, and recall over long contexts.
 
@@ -78,21 +117,41 @@ def evaluate(
     for name, value in (("limit", limit), ("pairs", pairs), ("batch-size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"--{name} = {value} must be at least 1")
+    options = {"parameters": parameters, "chunk": chunk, "steps": steps, "lr": lr}
+    require_adapt(adapt, **options, trace=trace, picture=picture)
+    if adapt and (tasks or not data):
+        raise InputError("--adapt reads texts: give --data FILE, and --tasks in a call of its own")
     plan = _plan(tasks or [], task_data, lengths, pairs, haystack)
     files = _domains(data or [])
-    read = [folder_of(model), *map(local_path, files.values()), *plan.files, plan.haystack]
-    check_outputs({"--json": json}, read)
+    read = [folder_of(model), *map(local_path, files.values()), *plan.files, plan.haystack, task]
+    check_outputs({"--json": json, "--trace": trace, "--picture": picture}, read)
     folder = resolve(model)
+    config = adapt_config(folder, parameters, chunk, steps, lr) if adapt else None
+    if picture is not None:
+        import matplotlib  # noqa: F401  (a missing package is reported before any work)
 
+    from nirvana.adapt.task import load_task
+    from nirvana.config import to_dict
     from nirvana.device import choose_device
     from nirvana.model.assets import load_language_model
     from nirvana.model.trigger import without_trigger
 
+    learned = None if task is None else load_task(task)
     loaded, tokenizer = load_language_model(folder, choose_device(device))
     results: dict[str, Any] = {"model": model, "limit": limit, "trigger": trigger}
-    with nullcontext() if trigger else without_trigger(loaded):
+    if config is not None:
+        results["adapt"] = to_dict(config)
+    if task is not None:
+        results["task"] = str(task)
+    with ExitStack() as modes:
+        if not trigger:
+            modes.enter_context(without_trigger(loaded))
+        if learned is not None and config is None:
+            modes.enter_context(learned.applied(loaded))
         if files:
-            results |= _read_texts(loaded, tokenizer, files, limit)
+            reader, traces = _reader(config, learned, batch_size, trace or picture)
+            results |= _read_texts(loaded, tokenizer, files, limit, reader)
+            _write_traces(traces, results, trace, picture)
         if tasks:
             found = _recall(loaded, tokenizer, plan, pairs, limit or NUM_PROBLEMS)
             if plan.local or plan.hub:
@@ -105,6 +164,35 @@ def evaluate(
             results["tasks"] = found
     if json is not None:
         write_json(json, results)
+
+
+def _reader(config: Any, task: Any, batch_size: int, traced: Path | None) -> tuple[Any, list[Any]]:
+    """What scores documents, and the list to which it adds a trace of each."""
+    traces: list[Any] = []
+    if config is None:
+        from nirvana.evaluate.perplexity import read_scores
+
+        return read_scores, traces
+    from nirvana.evaluate.adapted import read_adapted_scores
+
+    observe = None if traced is None else traces.append
+    options = {"config": config, "task": task, "batch_size": batch_size, "observe": observe}
+    return partial(read_adapted_scores, **options), traces
+
+
+def _write_traces(
+    traces: Sequence[Any], results: Mapping[str, Any], trace: Path | None, picture: Path | None
+) -> None:
+    if trace is not None:
+        names = [name for name, file in results["files"].items() for _ in range(file["documents"])]
+        documents = [
+            {"file": name, **each.to_dict()} for name, each in zip(names, traces, strict=True)
+        ]
+        write_json(trace, {"adapt": results["adapt"], "documents": documents})
+    if picture is not None:
+        from nirvana.adapt.trace import draw_trace
+
+        draw_trace(traces, picture)
 
 
 @dataclass
@@ -184,7 +272,7 @@ def _domains(data: Sequence[str]) -> dict[str, str]:
 
 
 def _read_texts(
-    model: Any, tokenizer: Any, files: Mapping[str, str], limit: int | None
+    model: Any, tokenizer: Any, files: Mapping[str, str], limit: int | None, reader: Any
 ) -> dict[str, Any]:
     """Prints the figures of text files; returns them as the results' "files" and "total"."""
     import math
@@ -192,7 +280,7 @@ def _read_texts(
     from nirvana.data.documents import read_documents
     from nirvana.evaluate.perplexity import Score, byte_entropy, read_files
 
-    scores = read_files(model, tokenizer, files, limit, progress=True)
+    scores = read_files(model, tokenizer, files, limit, progress=True, reader=reader)
     unigram = {
         name: byte_entropy(islice(read_documents(path), limit)) for name, path in files.items()
     }

@@ -2,11 +2,22 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nirvana.cli.adapt import (
+    AdaptOption,
+    ChunkOption,
+    ParametersOption,
+    StepSizesOption,
+    StepsOption,
+    TaskOption,
+    adapt_config,
+    require_adapt,
+)
 from nirvana.cli.config import ConfigArgument
 from nirvana.cli.console import SEEDS, DeviceOption
 from nirvana.errors import InputError
@@ -117,9 +128,18 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from so much of the probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.", **SEEDS)] = 0,
+    adapt: AdaptOption = False,
+    task: TaskOption = None,
+    parameters: ParametersOption = None,
+    chunk: ChunkOption = None,
+    steps: StepsOption = None,
+    lr: StepSizesOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Continues a text, and prints each token as it is generated."""
+    """Continues a text, and prints each token as it is generated.
+
+    With --adapt the model first adapts to the prompt; weights stay as they are.
+    """
     if prompt == "-":
         prompt = _standard_input()
     if not prompt.strip():
@@ -131,13 +151,22 @@ def generate(
     ):
         if not good:
             raise InputError(f"--{name} = {value} must be {right}")
+    require_adapt(adapt, parameters=parameters, chunk=chunk, steps=steps, lr=lr)
     folder = resolve(model)
+    config = adapt_config(folder, parameters, chunk, steps, lr)
 
+    from nirvana.adapt.adaptation import adapt_documents
+    from nirvana.adapt.task import load_task
     from nirvana.device import choose_device
     from nirvana.model.assets import load_language_model
 
+    learned = None if task is None else load_task(task)
     loaded, tokenizer = load_language_model(folder, choose_device(device))
-    continue_text(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
+    tokens = prompt_tokens(tokenizer, prompt)
+    if adapt:
+        _, learned = adapt_documents(loaded, [tokens], config, learned)
+    with nullcontext() if learned is None else learned.applied(loaded):
+        continue_text(loaded, tokenizer, tokens, max_new_tokens, temperature, top_p, seed)
 
 
 def _standard_input() -> str:
@@ -148,26 +177,30 @@ def _standard_input() -> str:
         raise InputError(f"--prompt -: the standard input is not UTF-8: {error}") from None
 
 
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt, BOS first."""
+    from nirvana.data.tokenizer import text_encoder
+
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise InputError("the model's tokenizer must have a BOS and an EOS token")
+    return [tokenizer.bos_token_id, *text_encoder(tokenizer)([prompt])[0]]
+
+
 def continue_text(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: list[int],
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
 ) -> None:
-    """Prints a continuation of `prompt`, token by token, until EOS at the latest."""
+    """Prints a continuation of the tokens `prompt`, one by one, until EOS at the latest."""
     import torch
     from transformers import TextStreamer
 
-    from nirvana.data.tokenizer import text_encoder
-
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise InputError("the model's tokenizer must have a BOS and an EOS token")
     torch.manual_seed(seed)
-    ids = [tokenizer.bos_token_id, *text_encoder(tokenizer)([prompt])[0]]
-    tokens = torch.tensor([ids], device=model.device)
+    tokens = torch.tensor([prompt], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     model.generate(
         tokens,
