@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nirvana.errors import InputError
-from nirvana.model.config import NirvanaConfig, preset
+from nirvana.model.config import PRESETS, NirvanaConfig, preset
 from nirvana.model.nirvana import NirvanaForCausalLM
 
 DOMAINS = ("general", "novels", "biomed", "law", "finance")
@@ -98,6 +98,21 @@ SIZES = {
             "bank_size": 32,
         },
         64,
+    ),
+    "tiny": Size(
+        {
+            name: PRESETS["tiny"][name]
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "sliding_window",
+                "task_dim",
+                "bank_size",
+            )
+        }
+        | {"num_prelude_layers": 2},
+        16,
     ),
     "toy": Size(
         {

@@ -15,6 +15,7 @@ from nirvana.adapt.chunks import read_documents
 from nirvana.adapt.config import GROUPS
 from nirvana.adapt.parameters import TaskHooks, task_layout
 from nirvana.errors import InputError
+from nirvana.generate.graph_decoder import Decoder
 
 ALL = tuple(GROUPS)
 
@@ -290,6 +291,13 @@ def test_training_mode_and_compiled_blocks_are_refused(small_model):
     model.eval().model.layers[0].compile()
     with pytest.raises(ValueError, match="compiled"):
         adapt_documents(model, texts(9), config())
+
+
+def test_a_decoder_does_not_pass_over_task_parameters(small_model):
+    model, (row,) = small_model(), texts(30)
+    task = adapt(model, row[None], config=config()).task
+    with task.applied(model), pytest.raises(ValueError, match="reads the weights alone"):
+        Decoder(model)
 
 
 def test_memory_is_that_of_a_chunk(small_model):

@@ -32,12 +32,10 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def texts(tmp_path):
     """Python sources: a kind of text that the packaged model was not trained on."""
-    sources = [
-        inspect.getsource(each)[-2500:] for each in (inspect, json, math.__class__, torch.nn)
-    ]
-    lines = [json.dumps({"text": text}) for text in sources if text.strip()]
+    found = [inspect.getsource(each)[-2500:] for each in (inspect, json, torch.nn.init)]
+    lines = [json.dumps({"text": text}) for text in found]
     (tmp_path / "code.jsonl").write_text("\n".join(lines))
-    return [json.loads(line)["text"] for line in lines]
+    return found
 
 
 SMALL = ("--chunk", 64, "--parameters", "norm", "--lr", 0.02)
@@ -50,7 +48,7 @@ def test_eval_adapts_scores_and_traces(run, tmp_path, texts):
     outputs = ("--json", "a.json", "--trace", "t.json", "--picture", "t.png")
     code, out, err = run("eval", "tiny", *files, "--adapt", *SMALL, *outputs)
     assert code == 0, err
-    assert "by position" in out
+    assert "from 256" in out
     frozen, adapted, trace = (
         json.loads((tmp_path / name).read_text()) for name in ("frozen.json", "a.json", "t.json")
     )

@@ -178,8 +178,8 @@ def draw_trace(traces: Sequence[DocumentTrace], path: str | Path) -> None:
     bits = 1 / (tokens * torch.log(torch.tensor(2.0)))
     figure = Figure(figsize=(9, 9), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 3])
-    top.plot(starts, frozen * bits, color="0.5", label="frozen")
-    top.plot(starts, nll * bits, color="C0", label="adapted")
+    top.plot(starts, (frozen * bits).numpy(), color="0.5", label="frozen")
+    top.plot(starts, (nll * bits).numpy(), color="C0", label="adapted")
     top.set_ylabel("bits a token")
     top.legend()
     extent = (starts[0], starts[-1] + float(tokens[-1]))
@@ -189,7 +189,7 @@ def draw_trace(traces: Sequence[DocumentTrace], path: str | Path) -> None:
     ):
         largest = float(table.abs().max()) or 1.0
         image = axes.imshow(
-            table,
+            table.numpy(),
             aspect="auto",
             interpolation="nearest",
             cmap=colours,

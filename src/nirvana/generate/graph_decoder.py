@@ -140,6 +140,11 @@ class Decoder(StepDecoder):
 
     def __init__(self, model: Any, max_length: int | None = None, compiled: bool = True) -> None:
         super().__init__(layers=[])
+        if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+            raise ValueError(
+                "a Decoder reads the weights alone, not hooks such as those of task parameters: "
+                "generate with the library's cache"
+            )
         config: NirvanaConfig = model.config
         slots = config.sliding_window or max_length
         if slots is None:

@@ -1,0 +1,1 @@
+"""The study of adaptation: a frozen model that learns from the sample that it reads."""

@@ -1,0 +1,86 @@
+"""The prepared data of the study, and where its rows lie."""
+
+import hashlib
+import json
+import lzma
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nirvana.errors import InputError
+from nirvana.files import atomic_folder, sha256
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "data"
+RESULTS = HERE / "results.jsonl.xz"
+BLOCK = 256  # tokens whose nats are one number in the results
+TOKENS = 4096  # predicted tokens of a document in the main table
+LONG = 32768  # and of a long document
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document as tokens.
+
+    Attributes:
+        tokens: BOS first; 1 + a multiple of `BLOCK`.
+        bytes: UTF-8 bytes of each block.
+        packed: bytes of its first `TOKENS` tokens, and of three quarters of them, by xz and PPMd.
+    """
+
+    tokens: list[int]
+    bytes: list[int]
+    packed: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What `experiments.adapt.prepare` wrote.
+
+    Attributes:
+        test: domain -> documents.
+        valid: the same, of documents from which settings are chosen.
+        recall: name -> problems, {"tokens", "answers"}.
+        shards: folder of the training text's shards, by domain.
+        identity: a hash of it all.
+    """
+
+    test: dict[str, list[Document]]
+    valid: dict[str, list[Document]]
+    recall: dict[str, list[dict[str, Any]]]
+    shards: Path
+    identity: str
+
+
+def load_data(folder: Path) -> Data:
+    """Reads the prepared data; the shards are unpacked beside their archive, once.
+
+    Raises:
+        InputError: for data that `experiments.adapt.prepare` did not write.
+    """
+    train, texts = folder / "train.tar.xz", folder / "documents.json.xz"
+    for file in (train, texts):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; write it with experiments.adapt.prepare")
+    shards = folder / f"shards-{sha256(train)[:8]}"
+    try:
+        if not shards.is_dir():
+            with atomic_folder(shards) as new, tarfile.open(train) as tar:
+                tar.extractall(new, filter="data")
+        found = json.loads(lzma.decompress(texts.read_bytes()))
+    except (lzma.LZMAError, tarfile.TarError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{folder}: damaged: {error}; write it again with experiments.adapt.prepare"
+        ) from None
+    test, valid = (
+        {domain: [Document(**each) for each in documents] for domain, documents in split.items()}
+        for split in (found["test"], found["valid"])
+    )
+    identity = sha256(train)[:8] + sha256(texts)[:8]
+    return Data(test, valid, found["recall"], shards, identity)
+
+
+def order(text: str) -> bytes:
+    """The order in which documents are drawn: that of the SHA-256 of their text."""
+    return hashlib.sha256(text.encode()).digest()

@@ -1,0 +1,346 @@
+"""The parts of the study of adaptation; see `experiments.adapt.study`."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.adapt import extra
+from experiments.adapt.context import Context, by_domain, changed, is_seen, plain
+from experiments.adapt.data import BLOCK, LONG
+from experiments.adapt.domains import UNSEEN
+from experiments.adapt.measure import (
+    FROZEN,
+    block_nats,
+    cache_mixture,
+    change,
+    read,
+    rows_of,
+    still,
+    task_of,
+    unigram_cache,
+)
+from experiments.adapt.shifts import shifted
+from experiments.common.results import Row
+from nirvana.adapt.adaptation import start_optimizer
+from nirvana.adapt.chunks import read_documents
+from nirvana.adapt.config import AdaptConfig
+from nirvana.adapt.step_sizes import learn_step_sizes
+from nirvana.adapt.task import load_task, save_task
+from nirvana.data.shards import TokenShards
+
+EQUAL = ("nirvana", "hybrid-input", "transformer")
+"""Models of `experiments.language.variants`, trained alike at the size of `tiny`."""
+
+FIRST = AdaptConfig(("norm", "fast"), 64, lr={"norm": 0.02, "fast": 0.06})
+"""Settings from which step sizes are learned."""
+CHUNKS = (32, 64, 128)
+SIZES = (0.01, 0.02, 0.04)
+FAST = 3.0  # step size of "fast" in those of "norm"
+MOST_WORSE = 0.1  # percent that a seen domain may lose on validation documents
+SHARES = (0.02, 0.05, 0.1, 0.2)
+STEP_ROWS = {"cuda": 64, "cpu": 4}
+
+
+def _chosen(context: Context, model: str, kind: str, grid: list[AdaptConfig]) -> None:
+    """Reads validation documents with each of some settings, and records the best."""
+    names, _, rows = context.flat("valid")
+    network = context.model(model)
+    frozen = context.measure(
+        "valid",
+        {"model": model, "config": "frozen"},
+        lambda: {"nats": block_nats(read(network, rows, FROZEN)[0])},
+    )
+    found = []
+    for config in grid:
+        row = context.measure(
+            "valid",
+            {"model": model, "config": plain(config)},
+            lambda config=config: {"nats": block_nats(read(network, rows, config)[0])},
+        )
+        if row is None or frozen is None:
+            return
+        last = by_domain(names, change(row["nats"], frozen["nats"], "last"))
+        whole = by_domain(names, change(row["nats"], frozen["nats"], "all"))
+        gain = mean(mean(each) for domain, each in last.items() if not is_seen(domain))
+        worst = max((mean(each) for d, each in whole.items() if is_seen(d)), default=0.0)
+        print(f"  {config.chunk} {config.lr}: {gain:+.2f} %, seen at worst {worst:+.2f} %")
+        found.append((worst > MOST_WORSE, gain, config))
+    _, gain, best = min(found, key=lambda each: each[:2])
+    context.measure(
+        "select",
+        {"model": model, "kind": kind},
+        lambda: {"config": plain(best), "figure": round(gain, 3)},
+    )
+
+
+def select(context: Context) -> None:
+    """Chooses the settings of every model on validation documents."""
+    for model in ("tiny", *EQUAL):
+        groups = ("norm", "fast") if model == "tiny" else ("norm",)
+        grid = [
+            AdaptConfig(groups, chunk, lr={g: size * (FAST if g == "fast" else 1) for g in groups})
+            for chunk in (CHUNKS if model == "tiny" else CHUNKS[1:2])
+            for size in SIZES
+        ]
+        _chosen(context, model, "chosen", grid)
+    chunk = context.settings("tiny", "chosen").chunk
+    for groups in (("norm",), ("fast",), ("low_rank",)):
+        sizes = (0.03, 0.1, 0.3) if groups == ("fast",) else SIZES
+        grid = [AdaptConfig(groups, chunk, lr={groups[0]: size}) for size in sizes]
+        _chosen(context, "tiny", groups[0], grid)
+    extra.select_cache(context, SHARES)
+
+
+def _batches(context: Context, number: int) -> Iterator[list[Tensor]]:
+    """Training documents of another look, side by side."""
+    tokenizer = context.tokenizer()
+    encode = tokenizer.backend_tokenizer
+    shards = [TokenShards(context.data.shards / d) for d in context.data.test if is_seen(d)]
+    source = random.Random(0)
+    for _ in range(number):
+        rows: list[Tensor] = []
+        while len(rows) < STEP_ROWS[context.device.type]:
+            shard = source.choice(shards)
+            tokens = shard.document(source.randrange(len(shard)), 1, context.tokens * 2)
+            text = shifted(tokenizer.decode(tokens[:-1]), source.getrandbits(32))
+            ids = encode.encode(text, add_special_tokens=False).ids[: context.tokens // 2]
+            if len(ids) >= context.tokens // 4:
+                rows.append(torch.tensor([tokenizer.bos_token_id, *ids]))
+        yield rows
+
+
+def steps(context: Context, batches: int = 60) -> None:
+    """Learns the step sizes of `tiny`, and in another run its start, too."""
+    for kind, start_rate in (("trained", 0.0), ("trained, start", 0.002)):
+        context.measure(
+            "steps",
+            {"model": "tiny", "kind": kind},
+            partial(_learn_steps, context, batches, start_rate),
+        )
+
+
+def _learn_steps(context: Context, batches: int, start_rate: float) -> Row:
+    """Learns step sizes from `FIRST`; a start that is learned, too, becomes a file."""
+    curve: list[float] = []
+    config, task = learn_step_sizes(
+        context.model("tiny"),
+        _batches(context, batches),
+        FIRST,
+        start_rate=start_rate,
+        log_progress=lambda _, nll: curve.append(round(nll, 4)),
+    )
+    if start_rate:
+        context.models.mkdir(parents=True, exist_ok=True)
+        save_task(task, context.models / "tiny-start.safetensors")
+    return {"config": plain(config), "curve": curve, "figure": curve[-1]}
+
+
+def test(context: Context) -> None:
+    """The main table: every condition on the test documents."""
+    names, documents, rows = context.flat("test")
+    model = context.model("tiny")
+    ours = context.settings("tiny", "chosen")
+    trained = context.settings("tiny", "trained")
+
+    def nats(network: Any, config: AdaptConfig, task: Any = None) -> Row:
+        return {
+            "config": plain(config),
+            "nats": _named(names, read(network, rows, config, task)[0]),
+        }
+
+    def measure(name: str, compute: Callable[[], Row], of: str = "tiny") -> Row | None:
+        return context.measure("test", {"model": of, "condition": name}, compute)
+
+    measure("frozen", lambda: nats(model, FROZEN))
+    measure("chosen", lambda: nats(model, ours))
+    measure("trained", lambda: nats(model, trained))
+    start = context.models / "tiny-start.safetensors"
+    if start.is_file():
+        own = context.settings("tiny", "trained, start")
+        measure("trained, start", lambda: nats(model, own, load_task(start)))
+    for group in ("norm", "fast", "low_rank"):
+        measure(group, lambda g=group: nats(model, context.settings("tiny", g)))
+    everything = changed(
+        ours, parameters=("norm", "fast", "low_rank"), lr={**ours.lr, "low_rank": 0.01}
+    )
+    measure("all three", lambda: nats(model, everything))
+    for number in (2, 3):
+        measure(f"{number} steps", lambda n=number: nats(model, changed(ours, steps=n)))
+    for chunk in (32, 64, 128, 256, 512):
+        if chunk != ours.chunk:
+            measure(f"chunk {chunk}", lambda c=chunk: nats(model, changed(ours, chunk=c)))
+    turned = {name: -ours.step_size(name) for name in ours.parameters}
+    measure("turned", lambda: nats(model, changed(ours, lr=turned)))
+    _swapped(context, names, rows, ours)
+    scores = read(model, rows, FROZEN)[0]
+    share = extra.cache_share(context)
+    for name, cached in (
+        ("unigram cache", lambda tokens, nll: unigram_cache(tokens, nll, share)),
+        ("cache mixture", cache_mixture),
+    ):
+        measure(name, partial(_cached, names, rows, scores, cached))
+    packed = {
+        name: by_domain(names, [each.packed[name] for each in documents]) for name in ("xz", "ppmd")
+    }
+    sizes = by_domain(
+        names, [each.bytes[: len(r) // BLOCK] for each, r in zip(documents, rows, strict=True)]
+    )
+    measure("bytes", lambda: {"bytes": sizes, "packed": packed})
+    for name in EQUAL:
+        if not (context.models / name).is_dir():
+            continue
+        network = context.model(name)
+        own = context.settings(name, "chosen")
+        measure("frozen", lambda n=network: nats(n, FROZEN), name)
+        measure("norm", lambda n=network, o=own: nats(n, o), name)
+    if (context.models / "tiny-joint").is_dir():
+        network = context.model("tiny-joint")
+        measure("frozen", lambda: nats(network, FROZEN), "tiny-joint")
+        measure("trained", lambda: nats(network, trained), "tiny-joint")
+
+
+def _cached(names: list[str], rows: list[Tensor], scores: list[Tensor], cache: Any) -> Row:
+    found = [cache(row.tolist(), nll) for row, nll in zip(rows, scores, strict=True)]
+    return {"nats": _named(names, found)}
+
+
+def _named(names: list[str], scores: list[Tensor]) -> dict[str, Any]:
+    return by_domain(names, block_nats(scores))
+
+
+def _swapped(context: Context, names: list[str], rows: list[Tensor], config: AdaptConfig) -> None:
+    """Task parameters of one document, fixed, on another one; and those of half a domain."""
+    model = context.model("tiny")
+    missing = {"own domain", "other domain", "domain", "domain, adapted"}
+    missing -= {row["name"].get("condition") for row in context.rows("test")}
+    if not missing:
+        return
+    _, values = read(model, rows, config)
+    places = by_domain(names, range(len(names)))
+    own = [places[n][(places[n].index(i) + 1) % len(places[n])] for i, n in enumerate(names)]
+    domains = [*places]
+    half = len(domains) // 2
+    other = [
+        places[domains[(domains.index(n) + half) % len(domains)]][
+            places[n].index(i) % len(places[domains[(domains.index(n) + half) % len(domains)]])
+        ]
+        for i, n in enumerate(names)
+    ]
+    for name, numbers in (("own domain", own), ("other domain", other)):
+        task = task_of(model, config, values[numbers])
+        context.measure(
+            "test",
+            {"model": "tiny", "condition": name},
+            lambda t=task: {"nats": _named(names, read(model, rows, still(config), t)[0])},
+        )
+    fixed: dict[str, Any] = {}
+    adapted: dict[str, Any] = {}
+    for domain, numbers in places.items():
+        middle = len(numbers) // 2
+        optimizer = start_optimizer(model, config)
+        for first in range(middle, len(numbers), 8):
+            read_documents(model, [rows[i] for i in numbers[first : first + 8]], optimizer)
+        task = task_of(model, config, optimizer.values)
+        part = [rows[i] for i in numbers[:middle]]
+        fixed[domain] = block_nats(read(model, part, still(config), task)[0])
+        adapted[domain] = block_nats(read(model, part, config, task)[0])
+    for name, found in (("domain", fixed), ("domain, adapted", adapted)):
+        context.measure("test", {"model": "tiny", "condition": name}, lambda f=found: {"nats": f})
+
+
+def recall(context: Context) -> None:
+    """Bits of an answer stated early: with the state, with task parameters alone, with neither."""
+    model = context.model("tiny")
+    ours = context.settings("tiny", "chosen")
+    for kind, problems in context.data.recall.items():
+        chosen = problems[: context.documents and 2 * context.documents]
+        # What follows the facts: the first query, or the last words before the needle's value.
+        back = 1 if kind.startswith("mqar") else 24
+        for condition in ("state", "state, task", "task", "task, 8 steps", "neither"):
+            context.measure(
+                "recall",
+                {"task": kind, "condition": condition},
+                partial(_recall_bits, model, ours, chosen, back, condition),
+            )
+
+
+def _recall_bits(
+    model: Any, ours: AdaptConfig, problems: list[dict[str, Any]], back: int, condition: str
+) -> Row:
+    """Bits of each problem's answers.
+
+    Args:
+        model: the model.
+        ours: settings of the adaptation.
+        problems: {"tokens", "answers"} of each.
+        back: tokens before the first answer at which a model without state begins anew.
+        condition: "state", "state, task", "task", "task, 8 steps" or "neither".
+
+    Returns:
+        the row.
+    """
+    rows = [torch.tensor(each["tokens"]) for each in problems]
+    answers = [each["answers"] for each in problems]
+    config = changed(ours, steps=8) if "8 steps" in condition else ours
+    if condition.startswith("state"):
+        scores = read(model, rows, config if "task" in condition else FROZEN)[0]
+        offsets = [0] * len(rows)
+    else:
+        cuts = [min(start for start, _ in each) - back for each in answers]
+        heads = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+        tails = [torch.cat([row[:1], row[cut:]]) for row, cut in zip(rows, cuts, strict=True)]
+        task = None
+        if condition != "neither":
+            task = task_of(model, config, read(model, heads, config)[1])
+        scores = read(model, tails, still(config), task)[0]
+        offsets = [cut - 1 for cut in cuts]
+    found = []
+    for nll, offset, each in zip(scores, offsets, answers, strict=True):
+        spans = [float(nll[a - 1 - offset : b - 1 - offset].sum()) for a, b in each]
+        found.append(round(sum(spans) / len(spans) / math.log(2), 3))
+    return {"bits": found, "figure": round(float(np.mean(found)), 3)}
+
+
+def long(context: Context) -> None:
+    """Documents of up to 32,768 tokens of the domains that no training saw, by position."""
+    model = context.model("tiny")
+    ours = context.settings("tiny", "chosen")
+    trained = context.settings("tiny", "trained")
+    limit = LONG if context.tokens >= 4096 else 2 * context.tokens
+    chosen = [
+        (domain, document)
+        for domain, documents in context.domains("test").items()
+        for document in documents
+        if domain in UNSEEN and len(document.tokens) > 2 * context.tokens
+    ]
+    if not chosen:
+        return
+    names, documents = zip(*chosen, strict=True)
+    rows = rows_of(documents, limit)
+    for name, config in (("frozen", FROZEN), ("chosen", ours), ("trained", trained)):
+        context.measure(
+            "long",
+            {"condition": name},
+            lambda c=config: {"nats": _named(list(names), read(model, rows, c)[0])},
+        )
+
+
+PARTS: dict[str, Callable[[Context], None]] = {
+    "train": lambda context: None,
+    "steps": steps,
+    "select": select,
+    "joint": extra.joint,
+    "test": test,
+    "lora": extra.lora,
+    "recall": recall,
+    "long": long,
+    "time": extra.cost,
+}
+NEEDS_EQUAL_MODELS = ("select", "test", "time")

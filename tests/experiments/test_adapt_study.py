@@ -1,0 +1,161 @@
+"""The study of adaptation, end to end on made-up documents and a small model, and its parts."""
+
+import json
+import lzma
+import math
+import random
+
+import pytest
+import torch
+
+from experiments.adapt import collect, context, extra, measure, page, parts, prepare, shifts, study
+from experiments.adapt.data import load_data
+from experiments.adapt.domains import SEEN, UNSEEN, VALIDATION
+from experiments.common.results import read_rows
+from nirvana import NirvanaConfig, NirvanaForCausalLM
+from nirvana.data.tokenizer import load_tokenizer
+from nirvana.errors import InputError
+from nirvana.packaged import resolve
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "sliding_window": 32,
+    "task_dim": 4,
+    "bank_size": 2,
+}
+WORDS = (
+    ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "bird", "near", "two", "old", "dogs", "while", "rain", "fell", "over", "fields"]
+)
+
+
+def text(seed: int, count: int = 4600) -> str:
+    source = random.Random(seed)
+    return " ".join(source.choices(WORDS, k=count))
+
+
+def write(path, seeds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text(seed)}) + "\n" for seed in seeds)
+    path.write_bytes(lzma.compress(lines.encode()))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The prepared data of made-up texts."""
+    pytest.importorskip("pyppmd", reason="needs pyppmd (the extra dev)")
+    folder = tmp_path_factory.mktemp("data")
+    for number, domain in enumerate(SEEN):
+        for split, first in (("train", 0), ("valid", 10), ("test", 20)):
+            seeds = range(100 * number + first, 100 * number + first + 2)
+            write(folder / f"text/{domain}/{split}.jsonl.xz", seeds)
+    for number, domain in enumerate((*UNSEEN, *VALIDATION)):
+        write(folder / f"texts/{domain}.jsonl.xz", range(1000 + 10 * number, 1003 + 10 * number))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "LENGTHS", (512,))
+        patch.setattr(prepare, "PROBLEMS", 4)
+        prepare.prepare(folder, folder / "texts", folder / "out", 8)
+    return folder / "out"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A small model in place of `tiny`, and short grids."""
+    tokenizer = load_tokenizer(resolve("tiny"))
+
+    def load(name, device="cpu"):
+        torch.manual_seed(0)
+        model = NirvanaForCausalLM(NirvanaConfig(**SMALL, vocab_size=len(tokenizer)))
+        return model.eval(), tokenizer
+
+    for module in (context, extra):
+        monkeypatch.setattr(module, "load_language_model", load)
+    monkeypatch.setattr(parts, "CHUNKS", (128, 64))
+    monkeypatch.setattr(parts, "SIZES", (0.02,))
+    monkeypatch.setattr(extra, "LORA_SIZES", (1e-3,))
+    monkeypatch.setattr(extra, "LORA_DOCUMENTS", 2)
+
+
+def test_from_texts_to_the_page(data, small, tmp_path):
+    found = load_data(data)
+    assert set(found.test) == {*SEEN, *UNSEEN}
+    assert set(found.valid) == {*SEEN, *VALIDATION}
+    document = found.test["python"][0]
+    assert len(document.tokens) == 1 + 256 * len(document.bytes)
+    assert document.packed["xz"][0] < document.packed["xz"][1]
+    out = tmp_path / "results.jsonl"
+    options = ["--data", data, "--out", out, "--models", tmp_path / "models", "--device", "cpu"]
+    options += ["--documents", 2, "--tokens", 512, "--train-tokens", 1024, "--batches", 2]
+    assert study.main([*map(str, options)]) == 0
+    rows = read_rows(out)
+    assert {row["part"] for row in rows} == {*parts.PARTS, "valid"} - {"train", "joint", "long"}
+    conditions = {
+        row["name"]["condition"]
+        for row in rows
+        if row["part"] == "test" and row["name"]["model"] == "tiny"
+    }
+    assert conditions >= {"frozen", "chosen", "trained", "turned", "own domain", "cache mixture"}
+    assert study.main([*map(str, options)]) == 0
+    assert len(read_rows(out)) == len(rows)  # nothing is measured twice
+    page.main(["--results", str(out), "--out", str(tmp_path / "RESULTS.md")])
+    written = (tmp_path / "RESULTS.md").read_text()
+    for heading in ("All conditions", "Against every control", "LoRA", "Recall", "Time"):
+        assert f"## {heading}" in written
+    assert "nan" not in written
+
+
+def test_documents_are_drawn_by_hash_and_split_whole(data):
+    tokenizer = load_tokenizer(resolve("tiny"))
+    texts = [text(seed) for seed in range(5)]
+    drawn = [each[0] for each in prepare.whole_texts(texts, tokenizer)]
+    assert drawn == sorted(drawn, key=prepare.order)
+    assert set(drawn) <= set(texts)
+    joined = prepare.joined_texts([text(seed, 900) for seed in range(24)], tokenizer)
+    for piece, ids, sizes in joined:
+        assert 4096 <= len(ids) < 8192
+        assert sum(sizes) == len(piece.encode())
+        assert tokenizer.decode(ids) == piece
+
+
+def test_manual_pages_lose_their_markup():
+    page_ = '.\\" comment\n.TH LS 1\n.SH NAME\nls \\- list\n.B \\fB\\-a\\fR all\n'
+    assert collect.plain(page_) == "LS 1\nNAME\nls - list\n-a all\n"
+
+
+def test_shifted_text_is_the_same_for_a_seed():
+    original = "The cat sat. On a mat it saw two birds, and rain fell. "
+    for change in shifts.SHIFTS:
+        first, again = (change(original * 3, random.Random(5)) for _ in range(2))
+        assert first == again
+        assert (first == original * 3) == (change is shifts.plain)
+    assert shifts.shifted(original, 7) == shifts.shifted(original, 7)
+
+
+def test_caches_are_probabilities_and_learn():
+    tokens = [0, *[1, 2, 3, 4] * 30]
+    nll = torch.full((120,), math.log(8.0), dtype=torch.float64)
+    mixed = measure.cache_mixture(tokens, nll)
+    assert mixed[:4].mean() > 1.5
+    assert mixed[60:].max() < 0.3
+    unigram = measure.unigram_cache(tokens, nll, 0.5)
+    assert float(unigram[-1]) == pytest.approx(-math.log(0.5 / 8 + 0.5 * 29 / 119), rel=1e-6)
+    # Over all tokens that could follow, each mixture sums to one at most.
+    for last in range(2, 9):
+        both = sum(
+            math.exp(-float(measure.cache_mixture([*tokens[:9], token], nll[:9])[-1]))
+            for token in range(8)
+        )
+        assert both == pytest.approx(1, rel=1e-9), last
+
+
+def test_the_change_is_of_the_last_quarter():
+    assert measure.change([[1, 1, 1, 3.0]], [[1, 1, 1, 4.0]], "last") == [-25]
+    assert measure.change([[1, 1, 1, 3.0]], [[1, 1, 1, 5.0]], "all") == [-25]
+
+
+def test_data_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"experiments\.adapt\.prepare"):
+        load_data(tmp_path)
+    with pytest.raises(InputError, match="has no rows"):
+        page.main(["--results", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "a.md")])
