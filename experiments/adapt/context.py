@@ -32,7 +32,8 @@ class Context:
         about: the environment, recorded with every row.
         documents: of a domain at most; None: all.
         tokens: predicted tokens of a document.
-        end: after this moment nothing new starts; None: never.
+        batches: from which step sizes are learned.
+        end: after this moment (`time.time`) nothing new starts; None: never.
     """
 
     data: Data
@@ -42,6 +43,7 @@ class Context:
     about: dict[str, Any]
     documents: int | None
     tokens: int
+    batches: int
     end: float | None
     loaded: dict[str, Any] = field(default_factory=dict)
 
@@ -69,7 +71,7 @@ class Context:
         for row in self.rows(part):
             if row["name"] == name:
                 return row
-        if self.end is not None and time.monotonic() > self.end:
+        if self.end is not None and time.time() > self.end:
             print(f"{part} {name}: left for another call", flush=True)
             return None
         began = time.monotonic()

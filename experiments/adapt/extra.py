@@ -1,7 +1,7 @@
 """Parts of the study with methods of others, joint training, and the cost in time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import mean
 from typing import Any
 
@@ -26,8 +26,8 @@ LORA_TARGETS = ["in_proj", "out_proj", "gate_up_proj", "down_proj"]
 LORA_RANK = 8
 LORA_SIZES = (1e-3, 3e-3, 1e-2)
 LORA_DOCUMENTS = 6  # of each domain
-JOINT_BATCHES = 150
-JOINT_RATE = 2e-4
+JOINT_BATCHES = 40
+JOINT_RATE = 3e-4
 LARGE_TOKENS = 16384
 REPEATS = 3
 
@@ -59,13 +59,18 @@ def cache_share(context: Context) -> float:
     return next(row["share"] for row in context.rows("select") if row["name"] == name)
 
 
-def joint(context: Context) -> None:
+def train_jointly(
+    context: Context, batches: Callable[[Context, int], Iterator[list[Tensor]]]
+) -> None:
     """Trains the weights of `tiny` to be adapted: the loss of every chunk of training text of
-    another look, under the task parameters that adaptation has when it reads the chunk."""
-    from experiments.adapt.parts import _batches
+    another look, under the task parameters that adaptation has when it reads the chunk.
 
+    Args:
+        context: of the study.
+        batches: yields batches of documents.
+    """
     folder = context.models / "tiny-joint"
-    if folder.is_dir() or (context.end is not None and time.monotonic() > context.end):
+    if folder.is_dir() or (context.end is not None and time.time() > context.end):
         return
     config = context.settings("tiny", "trained")
     model, tokenizer = load_language_model("tiny", context.device)
@@ -75,7 +80,7 @@ def joint(context: Context) -> None:
     )
     number = JOINT_BATCHES if context.device.type == "cuda" else 2
     curve = []
-    for step, documents in enumerate(_batches(context, number)):
+    for step, documents in enumerate(batches(context, number)):
         for group in weights.param_groups:
             group["lr"] = JOINT_RATE * min(1.0, 2 * (1 - step / number))
         chunks: list[Chunk] = []
@@ -86,7 +91,7 @@ def joint(context: Context) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         weights.step()
         weights.zero_grad()
-        if context.end is not None and time.monotonic() > context.end:
+        if context.end is not None and time.time() > context.end:
             return
     print(f"joint: {curve[0]} to {curve[-1]} nats a token", flush=True)
     model.save_pretrained(folder)

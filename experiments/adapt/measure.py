@@ -14,8 +14,8 @@ from nirvana.adapt.chunks import read_documents
 from nirvana.adapt.config import AdaptConfig
 from nirvana.adapt.task import Task
 
-ROWS = {"cuda": 512, "cpu": 16}
-"""Documents read side by side on a device."""
+TOGETHER = {"cuda": 32768, "cpu": 1024}
+"""Tokens of a chunk of all documents that are read side by side on a device."""
 FROZEN = AdaptConfig(("norm",), chunk=BLOCK, steps=0)
 
 
@@ -41,8 +41,9 @@ def read(
     """
     scores: list[Tensor] = []
     values = []
-    for first in range(0, len(rows), ROWS[model.device.type]):
-        numbers = range(first, min(len(rows), first + ROWS[model.device.type]))
+    size = max(1, TOGETHER[model.device.type] // config.chunk)
+    for first in range(0, len(rows), size):
+        numbers = range(first, min(len(rows), first + size))
         start = task
         if task is not None and len(task) > 1:
             start = replace(task, values=task.values[list(numbers)])

@@ -40,6 +40,8 @@ EQUAL = ("nirvana", "hybrid-input", "transformer")
 
 FIRST = AdaptConfig(("norm", "fast"), 64, lr={"norm": 0.02, "fast": 0.06})
 """Settings from which step sizes are learned."""
+VALIDATED = "trained, on validation documents"
+GROUPS = ("norm", "fast", "low_rank")
 CHUNKS = (32, 64, 128)
 SIZES = (0.01, 0.02, 0.04)
 FAST = 3.0  # step size of "fast" in those of "norm"
@@ -80,21 +82,23 @@ def _chosen(context: Context, model: str, kind: str, grid: list[AdaptConfig]) ->
     )
 
 
+def _grid(groups: tuple[str, ...], chunks: tuple[int, ...], sizes: Any) -> list[AdaptConfig]:
+    return [
+        AdaptConfig(groups, chunk, lr={g: size * (FAST if g == "fast" else 1) for g in groups})
+        for chunk in chunks
+        for size in sizes
+    ]
+
+
 def select(context: Context) -> None:
-    """Chooses the settings of every model on validation documents."""
-    for model in ("tiny", *EQUAL):
-        groups = ("norm", "fast") if model == "tiny" else ("norm",)
-        grid = [
-            AdaptConfig(groups, chunk, lr={g: size * (FAST if g == "fast" else 1) for g in groups})
-            for chunk in (CHUNKS if model == "tiny" else CHUNKS[1:2])
-            for size in SIZES
-        ]
-        _chosen(context, model, "chosen", grid)
-    chunk = context.settings("tiny", "chosen").chunk
-    for groups in (("norm",), ("fast",), ("low_rank",)):
-        sizes = (0.03, 0.1, 0.3) if groups == ("fast",) else SIZES
-        grid = [AdaptConfig(groups, chunk, lr={groups[0]: size}) for size in sizes]
-        _chosen(context, "tiny", groups[0], grid)
+    """Chooses the settings of `tiny` on validation documents."""
+    _chosen(context, "tiny", "chosen", _grid(("norm", "fast"), CHUNKS, SIZES))
+
+
+def groups(context: Context) -> None:
+    """Chooses the step size of each group alone, and the share of the unigram cache."""
+    for group in GROUPS:
+        _chosen(context, "tiny", group, _grid((group,), CHUNKS[1:2], SIZES))
     extra.select_cache(context, SHARES)
 
 
@@ -116,23 +120,28 @@ def _batches(context: Context, number: int) -> Iterator[list[Tensor]]:
         yield rows
 
 
-def steps(context: Context, batches: int = 60) -> None:
-    """Learns the step sizes of `tiny`, and in another run its start, too."""
-    for kind, start_rate in (("trained", 0.0), ("trained, start", 0.002)):
-        context.measure(
-            "steps",
-            {"model": "tiny", "kind": kind},
-            partial(_learn_steps, context, batches, start_rate),
-        )
+def steps(context: Context) -> None:
+    """Learns the step sizes of `tiny`."""
+    name = {"model": "tiny", "kind": "trained"}
+    row = context.measure("steps", name, partial(_learn_steps, context, 0.0))
+    if row is not None:
+        _chosen(context, "tiny", VALIDATED, [context.settings("tiny", "trained")])
 
 
-def _learn_steps(context: Context, batches: int, start_rate: float) -> Row:
+def start(context: Context) -> None:
+    """Learns the step sizes of `tiny` and the start of its task parameters."""
+    name = {"model": "tiny", "kind": "trained, start"}
+    context.measure("steps", name, partial(_learn_steps, context, 0.005))
+
+
+def _learn_steps(context: Context, start_rate: float) -> Row:
     """Learns step sizes from `FIRST`; a start that is learned, too, becomes a file."""
     curve: list[float] = []
     config, task = learn_step_sizes(
         context.model("tiny"),
-        _batches(context, batches),
+        _batches(context, context.batches),
         FIRST,
+        rate=0.1,
         start_rate=start_rate,
         log_progress=lambda _, nll: curve.append(round(nll, 4)),
     )
@@ -161,49 +170,80 @@ def test(context: Context) -> None:
     measure("frozen", lambda: nats(model, FROZEN))
     measure("chosen", lambda: nats(model, ours))
     measure("trained", lambda: nats(model, trained))
-    start = context.models / "tiny-start.safetensors"
-    if start.is_file():
+    file = context.models / "tiny-start.safetensors"
+    if file.is_file():
         own = context.settings("tiny", "trained, start")
-        measure("trained, start", lambda: nats(model, own, load_task(start)))
-    for group in ("norm", "fast", "low_rank"):
+        measure("trained, start", lambda: nats(model, own, load_task(file)))
+    for group in GROUPS:
         measure(group, lambda g=group: nats(model, context.settings("tiny", g)))
-    everything = changed(
-        ours, parameters=("norm", "fast", "low_rank"), lr={**ours.lr, "low_rank": 0.01}
-    )
+    everything = changed(ours, parameters=tuple(GROUPS), lr={**ours.lr, "low_rank": 0.01})
     measure("all three", lambda: nats(model, everything))
+    turned = {name: -ours.step_size(name) for name in ours.parameters}
+    measure("turned", lambda: nats(model, changed(ours, lr=turned)))
     for number in (2, 3):
         measure(f"{number} steps", lambda n=number: nats(model, changed(ours, steps=n)))
     for chunk in (32, 64, 128, 256, 512):
         if chunk != ours.chunk:
             measure(f"chunk {chunk}", lambda c=chunk: nats(model, changed(ours, chunk=c)))
-    turned = {name: -ours.step_size(name) for name in ours.parameters}
-    measure("turned", lambda: nats(model, changed(ours, lr=turned)))
-    _swapped(context, names, rows, ours)
-    scores = read(model, rows, FROZEN)[0]
-    share = extra.cache_share(context)
-    for name, cached in (
-        ("unigram cache", lambda tokens, nll: unigram_cache(tokens, nll, share)),
-        ("cache mixture", cache_mixture),
-    ):
-        measure(name, partial(_cached, names, rows, scores, cached))
     packed = {
         name: by_domain(names, [each.packed[name] for each in documents]) for name in ("xz", "ppmd")
     }
-    sizes = by_domain(
-        names, [each.bytes[: len(r) // BLOCK] for each, r in zip(documents, rows, strict=True)]
-    )
+    pairs = zip(documents, rows, strict=True)
+    sizes = by_domain(names, [each.bytes[: len(row) // BLOCK] for each, row in pairs])
     measure("bytes", lambda: {"bytes": sizes, "packed": packed})
-    for name in EQUAL:
-        if not (context.models / name).is_dir():
+
+
+def equal(context: Context) -> None:
+    """Settings and test of the equal models: norm gains, which all of them have."""
+    names, _, rows = context.flat("test")
+    for model in EQUAL:
+        if not (context.models / model).is_dir():
             continue
-        network = context.model(name)
-        own = context.settings(name, "chosen")
-        measure("frozen", lambda n=network: nats(n, FROZEN), name)
-        measure("norm", lambda n=network, o=own: nats(n, o), name)
-    if (context.models / "tiny-joint").is_dir():
-        network = context.model("tiny-joint")
-        measure("frozen", lambda: nats(network, FROZEN), "tiny-joint")
-        measure("trained", lambda: nats(network, trained), "tiny-joint")
+        _chosen(context, model, "chosen", _grid(("norm",), CHUNKS[1:2], SIZES))
+        conditions = {"frozen": FROZEN, "norm": context.settings(model, "chosen")}
+        for name, config in conditions.items():
+            context.measure(
+                "test",
+                {"model": model, "condition": name},
+                partial(_measured, context.model(model), names, rows, config),
+            )
+
+
+def _measured(network: Any, names: list[str], rows: list[Tensor], config: AdaptConfig) -> Row:
+    return {"config": plain(config), "nats": _named(names, read(network, rows, config)[0])}
+
+
+def joint(context: Context) -> None:
+    """Trains the weights of `tiny` jointly with its adaptation, and tests it."""
+    extra.train_jointly(context, _batches)
+    names, _, rows = context.flat("test")
+    if not (context.models / "tiny-joint").is_dir():
+        return
+    conditions = {"frozen": FROZEN, "trained": context.settings("tiny", "trained")}
+    for name, config in conditions.items():
+        context.measure(
+            "test",
+            {"model": "tiny-joint", "condition": name},
+            partial(_measured, context.model("tiny-joint"), names, rows, config),
+        )
+
+
+def controls(context: Context) -> None:
+    """Task parameters of other documents, and caches of the document's words."""
+    names, _, rows = context.flat("test")
+    model = context.model("tiny")
+    scores = read(model, rows, FROZEN)[0]
+    share = extra.cache_share(context)
+    for name, cache in (
+        ("unigram cache", partial(unigram_cache, share=share)),
+        ("cache mixture", cache_mixture),
+    ):
+        context.measure(
+            "test",
+            {"model": "tiny", "condition": name},
+            partial(_cached, names, rows, scores, cache),
+        )
+    _swapped(context, names, rows, context.settings("tiny", "chosen"))
 
 
 def _cached(names: list[str], rows: list[Tensor], scores: list[Tensor], cache: Any) -> Row:
@@ -333,14 +373,22 @@ def long(context: Context) -> None:
 
 
 PARTS: dict[str, Callable[[Context], None]] = {
-    "train": lambda context: None,
     "steps": steps,
+    "start": start,
     "select": select,
-    "joint": extra.joint,
+    "groups": groups,
+    "equal": equal,
+    "joint": joint,
     "test": test,
+    "controls": controls,
     "lora": extra.lora,
     "recall": recall,
     "long": long,
     "time": extra.cost,
 }
-NEEDS_EQUAL_MODELS = ("select", "test", "time")
+WAVES = (
+    ("steps", "start", "select", "groups"),
+    ("equal", "joint", "test", "controls", "lora", "recall", "long"),
+    ("time",),
+)
+"""Parts that may run beside each other; each wave needs the ones before it."""

@@ -37,7 +37,7 @@ CONDITIONS = {
     "other domain": "fixed, learned on a document of another domain",
     "domain": "fixed, one set from half of the domain's documents, scored on the others",
     "domain, adapted": "the same as the start of each document",
-    "unigram cache": "frozen, mixed with the document's word counts; the share chosen on validation",
+    "unigram cache": "frozen, mixed with the document's word counts; share chosen on validation",
     "cache mixture": "frozen, mixed online with caches of the last 0 to 4 tokens' continuations",
 }
 

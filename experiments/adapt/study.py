@@ -2,26 +2,28 @@
 
     python -m experiments.adapt.collect
     python -m experiments.adapt.prepare --data DATA
-    python -m experiments.adapt.study --minutes 9.5          # all that is missing, in this time
+    python -m experiments.adapt.study --jobs 8 --minutes 9.5     # all that is missing, in this time
     python -m experiments.adapt.page
 
-The parts, in order: `train` the equal models (beside the rest, in processes of their own), learn
-the `steps` of `tiny`, `select` settings on validation documents, then `test`, `lora`, `recall`,
-`long` and `time`. A row that is there already is not measured again.
+First the equal models are trained, and step sizes and settings of `tiny` are learned and chosen;
+then everything is measured; the cost in time last and alone. With `--jobs` above 1 the parts that
+do not need each other run beside each other, in processes that share the device. A row that is
+there already is not measured again.
 """
 
-import json
+import argparse
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from experiments.adapt import parts
 from experiments.adapt.context import Context
 from experiments.adapt.data import FOLDER, RESULTS, TOKENS, load_data
+from experiments.adapt.parts import EQUAL, PARTS, WAVES
 from experiments.common.program import make_parser
 from experiments.common.results import read_rows
 from nirvana.bench.measure import environment
@@ -33,26 +35,55 @@ MODULE = "experiments.adapt.study"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    check_outputs({"--out": options.out}, [options.data / "documents.json.xz"])
+    load_data(options.data)  # unpacked once, before processes share it
+    options.models.mkdir(parents=True, exist_ok=True)
+    chosen = options.part or [*PARTS]
+    children = [] if options.part else _train(options)
+    code = 0
+    for wave in WAVES:
+        parts = [part for part in wave if part in chosen]
+        if wave is not WAVES[0]:
+            code |= _wait(children)
+        if options.jobs > 1 and len(parts) > 1:
+            children += [_start(part, options) for part in parts]
+            code |= _wait(children)
+        else:
+            code |= _run(parts, options)
+    print(f"{len(read_rows(options.out))} rows")
+    return code | _wait(children)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(MODULE, __doc__)
-    parser.add_argument("--part", action="append", choices=[*parts.PARTS], default=[])
+    parser.add_argument("--part", action="append", choices=[*PARTS], default=[])
     parser.add_argument("--data", type=Path, default=FOLDER)
     parser.add_argument("--models", type=Path, default=FOLDER / "models", help="folder to write")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--documents", type=int, help="of a domain at most")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a document")
     parser.add_argument("--train-tokens", type=int, default=48_000_000, help="of an equal model")
-    parser.add_argument("--batches", type=int, default=60, help="from which step sizes are learned")
+    parser.add_argument("--batches", type=int, default=25, help="from which step sizes are learned")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the code, for the record, where there is no git")
+    parser.add_argument("--jobs", type=int, default=1, help="more than 1: parts beside each other")
     parser.add_argument("--minutes", type=float, help="start no measurement later")
+    parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # of --minutes, for processes
     options = parser.parse_args(arguments)
-    if options.tokens % TOKENS and options.tokens > TOKENS:
-        raise InputError(f"--tokens = {options.tokens} must be at most {TOKENS}")
-    check_outputs({"--out": options.out}, [options.data / "documents.json.xz"])
+    if not 512 <= options.tokens <= TOKENS:
+        raise InputError(f"--tokens = {options.tokens} must be from 512 to {TOKENS}")
+    if options.minutes is not None:
+        options.end = time.time() + 60 * options.minutes
+    return options
+
+
+def _run(parts: Sequence[str], options: argparse.Namespace) -> int:
+    """Runs parts in this process; one that fails does not cost the others."""
     device = choose_device(options.device)
+    torch.backends.cuda.matmul.allow_tf32 = True
     about = environment(device)
     about["commit"] = about["commit"] or options.commit
-    torch.backends.cuda.matmul.allow_tf32 = True
     context = Context(
         load_data(options.data),
         options.models,
@@ -61,50 +92,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about,
         options.documents,
         options.tokens,
-        None if options.minutes is None else time.monotonic() + 60 * options.minutes,
+        options.batches,
+        options.end,
     )
-    chosen = options.part or [*parts.PARTS]
-    children = _train(options, context) if "train" in chosen else {}
     code = 0
-    for name in chosen:
-        began = time.monotonic()
-        if name == "train":
-            continue
-        if name in parts.NEEDS_EQUAL_MODELS:
-            code |= _wait(children)
-        if name == "steps":
-            parts.steps(context, options.batches)
-        else:
-            parts.PARTS[name](context)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    code |= _wait(children)
-    print(json.dumps({"rows": len(read_rows(options.out)), "peak": about.get("gpu")}))
+    for part in parts:
+        began = time.time()
+        try:
+            PARTS[part](context)
+        except Exception:
+            traceback.print_exc()
+            print(f"{part}: failed", flush=True)
+            code = 1
+        print(f"{part}: {time.time() - began:.0f} s", flush=True)
     return code
 
 
-def _train(options: object, context: Context) -> dict[str, subprocess.Popen[bytes]]:
+def _start(part: str, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """Starts a part in a process of its own."""
+    words = ["--part", part]
+    for name, value in vars(options).items():
+        if name not in ("part", "jobs", "minutes") and value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return subprocess.Popen([sys.executable, "-m", MODULE, *words])
+
+
+def _train(options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     """Starts the training of the equal models that are missing."""
-    children = {}
-    for variant in parts.EQUAL:
-        folder = context.models / variant
+    children = []
+    device = choose_device(options.device)
+    for variant in EQUAL:
+        folder = options.models / variant
         if folder.is_dir():
             continue
-        words = ["--variant", variant, "--out", str(folder), "--data", str(options.data)]  # type: ignore[attr-defined]
-        words += ["--tokens", str(options.train_tokens), "--device", str(context.device)]  # type: ignore[attr-defined]
-        if context.device.type == "cpu":
+        words = ["--variant", variant, "--out", str(folder), "--data", str(options.data)]
+        words += ["--tokens", str(options.train_tokens), "--device", str(device)]
+        if device.type == "cpu":
             words += ["--rows", "2", "--context", "256", "--size", "toy"]
-        context.models.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "experiments.adapt.control", *words]
-        with open(context.models / f"{variant}.log", "wb") as log:
-            children[variant] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        with open(options.models / f"{variant}.log", "wb") as log:
+            children.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
     return children
 
 
-def _wait(children: dict[str, subprocess.Popen[bytes]]) -> int:
-    """Waits for the trainings; returns 1 if one failed."""
-    failed = [variant for variant, child in children.items() if child.wait() != 0]
-    for variant in failed:
-        print(f"{variant}: the training failed, see its log", flush=True)
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    """Waits for processes; 1 if one failed."""
+    failed = [child.args for child in children if child.wait() != 0]
+    for command in failed:
+        print(f"failed: {' '.join(map(str, command[1:6]))}", flush=True)  # type: ignore[index]
     children.clear()
     return 1 if failed else 0
 

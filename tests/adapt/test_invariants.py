@@ -66,6 +66,16 @@ def test_it_learns(tiny):
             assert after[300:].sum() < 0.995 * before[300:].sum(), group
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_whatever_the_caller_computes_in(small_model, mode):
+    model, (row,) = small_model(), texts(30)
+    expected = adapt(model, row[None], config=config())
+    with mode():
+        found = adapt(model, row[None] + 0, config=config())
+    assert torch.equal(found.nll, expected.nll)
+    assert torch.equal(found.task.values, expected.task.values)
+
+
 def test_turned_steps_unlearn(tiny):
     model, rows = tiny
     scores = [

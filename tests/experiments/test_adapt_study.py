@@ -25,9 +25,27 @@ SMALL = {
     "task_dim": 4,
     "bank_size": 2,
 }
-WORDS = (
-    ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "bird", "near", "two", "old", "dogs", "while", "rain", "fell", "over", "fields"]
-)
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "bird",
+    "near",
+    "two",
+    "old",
+    "dogs",
+    "while",
+    "rain",
+    "fell",
+    "over",
+    "fields",
+]
 
 
 def text(seed: int, count: int = 4600) -> str:

@@ -144,8 +144,9 @@ def start_optimizer(
     layout = task_layout(model, config)
     weight = next(model.parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    start = torch.zeros(rows, sum(layout.sizes), dtype=dtype, device=weight.device)
-    if task is not None:
-        task.require(model)
-        start = start + task.values_for(layout).to(start)
-    return TaskOptimizer(layout, config, start)
+    with torch.inference_mode(False):
+        start = torch.zeros(rows, sum(layout.sizes), dtype=dtype, device=weight.device)
+        if task is not None:
+            task.require(model)
+            start = start + task.values_for(layout).to(start)
+        return TaskOptimizer(layout, config, start)

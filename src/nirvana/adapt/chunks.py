@@ -73,14 +73,13 @@ def read_documents(
     """
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before it adapts")
-    config = optimizer.config
-    device = optimizer.values.device
-    tokens, lengths = _in_rows(documents, config.chunk, device)
-    state = None
-    scores = [torch.zeros(len(tokens), 0, device=device)]
-    with _frozen(model), TaskHooks(model, optimizer.layout) as hooks:
-        for begin in range(0, tokens.shape[1] - 1, config.chunk):
-            part = tokens[:, begin : begin + config.chunk + 1]
+    chunk, device = optimizer.config.chunk, optimizer.values.device
+    # Gradients are needed whatever the caller computes in.
+    with torch.inference_mode(False), _frozen(model), TaskHooks(model, optimizer.layout) as hooks:
+        tokens, lengths = _in_rows(documents, chunk, device)
+        scores, state = [torch.zeros(len(tokens), 0, device=device)], None
+        for begin in range(0, tokens.shape[1] - 1, chunk):
+            part = tokens[:, begin : begin + chunk + 1]
             places = torch.arange(begin + 1, begin + part.shape[1], device=device)
             scored = places < lengths[:, None]
             before = optimizer.values
