@@ -25,7 +25,7 @@ from nirvana.model.nirvana import NirvanaForCausalLM
 LORA_TARGETS = ["in_proj", "out_proj", "gate_up_proj", "down_proj"]
 LORA_RANK = 8
 LORA_SIZES = (1e-3, 3e-3, 1e-2)
-LORA_DOCUMENTS = 6  # of each domain
+LORA_DOCUMENTS = 5  # of each domain
 JOINT_BATCHES = 40
 JOINT_RATE = 3e-4
 LARGE_TOKENS = 16384

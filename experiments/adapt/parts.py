@@ -377,18 +377,20 @@ PARTS: dict[str, Callable[[Context], None]] = {
     "start": start,
     "select": select,
     "groups": groups,
-    "equal": equal,
     "joint": joint,
     "test": test,
     "controls": controls,
     "lora": extra.lora,
     "recall": recall,
     "long": long,
+    "equal": equal,
     "time": extra.cost,
 }
 WAVES = (
     ("steps", "start", "select", "groups"),
-    ("equal", "joint", "test", "controls", "lora", "recall", "long"),
+    ("joint", "test", "controls", "lora", "recall", "long"),
+    ("equal",),
     ("time",),
 )
-"""Parts that may run beside each other; each wave needs the ones before it."""
+"""Parts that may run beside each other; each wave needs the ones before it, and "equal" the equal
+models, which are trained beside the first two."""

@@ -2,12 +2,12 @@
 
     python -m experiments.adapt.collect
     python -m experiments.adapt.prepare --data DATA
-    python -m experiments.adapt.study --jobs 8 --minutes 9.5     # all that is missing, in this time
+    python -m experiments.adapt.study --jobs --minutes 9.5     # all that is missing, in this time
     python -m experiments.adapt.page
 
 First the equal models are trained, and step sizes and settings of `tiny` are learned and chosen;
-then everything is measured; the cost in time last and alone. With `--jobs` above 1 the parts that
-do not need each other run beside each other, in processes that share the device. A row that is
+then everything is measured; the cost in time last and alone. With `--jobs` the parts that do not
+need each other run beside each other, in processes that share the device. A row that is
 there already is not measured again.
 """
 
@@ -40,19 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_data(options.data)  # unpacked once, before processes share it
     options.models.mkdir(parents=True, exist_ok=True)
     chosen = options.part or [*PARTS]
-    children = [] if options.part else _train(options)
+    trainings = [] if options.part else _train(options)
     code = 0
     for wave in WAVES:
         parts = [part for part in wave if part in chosen]
-        if wave is not WAVES[0]:
-            code |= _wait(children)
-        if options.jobs > 1 and len(parts) > 1:
-            children += [_start(part, options) for part in parts]
-            code |= _wait(children)
+        if "equal" in wave:
+            code |= _wait(trainings)
+        if options.jobs and len(parts) > 1:
+            code |= _wait([_start(part, options) for part in parts])
         else:
             code |= _run(parts, options)
     print(f"{len(read_rows(options.out))} rows")
-    return code | _wait(children)
+    return code
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,7 +66,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=25, help="from which step sizes are learned")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", help="of the code, for the record, where there is no git")
-    parser.add_argument("--jobs", type=int, default=1, help="more than 1: parts beside each other")
+    parser.add_argument("--jobs", action="store_true", help="parts beside each other")
     parser.add_argument("--minutes", type=float, help="start no measurement later")
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # of --minutes, for processes
     options = parser.parse_args(arguments)
@@ -135,12 +134,11 @@ def _train(options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
     return children
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for processes; 1 if one failed."""
-    failed = [child.args for child in children if child.wait() != 0]
-    for command in failed:
-        print(f"failed: {' '.join(map(str, command[1:6]))}", flush=True)  # type: ignore[index]
-    children.clear()
+    failed = [child for child in children if child.wait() != 0]
+    for child in failed:
+        print(f"failed: {child.args}", flush=True)
     return 1 if failed else 0
 
 

@@ -32,13 +32,13 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def texts(tmp_path):
     """Python sources: a kind of text that the packaged model was not trained on."""
-    found = [inspect.getsource(each)[-2500:] for each in (inspect, json, torch.nn.init)]
+    found = [inspect.getsource(each)[-1500:] for each in (inspect, torch.nn.init)]
     lines = [json.dumps({"text": text}) for text in found]
     (tmp_path / "code.jsonl").write_text("\n".join(lines))
     return found
 
 
-SMALL = ("--chunk", 64, "--parameters", "norm", "--lr", 0.02)
+SMALL = ("--chunk", 128, "--parameters", "norm", "--lr", 0.02)
 
 
 def test_eval_adapts_scores_and_traces(run, tmp_path, texts):
@@ -54,15 +54,15 @@ def test_eval_adapts_scores_and_traces(run, tmp_path, texts):
     )
     before, after = frozen["files"]["code"], adapted["files"]["code"]
     assert after["each"]["sha256"] == before["each"]["sha256"]
-    assert after["bits_per_byte"] < 0.98 * before["bits_per_byte"]
+    assert after["bits_per_byte"] < 0.99 * before["bits_per_byte"]
     assert after["positions"][0]["bits_per_byte"] == pytest.approx(
         before["positions"][0]["bits_per_byte"], rel=1e-4
     )
-    assert adapted["adapt"]["chunk"] == 64
+    assert adapted["adapt"]["chunk"] == 128
     # The JSON holds what Python computes.
     model, tokenizer = nirvana.load("tiny")
     rows = [tokenizer(text).input_ids for text in texts]
-    config = AdaptConfig(("norm",), chunk=64, lr={"norm": 0.02})
+    config = AdaptConfig(("norm",), chunk=128, lr={"norm": 0.02})
     scores, _ = adapt_documents(model, rows, config)
     for score, bits in zip(scores, after["each"]["bits"], strict=True):
         assert float(score.sum()) / math.log(2) == pytest.approx(bits, rel=1e-4)
@@ -75,7 +75,7 @@ def test_eval_adapts_scores_and_traces(run, tmp_path, texts):
         assert len(document["size"]) == 17
         assert document["size"]["norm/model.norm"][0] == 0
         assert all(size > 0 for size in document["size"]["norm/model.norm"][1:])
-        assert document["starts"][:2] == [1, 65]
+        assert document["starts"][:2] == [1, 129]
         lost = sum(sum(values) for values in document["without"].values())
         assert lost > 9 * sum(document["nll"])  # each layer's task parameters help a little
     with Image.open(tmp_path / "t.png") as picture:
