@@ -30,6 +30,7 @@ SMALL = {
 
 
 QUICK = (
+    "adapt/test_task.py",
     "cli/test_outputs.py",
     "data/test_loader.py",
     "data/test_tokenizer.py",

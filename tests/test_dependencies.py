@@ -25,6 +25,7 @@ OPTIONAL = {
     "cudnn": "nvidia-cudnn-frontend",
     "fla.models": "flash-linear-attention",
     "flash_qla": "flash-qla",
+    "pyppmd": "pyppmd",
     "wandb": "wandb",
 }
 

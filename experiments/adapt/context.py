@@ -115,11 +115,10 @@ class Context:
         Raises:
             InputError: where that part has not run.
         """
-        part = "steps" if kind == "trained" else "select"
-        for row in self.rows(part):
+        for row in (*self.rows("steps"), *self.rows("select")):
             if row["name"] == {"model": model, "kind": kind}:
                 return from_dict(AdaptConfig, row["config"], "")
-        raise InputError(f"no {kind} settings of {model}: run --part {part} first")
+        raise InputError(f"no {kind} settings of {model}: run the parts before this one first")
 
 
 def by_domain(names: Sequence[str], values: Sequence[Any]) -> dict[str, list[Any]]:

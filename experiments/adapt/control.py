@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=[*SIZES], default="tiny")
     parser.add_argument("--tokens", type=int, default=48_000_000)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=32, help="of a step")
+    parser.add_argument("--rows", type=int, default=16, help="of a step")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)

@@ -14,7 +14,7 @@ from nirvana.adapt.chunks import read_documents
 from nirvana.adapt.config import AdaptConfig
 from nirvana.adapt.task import Task
 
-TOGETHER = {"cuda": 32768, "cpu": 1024}
+TOGETHER = {"cuda": 24576, "cpu": 1024}
 """Tokens of a chunk of all documents that are read side by side on a device."""
 FROZEN = AdaptConfig(("norm",), chunk=BLOCK, steps=0)
 

@@ -18,8 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyppmd
-
 from experiments.adapt.data import BLOCK, FOLDER, LONG, TOKENS, order
 from experiments.adapt.domains import SEEN, UNSEEN, VALIDATION
 from experiments.common.program import make_parser
@@ -138,6 +136,8 @@ def _drawn(domain: str, found: Iterable[Text], tokenizer: Any, number: int) -> l
 
 
 def _document(ids: list[int], sizes: list[int], bos: int, text: str, limit: int) -> dict[str, Any]:
+    import pyppmd  # not on every machine that reads what is written here
+
     count = min(len(ids), limit) // BLOCK * BLOCK
     blocks = [sum(sizes[i : i + BLOCK]) for i in range(0, count, BLOCK)]
     content = text.encode("utf-8")
