@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_from_texts_to_the_page(data, small, tmp_path):
     options += ["--documents", 2, "--tokens", 512, "--train-tokens", 1024, "--batches", 2]
     assert study.main([*map(str, options)]) == 0
     rows = read_rows(out)
-    assert {row["part"] for row in rows} == {*parts.PARTS, "valid"} - {"train", "joint", "long"}
+    measured = {row["part"] for row in rows}
+    assert measured >= {"steps", "valid", "select", "test", "lora", "recall", "time"}
     conditions = {
         row["name"]["condition"]
         for row in rows
@@ -120,7 +122,7 @@ def test_from_texts_to_the_page(data, small, tmp_path):
     written = (tmp_path / "RESULTS.md").read_text()
     for heading in ("All conditions", "Against every control", "LoRA", "Recall", "Time"):
         assert f"## {heading}" in written
-    assert "nan" not in written
+    assert not re.search(r"\bnan\b", written)
 
 
 def test_documents_are_drawn_by_hash_and_split_whole(data):
