@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -73,32 +73,39 @@ def _is_consistent(stored: Any, dtype: np.dtype) -> bool:
 
 
 def _check_sequences(found: Any, key: str, path: Path) -> None:
-    """Refuses sequences of variable length that claim to be longer than the file.
+    """Refuses sequences of variable length that the file cannot hold.
 
-    HDF5 allocates what they claim, also where another field of their records is read. Compressed
-    chunks are not looked into: they have checksums.
+    HDF5 allocates the length that is claimed, also where another field of the records is read, and
+    loops for ever in a damaged heap. Compressed chunks are not looked into: they have checksums.
     """
-    lengths = _length_fields(found)
-    if lengths is None:
+    sequences = _sequence_fields(found)
+    if sequences is None:
         return
-    most, blocks = path.stat().st_size, []
+    blocks: list[tuple[int, int]] = []
     if found.chunks is None:
         if found.id.get_offset() is not None:
-            blocks.append((found.id.get_offset(), found.size * lengths.itemsize))
+            blocks.append((found.id.get_offset(), found.size * sequences.itemsize))
     elif found.compression is None and not found.shuffle:
         found.id.chunk_iter(lambda chunk: blocks.append((chunk.byte_offset, chunk.size)))
+    most, base, heaps = path.stat().st_size, found.file.userblock_size, set()
     with open(path, "rb") as file:
         for offset, size in blocks:
             file.seek(offset)
-            content = file.read(size)
-            values = np.frombuffer(content[: size // lengths.itemsize * lengths.itemsize], lengths)
-            if any((values[name] > most).any() for name in lengths.names or ()):
-                raise InputError(f"{path}: '{key}' holds sequences longer than the file")
+            content = file.read(size // sequences.itemsize * sequences.itemsize)
+            whole = content[: len(content) // sequences.itemsize * sequences.itemsize]
+            values = np.frombuffer(whole, sequences)
+            for name in sequences.names or ():
+                if (values[name]["length"] > most).any():
+                    raise InputError(f"{path}: '{key}' holds sequences longer than the file")
+                used = values[name][values[name]["length"] > 0]
+                heaps.update(np.unique(used["heap"]).tolist())
+        if not all(_is_heap(file, base + heap, most) for heap in sorted(heaps)):
+            raise InputError(f"{path}: '{key}' holds sequences that cannot be found; it is damaged")
 
 
-def _length_fields(found: Any) -> np.dtype | None:
-    """A dtype of a stored record whose fields are the lengths of its sequences; None without
-    such."""
+def _sequence_fields(found: Any) -> np.dtype | None:
+    """A dtype of a stored record whose fields are the lengths and heaps of its sequences; None
+    without such."""
     from h5py import h5t
 
     stored = found.id.get_type()
@@ -106,24 +113,45 @@ def _length_fields(found: Any) -> np.dtype | None:
     if stored.get_class() == h5t.COMPOUND:
         numbers = range(stored.get_nmembers())
         members = [(stored.get_member_offset(n), stored.get_member_type(n)) for n in numbers]
-    # A sequence is stored as its length, 4 bytes, and the place of its content.
+    # A sequence is stored as its length, 4 bytes, and the place of its content: the address of a
+    # heap, and the content's number in it.
     offsets = [
         offset
         for offset, kind in members
         if kind.get_class() == h5t.VLEN
         or (kind.get_class() == h5t.STRING and kind.is_variable_str())
     ]
-    if not offsets:
+    if not offsets or found.file.id.get_create_plist().get_sizes()[0] != 8:
         return None
-    names = [f"length {offset}" for offset in offsets]
+    place = np.dtype([("length", "<u4"), ("heap", "<u8"), ("number", "<u4")])
     return np.dtype(
         {
-            "names": names,
-            "formats": ["<u4"] * len(names),
+            "names": [f"sequence {offset}" for offset in offsets],
+            "formats": [place] * len(offsets),
             "offsets": offsets,
-            "itemsize": stored.get_size(),
+            # h5py states the size of a pointer as that of a single string.
+            "itemsize": max(stored.get_size(), place.itemsize),
         }
     )
+
+
+def _is_heap(file: BinaryIO, address: int, most: int) -> bool:
+    """Whether a heap lies in the file and its parts lie one behind the other: each has a number and
+    a size, and the one of number 0 is what is free, with its head."""
+    file.seek(min(address, most))
+    head = file.read(16)
+    size = int.from_bytes(head[8:], "little")
+    if head[:4] != b"GCOL" or not 16 <= size <= most - address:
+        return False
+    position, end = address + 16, address + size
+    while position + 16 <= end:
+        file.seek(position)
+        part = file.read(16)
+        number, length = int.from_bytes(part[:2], "little"), int.from_bytes(part[8:], "little")
+        if number == 0 and length < 16:
+            return False
+        position += length if number == 0 else 16 + length + -length % 8
+    return position <= end
 
 
 def variables_of(
