@@ -173,3 +173,37 @@ def test_records_without_a_field_are_refused(tmp_path: Path) -> None:
         file["dataset/data"] = np.zeros(4, [("head", [("flags", "<u8")]), ("data", "<f4")])
     with pytest.raises(InputError, match="lacks number_of_samples"):
         read_scan(path)
+
+
+def test_sequences_that_hdf5_would_allocate_or_search_for_ever(
+    kspace: np.ndarray, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "s.h5", records(kspace))
+    content = path.read_bytes()
+    heap = content.index(b"GCOL")
+    loop = content[: heap + 16] + bytes(16) + content[heap + 32 :]  # a part of no length
+    path.write_bytes(loop)
+    with pytest.raises(InputError, match="sequences that cannot be found"):
+        read_scan(path)
+    with h5py.File(write(tmp_path / "t.h5", records(kspace))) as file:
+        data = file["dataset/data"]
+        first, size = data.id.get_offset(), data.id.get_type().get_size()
+    long = bytearray((tmp_path / "t.h5").read_bytes())
+    long[first + size - 16 : first + size - 12] = b"\xff\xff\xff\x7f"  # eight gigabytes
+    (tmp_path / "t.h5").write_bytes(long)
+    with pytest.raises(InputError, match="sequences longer than the file"):
+        read_scan(tmp_path / "t.h5")
+
+
+def test_types_that_contradict_themselves(tmp_path: Path) -> None:
+    """HDF5 would write over its memory: a member of four bytes is read into eight."""
+    path = tmp_path / "s.h5"
+    with h5py.File(path, "w") as file:
+        file["kspace"] = np.ones((2, 2, 12, 16), np.complex64)
+    content = bytearray(path.read_bytes())
+    # The properties of the first four-byte float: after its size an offset and a precision of bits.
+    at = content.index(b"\x04\x00\x00\x00\x00\x00\x20\x00")
+    content[at + 6] = 64
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"s\.h5"):
+        read_scan(path)
