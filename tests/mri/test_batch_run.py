@@ -2,13 +2,21 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nirvana import InputError
-from nirvana.mri.batch_run import ScanJob, Share, batch_folder, run_batch, share_of
+from nirvana.mri.batch_run import (
+    BatchResult,
+    ScanJob,
+    Share,
+    batch_folder,
+    run_batch,
+    share_of,
+)
 
 
 def jobs_in(folder: Path, names: str = "abcde", **settings: Any) -> list[ScanJob]:
@@ -165,6 +173,33 @@ def test_shares_are_the_whole(size: int, tmp_path: Path) -> None:
             assert ours[name] == theirs[name]
 
 
+def test_the_reporting_process_ends_last(tmp_path: Path) -> None:
+    """Until the others have cleared up: then a launcher ends them at its exit code."""
+    jobs, first = jobs_in(tmp_path), Share(0, 2)
+    (second,) = (each for each in first.launched() if not each.reports)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Work):
+        def __call__(self, job: ScanJob, folder: Path) -> dict[str, Any]:
+            begun.set()
+            assert go_on.wait(60)
+            return super().__call__(job, folder)
+
+    other = threading.Thread(target=lambda: Slow().run(jobs, share=second))
+    reporting: list[BatchResult] = []
+    report = threading.Thread(target=lambda: reporting.append(Work().run(jobs, share=first)))
+    other.start()
+    assert begun.wait(60)
+    report.start()
+    report.join(0.3)
+    assert report.is_alive()
+    go_on.set()
+    report.join(60)
+    assert [len(each.scans) for each in reporting] == [5]
+    assert not second.lock(tmp_path / "out").exists()
+    other.join(60)
+
+
 def test_the_share_of_a_process() -> None:
     assert share_of({}) == Share()
     assert share_of({"RANK": "2", "WORLD_SIZE": "4"}) == Share(2, 4)
@@ -177,11 +212,12 @@ def test_the_share_of_a_process() -> None:
     }
     third = share_of(array)
     assert (third.index, third.size) == (2, 4)
-    assert not third.awaits(1)
+    assert third.launched() == [third]
     both = share_of({**array, "RANK": "1", "WORLD_SIZE": "2"})
     assert (both.index, both.size) == (5, 8)
     assert [number for number in range(16) if both.takes(number)] == [5, 13]
-    assert [number for number in range(16) if both.awaits(number)] == [4, 5, 12, 13]
+    assert [each.index for each in both.launched()] == [4, 5]
+    assert [each.reports for each in both.launched()] == [True, False]
     short = share_of({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"})
     assert (short.index, short.size) == (1, 3)
 

@@ -195,7 +195,7 @@ def reconstruct(
             share=ours,
             notify=lambda line: bars.console.print(line, markup=False, soft_wrap=True),
         )
-    if ours.rank == 0:
+    if ours.reports:
         if not found.left:
             results = _summary(found) if several else found.scans[0]
             if several:
@@ -203,8 +203,8 @@ def reconstruct(
             if json is not None:
                 write_json(json, results)
         _print(found, out)
-    if found.skipped:
-        raise typer.Exit(2)
+        if found.skipped:
+            raise typer.Exit(2)
 
 
 class _Image(NamedTuple):

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import escape
 from pathlib import Path
@@ -57,11 +57,20 @@ class Share:
         """Whether the scan of this number, from 0, is one of this process's."""
         return number % self.size == self.index
 
-    def awaits(self, number: int) -> bool:
-        """Whether this process may not end before the scan of this number is done: a launcher
-        takes the end of one of its processes with an exit code for a failure and ends the others.
+    @property
+    def reports(self) -> bool:
+        """Whether this process awaits the others of its launcher and reports for all, scans that
+        were left out with an exit code: at the first such code a launcher ends its other processes.
         """
-        return number % self.size // self.world_size == self.task
+        return self.rank == 0
+
+    def launched(self) -> "list[Share]":
+        """The shares of the processes of the same launcher, this one's among them."""
+        return [replace(self, rank=rank) for rank in range(self.world_size)]
+
+    def lock(self, out: Path) -> Path:
+        """The folder in `out` that is there while a process works on this share."""
+        return out / f".process-{self.index + 1}-of-{self.size}"
 
 
 def share_of(environment: Mapping[str, str]) -> Share:
@@ -218,10 +227,16 @@ def run_batch(
                 notify(f"{job.scan} is left out: {error}")
                 described = {"scan": str(job.scan), "reason": str(error), RECORD: job.record}
                 write_json(job.skipped, described)
-    awaited = [job for job in jobs if share.awaits(job.number) and not share.takes(job.number)]
-    while not all(job.finished() or job.reason() for job in awaited):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if out is not None and share.reports:
+        for other in share.launched():
+            theirs = [job for job in jobs if other.takes(job.number)]
+            while other.lock(out).exists() or not all(map(_is_done, theirs)):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
     return _collected(jobs, len(own) - len(todo))
+
+
+def _is_done(job: ScanJob) -> bool:
+    return job.finished() is not None or job.reason() is not None
 
 
 def _collected(jobs: Iterable[ScanJob], kept: int) -> BatchResult:
@@ -253,7 +268,7 @@ def batch_folder(out: Path, names: Sequence[str]) -> Path:
 def _sole_share(out: Path, own: Iterable[ScanJob], share: Share) -> Iterator[None]:
     """Keeps other processes out of this process's share while the block runs, and removes what
     killed ones have left half-written."""
-    lock = out / f".process-{share.index + 1}-of-{share.size}"
+    lock = share.lock(out)
     with sole_use(lock):
         for ended in out.glob(".process-*"):
             with suppress(InputError), sole_use(ended):
