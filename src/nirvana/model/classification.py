@@ -62,6 +62,7 @@ class NirvanaForSequenceClassification(GenericForSequenceClassification, Nirvana
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=bool(use_cache),
+            return_dict=True,
             **kwargs,
         )
         h = outputs.last_hidden_state

@@ -304,6 +304,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             output_trigger=output_trigger,
             state=state,
             return_state=return_state,
+            return_dict=True,  # whatever the configuration has for this model's own output
             **kwargs,
         )
         h, logits, loss, z_term = outputs.last_hidden_state, None, None, None

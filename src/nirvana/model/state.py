@@ -64,7 +64,8 @@ class LayerState:
 class State:
     """The state of every row of a batch after the tokens read so far, of each row's last sample.
 
-    A pytree of tensors, which all have the rows in their first dimension.
+    A pytree, whose leaves are the tensors, which all have the rows in their first dimension, None
+    where a layer has no such part, and `ragged`.
 
     Attributes:
         layers: the states of the layers.
