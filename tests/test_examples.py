@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import write_scan
 from nirvana.mri.physics.masks import sampling_mask
 

@@ -1,13 +1,15 @@
-"""What the study compares: classical methods, and codecs of about as many trained parameters."""
+"""What the studies compare: classical methods, and codecs of about as many trained parameters."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from nirvana.mri.data.simulation.config import REALISTIC, Simulation
 from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.train.config import StageSection
 
 CLASSICAL = ("zero-filled", "sense", "bart-sense", "grappa", "l1-wavelet", "bart-l1-wavelet")
 
 # 8 cascades each; those of the codec are narrower, in exchange for ViT and image decoder.
-CODEC = CodecConfig(
+TOKENS = CodecConfig(
     backbone="nirvana",
     sensitivity_features=(8, 16, 32),
     cascade_features=(32, 64, 96),
@@ -17,19 +19,104 @@ CODEC = CodecConfig(
     vit_heads=4,
     decoder_features=(16, 32, 48, 64),
 )
-WITHOUT_TOKENS = replace(CODEC, backbone="none", correction="none")
+VARNET = replace(TOKENS, backbone="none", correction="none")
 
-CODECS: dict[str, CodecConfig] = {
-    "unet": replace(
-        WITHOUT_TOKENS, correction="unet", unet_features=(48, 96, 192, 288), image_cascades=0
-    ),
-    "e2e-varnet": replace(WITHOUT_TOKENS, cascade_features=(32, 64, 112)),
-    "none": replace(CODEC, backbone="none"),
-    "transformer": replace(CODEC, backbone="transformer"),
-    "gated_deltanet": replace(CODEC, backbone="gated_deltanet"),
-    "nirvana-without-trigger": replace(CODEC, backbone="nirvana-without-trigger"),
-    "nirvana": CODEC,
+# Trained on scans of smooth phase, even coils and white noise.
+SMOOTH: dict[str, CodecConfig] = {
+    "unet": replace(VARNET, correction="unet", unet_features=(48, 96, 192, 288), image_cascades=0),
+    "e2e-varnet": replace(VARNET, cascade_features=(32, 64, 112)),
+    "none": replace(TOKENS, backbone="none"),
+    "transformer": replace(TOKENS, backbone="transformer"),
+    "gated_deltanet": replace(TOKENS, backbone="gated_deltanet"),
+    "nirvana-without-trigger": replace(TOKENS, backbone="nirvana-without-trigger"),
+    "nirvana": TOKENS,
 }
+
+# 12 cascades; those of the variants with tokens are a little narrower.
+CODEC = CodecConfig(
+    backbone="none",
+    correction="none",
+    maps="espirit",
+    map_sets=2,
+    map_features=(16, 32),
+    data_consistency="conjugate_gradient",
+    conditioning=32,
+    cascade_features=(48, 96, 144),
+    image_cascades=12,
+)
+SENSE_TOKENS = replace(
+    CODEC, correction="tokens", cascade_features=(48, 96, 136), vit_dim=96, vit_depth=2
+)
+WIDE_VARNET = replace(VARNET, cascade_features=(48, 96, 144), image_cascades=12)
+
+# Trained on scans that look measured.
+MEASURED: dict[str, CodecConfig] = {
+    "codec": CODEC,
+    "measured-unet": replace(
+        VARNET, correction="unet", unet_features=(84, 168, 336, 504), image_cascades=0
+    ),
+    "measured-e2e-varnet": WIDE_VARNET,
+    "measured-none": SENSE_TOKENS,
+    "measured-transformer": replace(SENSE_TOKENS, backbone="transformer"),
+    "measured-gated_deltanet": replace(SENSE_TOKENS, backbone="gated_deltanet"),
+    "measured-nirvana": replace(SENSE_TOKENS, backbone="nirvana"),
+    # The codec without one of its parts each.
+    "one-set": replace(CODEC, map_sets=1),
+    "fixed-maps": replace(CODEC, map_features=()),
+    "unconditioned": replace(CODEC, conditioning=0),
+    "zero-filled-start": replace(CODEC, start="zero_filled"),
+    "network-maps": replace(CODEC, maps="network", map_sets=1),
+}
+
+CODECS = {**SMOOTH, **MEASURED}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How codecs are trained.
+
+    Attributes:
+        batch_size: slices in a batch.
+        sizes: H and W of batches.
+        coils: numbers of coils of batches.
+        lr: highest learning rate.
+        stage: weights of the loss.
+        simulation: of the scans.
+        arrays: whether half of the coils are those of measured arrays.
+    """
+
+    batch_size: int
+    sizes: tuple[tuple[int, int], ...]
+    coils: tuple[int, ...]
+    lr: float
+    stage: StageSection
+    simulation: Simulation
+    arrays: bool
+
+
+SMOOTH_RECIPE = Recipe(
+    batch_size=16,
+    sizes=((160, 128), (224, 192)),
+    coils=(8, 8, 8, 4, 1),
+    lr=1.5e-3,
+    stage=StageSection(l1_weight=4.0),
+    simulation=Simulation(gamma=(0.6, 1.6)),
+    arrays=False,
+)
+MEASURED_RECIPE = Recipe(
+    batch_size=12,
+    sizes=((160, 128), (192, 176), (256, 224)),
+    coils=(8, 8, 8, 4, 12, 1),
+    lr=1e-3,
+    stage=StageSection(l1_weight=2.0, l2_weight=4.0),
+    simulation=REALISTIC,
+    arrays=True,
+)
+
+
+def recipe_of(method: str) -> Recipe:
+    """How the codec of a name is trained."""
+    return MEASURED_RECIPE if method in MEASURED else SMOOTH_RECIPE
 
 
 def tiny(codec: CodecConfig) -> CodecConfig:
@@ -38,6 +125,7 @@ def tiny(codec: CodecConfig) -> CodecConfig:
         codec,
         sensitivity_features=(4, 4),
         cascade_features=(4, 8),
+        map_features=codec.map_features and (4, 4),
         unet_features=(4, 8),
         image_cascades=min(codec.image_cascades, 2),
         vit_dim=16,

@@ -14,7 +14,7 @@ from experiments.common.program import make_parser, write_page
 from experiments.common.results import Row, read_rows
 from experiments.common.tables import show_p, table
 from experiments.mri import prose
-from experiments.mri.methods import CLASSICAL, CODECS
+from experiments.mri.methods import CLASSICAL, SMOOTH
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
 from nirvana.statistics import (
@@ -191,7 +191,7 @@ def verdict_of_others(found: Sequence[Gain]) -> str:
 
 def measured(rows: Sequence[Row]) -> str:
     """Gains on the two measured slices, which are single figures."""
-    methods = [method for method in (*CLASSICAL, *CODECS) if method != REFERENCE]
+    methods = [method for method in (*CLASSICAL, *SMOOTH) if method != REFERENCE]
     columns: dict[str, dict[str, float]] = {}
     for group in MEASURED:
         for mask in masks_of(rows):
@@ -303,7 +303,7 @@ def commands(rows: Sequence[Row]) -> str:
 
 def page(rows: Sequence[Row]) -> str:
     """The whole page."""
-    order = [*CLASSICAL, *CODECS]
+    order = [*CLASSICAL, *SMOOTH]
     rows = sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"]))
     text = prose.HEAD + "\n## Verdicts\n"
     found = gains(rows, BACKBONES, over_runs=True)

@@ -24,7 +24,8 @@ from nirvana.mri.classical.grappa import grappa
 from nirvana.mri.classical.peers import BartSettings, GrappaSettings
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import target_of
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import read_volume
 from nirvana.mri.methods import classical_method

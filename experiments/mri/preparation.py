@@ -24,7 +24,8 @@ from nirvana.mri.classical.grappa import grappa
 from nirvana.mri.classical.sigpy import l1_wavelet, sense
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import CoilOptions, measure, target_of
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.compare import run_methods
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import Scan, read_volume

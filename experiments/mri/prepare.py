@@ -2,10 +2,11 @@
 
     python -m experiments.mri.prepare DATA [--out data/mri-study.npz]
 
-DATA holds train, valid and test, each with `<person>_<contrast>.nii.gz`, and kspace. Kept are
+DATA holds train, valid and test, each with `<person>_<contrast>.nii.gz`, kspace and coils. Kept are
 8-bit slices: of training volumes evenly spaced ones, and of those with cubic voxels sagittal and
 coronal ones, too; of the others the middle ones. Names of arrays: `train/NAME`, `valid/NAME`,
-`test/NAME` uint8 `[slices, H, W]`, and `kspace/NAME` complex64 `[slices, coils, H, W]`, measured.
+`test/NAME` uint8 `[slices, H, W]`, `kspace/NAME` complex64 `[slices, coils, H, W]`, measured, and
+`coils/NAME` complex64 `[coils, h, w]`, sensitivities of measured arrays.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from nirvana.files import atomic_file, check_outputs
 from nirvana.mri.io import read_spacing, read_volume
 
 AXIAL, OTHER, TESTED = 26, 8, 8  # slices of a volume
+COIL_GRID = 48  # points along each side of the sensitivities
 CUBIC = 1.3  # most that the longest side of a voxel may exceed the shortest
 CONTENT = 0.08  # least share of pixels above 5 % of the maximum
 MASKS = ("lesion", "change", "autoseg", "label", "brainmask", "gm", "wm")  # no images
@@ -82,27 +84,49 @@ def measured(folder: Path) -> dict[str, np.ndarray]:
     return {name: x.astype(np.complex64)[None, None] for name, x in kept.items()}
 
 
+def sensitivities(folder: Path) -> dict[str, np.ndarray]:
+    """Sensitivities of measured arrays on `COIL_GRID` points: maps that their source gives, and
+    those of a fully sampled scan by `soft_espirit`."""
+    import torch
+    from scipy.io import loadmat
+
+    from nirvana.mri.data.simulation.coils import resized
+    from nirvana.mri.physics.calibration import soft_espirit
+
+    maps = loadmat(folder / "mriphysics_alignedSENSE_xGT.mat")["S"][:, :, 0].transpose(2, 0, 1)
+    scan = torch.from_numpy(np.load(folder / "pdawood_iterativeRaki_preScanRefData.npy"))[None]
+    every = torch.ones(1, scan.shape[-1], dtype=torch.bool)
+    found = {
+        "aligned_sense": torch.from_numpy(maps.astype(np.complex64))[None],
+        "iterative_raki": soft_espirit(scan, every)[0][:, 0],
+    }
+    size = (COIL_GRID, COIL_GRID)
+    return {name: resized(each, size)[0].numpy() for name, each in found.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("experiments.mri.prepare", __doc__)
-    parser.add_argument("data", type=Path, help="folder with train, valid, test and kspace")
+    parser.add_argument("data", type=Path, help="folder with train, valid, test, kspace, coils")
     parser.add_argument("--out", type=Path, default=Path("data/mri-study.npz"))
     options = parser.parse_args(arguments)
-    parts = ("train", "valid", "test", "kspace")
+    parts = ("train", "valid", "test", "kspace", "coils")
     check_outputs({"--out": options.out}, [options.data / part for part in parts])
-    arrays: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {}
     for name, file in volumes(options.data / "train").items():
         for direction, slices in training(file).items():
-            arrays[f"train/{name}_{direction}"] = slices
+            found[f"train/{name}_{direction}"] = slices
     for part in ("valid", "test"):
         for name, file in volumes(options.data / part).items():
-            arrays[f"{part}/{name}"] = middle(file)
+            found[f"{part}/{name}"] = middle(file)
     for name, kspace in measured(options.data / "kspace").items():
-        arrays[f"kspace/{name}"] = kspace
-    named: dict[str, Any] = {**arrays}  # numpy types its keywords as options
+        found[f"kspace/{name}"] = kspace
+    for name, maps in sensitivities(options.data / "coils").items():
+        found[f"coils/{name}"] = maps
+    named: dict[str, Any] = {**found}  # numpy types its keywords as options
     with atomic_file(options.out) as temporary:
         np.savez_compressed(temporary, **named)
-    slices = sum(len(x) for name, x in arrays.items() if name.startswith("train/"))
-    print(f"{options.out}: {len(arrays)} arrays, {slices} training slices, ", end="")
+    slices = sum(len(x) for name, x in found.items() if name.startswith("train/"))
+    print(f"{options.out}: {len(found)} arrays, {slices} training slices, ", end="")
     print(f"{options.out.stat().st_size / 1e6:.1f} MB")
 
 

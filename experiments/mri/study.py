@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ from torch import Tensor
 
 from experiments.common.program import make_parser
 from experiments.common.results import append_row, read_rows
-from experiments.mri.methods import CLASSICAL, CODECS, tiny
+from experiments.mri.methods import CLASSICAL, CODECS, recipe_of, tiny
 from nirvana.bench.measure import commit
 from nirvana.config import to_dict
+from nirvana.device import choose_device
 from nirvana.errors import InputError, script
-from nirvana.files import check_outputs
+from nirvana.files import check_outputs, write_json
 from nirvana.mri.classical.bart import bart_pics
 from nirvana.mri.classical.grappa import grappa
 from nirvana.mri.classical.sigpy import l1_wavelet, sense
 from nirvana.mri.data.acquisition import Acquisition
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import PROPERTIES, Simulation
 from nirvana.mri.data.slices import SlicePool
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io.scan import UNREADABLE
@@ -41,7 +44,7 @@ from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
 from nirvana.mri.physics.masks import Sampling
-from nirvana.mri.train.config import MriConfig, MriDataSection, StageSection
+from nirvana.mri.train.config import MriConfig, MriDataSection
 from nirvana.mri.train.task import ReconstructionTask
 from nirvana.train.config import OptimConfig, RunConfig
 from nirvana.train.distributed import init_distributed
@@ -58,14 +61,17 @@ Method = Callable[[Acquisition], np.ndarray]
 
 
 def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
-    """How a codec is trained: all methods share the settings, except for the codec itself."""
-    codec = CODECS[options.method]
+    """How a codec is trained."""
+    codec, recipe = CODECS[options.method], recipe_of(options.method)
     small = options.tiny
+    lr = options.lr or recipe.lr
+    plain = Simulation()
+    without = {name: getattr(plain, name) for name in options.without}
     data = MriDataSection(
         train=[options.data.name],
-        batch_size=2 if small else 16,
-        sizes=[(48, 32)] if small else [(160, 128), (224, 192)],
-        coils=[2] if small else [8, 8, 8, 4, 1],
+        batch_size=2 if small else recipe.batch_size,
+        sizes=[(48, 32)] if small else list(recipe.sizes),
+        coils=[2] if small else list(recipe.coils),
         masks=["equispaced", "random"],
         accelerations=[4.0, 4.0, 8.0],
         center_fractions=[0.08, 0.08, 0.04],
@@ -73,6 +79,7 @@ def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
     run = RunConfig(
         out=str(options.out / f"{options.method}-{options.seed}"),
         steps=steps,
+        initial=str(options.initial or ""),
         seed=options.seed,
         device=options.device,
         compile=not options.no_graphs,
@@ -85,11 +92,11 @@ def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
         data=data,
         run=run,
         codec=tiny(codec) if small else codec,
-        stage=StageSection(l1_weight=4.0),
-        simulation=Simulation(gamma=(0.6, 1.6)),
+        stage=recipe.stage,
+        simulation=replace(recipe.simulation, **without),
         optim=OptimConfig(
-            lr=options.lr,
-            min_lr=options.lr / 100,
+            lr=lr,
+            min_lr=lr / 100,
             warmup_steps=min(100, steps // 10),
             betas=(0.9, 0.99),
             weight_decay=0.01,
@@ -126,11 +133,14 @@ def affordable_steps(task: ReconstructionTask, seconds: float) -> int:
 def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[str, Any]]:
     """The trained codec, and facts about its training."""
     names = [name for name in archive.files if name.startswith("train/")]
+    coils = [name for name in archive.files if name.startswith("coils/")]
+    coils = coils if options.arrays and recipe_of(options.method).arrays else []
     config = configuration(options, options.steps or 1000)
     with init_distributed(options.device) as world:
         torch.manual_seed(options.seed)
         pool = SlicePool([torch.from_numpy(archive[name]) for name in names], world.device)
-        task = ReconstructionTask(config, world.device, pool)
+        arrays = [torch.from_numpy(archive[name]) for name in coils]
+        task = ReconstructionTask(config, world.device, pool, arrays)
         compiled = config.run.compile and world.device.type == "cuda"
         task.prepare(world, compiled)
         started = time.perf_counter()
@@ -153,7 +163,9 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
     frozen = 0 if backbone is None else sum(p.numel() for p in backbone.parameters())
     trained = sum(p.numel() for p in model.parameters()) - frozen
     described = to_dict(config)
-    described["run"]["out"] = Path(config.run.out).name  # no paths of this machine
+    for name in ("out", "initial"):  # no paths of this machine
+        described["run"][name] = Path(described["run"][name]).name
+    described["arrays"] = coils
     facts = {
         "config": described,
         "parameters": {"trained": trained, "frozen": frozen},
@@ -295,12 +307,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.method in CLASSICAL:
         method, row["device"] = classical(options.method, options.workers), "cpu"
     else:
-        model, facts = train(options, archive)
-        save_codec(model, folder, torch.float16)
-        device = next(model.parameters()).device
+        about = folder / "facts.json"
+        if not about.exists():
+            model, facts = train(options, archive)
+            save_codec(model, folder, torch.float16)
+            write_json(about, facts)
+        if options.train_only:
+            print(f"{folder}: trained; run again without --train-only to score it")
+            return None
         # The saved codec is scored, in half precision.
-        model = load_codec(folder, device)
-        row |= facts
+        model = load_codec(folder, choose_device(options.device))
+        device = next(model.parameters()).device
+        row |= json.loads(about.read_text())
         row["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         row["weights_bytes"] = (folder / "model.safetensors").stat().st_size
         row["speed"] = speed(model, device, options.tiny)
@@ -327,11 +345,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=2.0, help="its time, if --steps is not given"
     )
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--lr", type=float, help="highest learning rate; default: the method's")
+    parser.add_argument("--initial", type=Path, help="folder of the codec to continue from")
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        choices=PROPERTIES,
+        help="properties of measured scans that the simulation leaves out",
+    )
+    parser.add_argument(
+        "--no-arrays",
+        dest="arrays",
+        action="store_false",
+        help="without coil sensitivities of measured arrays",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", default="", help="of the code, where there is no git")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--workers", type=int, default=1, help="processes of sense and l1-wavelet")
+    parser.add_argument(
+        "--train-only", action="store_true", help="stop when the codec is saved; score it later"
+    )
     parser.add_argument("--tiny", action="store_true", help="a minute on any machine, for a test")
     return parser.parse_args(arguments)
 

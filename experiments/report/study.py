@@ -26,7 +26,7 @@ from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, write_json
 from nirvana.mri.anatomy.brain_slices import BrainSlices, load_brain_slices
 from nirvana.mri.anatomy.lesions import SEQUENCES, LesionSettings
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.reports.encode import encode

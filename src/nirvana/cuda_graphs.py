@@ -76,7 +76,9 @@ def capture(function: Callable[..., T], inputs: Sequence[Tensor]) -> Callable[..
     return replay
 
 
-def capture_training(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def capture_training(
+    module: nn.Module, inputs: Sequence[Tensor], pool: Any = None
+) -> Callable[..., Any]:
     """Captures a module's forward and backward, under the autocast that is active now.
 
     Each forward must be followed by its backward before the next forward. A backward overwrites
@@ -85,6 +87,8 @@ def capture_training(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[..
     Args:
         module: of tensors alone, without random numbers.
         inputs: CUDA tensors of the shapes and dtypes that it will be called with.
+        pool: of `torch.cuda.graph_pool_handle`, whose memory graphs share that never run between
+            another's forward and backward; None for memory of its own.
 
     Returns:
         The module's forward as a CUDA graph with a gradient. Weights may change in place.
@@ -99,7 +103,9 @@ def capture_training(module: nn.Module, inputs: Sequence[Tensor]) -> Callable[..
     wrapped = _Autocast(module, kind, casts)
     with torch.autocast(kind, enabled=False):
         static = tuple(x.clone() for x in inputs)  # later inputs are copied into these
-        return torch.cuda.make_graphed_callables(wrapped, static, allow_unused_input=True)
+        return torch.cuda.make_graphed_callables(
+            wrapped, static, allow_unused_input=True, pool=pool
+        )
 
 
 class GraphCache:
@@ -143,7 +149,8 @@ class GraphCache:
 
 class TrainingGraphs:
     """Runs a module in a training, as a CUDA graph of forward and backward for each combination of
-    its inputs' shapes; see `capture_training`.
+    its inputs' shapes; see `capture_training`. The graphs share their memory: a step's forward and
+    backward are done, and its gradients used, before the next step.
 
     Args:
         module: of tensors alone, without random numbers.
@@ -152,11 +159,13 @@ class TrainingGraphs:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._graphs: dict[tuple, Callable[..., Any]] = {}
+        self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> Any:
         key = _shapes(inputs)
         if key not in self._graphs:
-            self._graphs[key] = capture_training(self.module, inputs)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = capture_training(self.module, inputs, self._pool)
         return self._graphs[key](*inputs)
 
 

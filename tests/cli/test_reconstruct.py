@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from helpers.small_codec import small_config
 from nirvana.cli import mri
 from nirvana.errors import InputError
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import Scan, read_scan, write_scan
 from nirvana.mri.model.checkpoint import save_codec

@@ -15,7 +15,8 @@ from nirvana import InputError
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.model.backbone import backbone_folder, load_backbone
 from nirvana.mri.classical.common import zero_filled
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import Scan, write_scan
 from nirvana.mri.model.checkpoint import save_codec
 from nirvana.mri.model.codec import CodecModel

@@ -11,7 +11,7 @@ from helpers.synthetic_ismrmrd import CALIBRATION, NOISE, header, record, record
 from nirvana.errors import InputError
 from nirvana.mri.classical.sigpy import sense
 from nirvana.mri.data.scans import CoilOptions, Measurement, measure
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.compare import run_methods
 from nirvana.mri.io import read_scan
 from nirvana.mri.methods import Method, classical_method, fourier_method

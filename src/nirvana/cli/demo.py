@@ -138,7 +138,7 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
     """Scores of every method on nibabel's example volume, and a function that writes the
     pictures."""
     from nirvana.cli.mri import progress_bars, slice_counters
-    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.data.simulation.config import Simulation
     from nirvana.mri.evaluate.compare import run_methods, score_rows
     from nirvana.mri.evaluate.tables import FORMATS, rows_table
     from nirvana.mri.io import write_reconstruction
@@ -188,7 +188,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
 
     from nirvana.mri.anatomy.brain_slices import slices_of
     from nirvana.mri.anatomy.lesions import LesionSettings
-    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.data.simulation.config import Simulation
     from nirvana.mri.physics.fourier import rss
     from nirvana.mri.physics.masks import Sampling
     from nirvana.mri.reports.encode import encode

@@ -25,7 +25,7 @@ from nirvana.progress import ProgressLines
 
 if TYPE_CHECKING:
     from nirvana.mri.data.scans import CoilOptions
-    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.data.simulation.config import Simulation
     from nirvana.mri.io import Scan
     from nirvana.mri.methods import SliceCounter
     from nirvana.mri.physics.masks import Sampling
@@ -213,7 +213,7 @@ def train(
 
 def simulation_of(coils: int, noise: float | None) -> "Simulation":
     """The simulator's settings that the options give."""
-    from nirvana.mri.data.simulate import Simulation
+    from nirvana.mri.data.simulation.config import Simulation
 
     return Simulation(num_coils=coils) if noise is None else Simulation(coils, noise=(noise, noise))
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from nirvana.errors import InputError
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import CoilOptions, Measurement, measure, target_of
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.compare import run_methods
 from nirvana.mri.io import (
     Scan,

@@ -14,7 +14,8 @@ from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.classical.peers import BartSettings, chosen_peers, peers_for
 from nirvana.mri.classical.sigpy import l1_wavelet, sense
 from nirvana.mri.data.acquisition import Acquisition
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import read_scan
 from nirvana.mri.io.bart import read_cfl, write_cfl

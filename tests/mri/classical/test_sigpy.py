@@ -9,7 +9,9 @@ from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.classical.espirit import espirit_maps
 from nirvana.mri.classical.sigpy import l1_wavelet, sense
 from nirvana.mri.data.acquisition import Acquisition
-from nirvana.mri.data.simulate import Simulation, coil_maps, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.coils import coil_maps
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.methods import classical_method
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss

@@ -20,7 +20,8 @@ from nirvana.mri.data.scans import (
     scan_pattern,
     target_of,
 )
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.compare import run_methods
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import Scan

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from nirvana.errors import InputError
-from nirvana.mri.data.simulate import Simulation, coil_maps, simulate, simulate_scan
+from nirvana.mri.data.simulate import simulate, simulate_scan
+from nirvana.mri.data.simulation.coils import coil_maps
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.physics.fourier import ifft2c, rss
 
 CLEAN = Simulation(gamma=(1, 1), noise=(0, 0))
@@ -34,7 +36,7 @@ def test_without_noise_the_rss_image_is_the_image(
 
 
 def test_raw_coils_shade_the_image(images: torch.Tensor) -> None:
-    kspace = simulate(images, _generator(), replace(CLEAN, normalise_coils=False))
+    kspace = simulate(images, _generator(), replace(CLEAN, shading=1.0))
     shading = rss(ifft2c(kspace))[images > 0.2] / images[images > 0.2]
     assert shading.std() > 0.02
 

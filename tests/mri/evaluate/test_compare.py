@@ -12,7 +12,8 @@ from scipy.stats import wilcoxon
 from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import measure
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate import compare as ev
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.evaluate.tables import FORMATS, rows_table, summary_table

@@ -11,7 +11,8 @@ from nirvana import InputError
 from nirvana.model.backbone import fingerprint, load_backbone
 from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.data.acquisition import Acquisition
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel
@@ -24,6 +25,11 @@ from nirvana.mri.physics.masks import Sampling, sampling_mask
 
 SMALL = CodecConfig(
     backbone="none",
+    maps="espirit",
+    map_features=(2, 2),
+    data_consistency="conjugate_gradient",
+    consistency_steps=2,
+    conditioning=4,
     sensitivity_features=(2, 2),
     cascade_features=(2, 2, 2),
     unet_features=(2, 2),
@@ -35,8 +41,11 @@ SMALL = CodecConfig(
     decoder_features=(2, 2, 2, 2),
     token_dim=8,
 )
+GRADIENT = replace(
+    SMALL, maps="network", map_features=(), conditioning=0, data_consistency="gradient"
+)
 INSTANCE = replace(
-    SMALL,
+    GRADIENT,
     unet="instance",
     sensitivity_features=(2,) * 6,
     cascade_features=(2,) * 6,
@@ -49,10 +58,11 @@ INSTANCE = replace(
         SMALL,
         INSTANCE,
         replace(SMALL, vit_stem="convolutions"),
-        replace(SMALL, correction="unet"),
-        replace(SMALL, correction="none", encoder_cascades=0),
+        replace(SMALL, correction="unet", start="zero_filled"),
+        replace(SMALL, correction="none", encoder_cascades=0, map_sets=2),
+        replace(GRADIENT, correction="none", encoder_cascades=0),
     ],
-    ids=["residual", "instance", "stem", "unet", "varnet"],
+    ids=["residual", "instance", "stem", "unet", "two-sets", "varnet"],
 )
 def small_codec(request) -> CodecModel:
     model = CodecModel(request.param, None).eval()
@@ -93,7 +103,7 @@ def test_sampled_lines_are_kept(small_codec):
     mask = sampling_mask("equispaced", 40, 4, 0.1, seed=0)
     captured = {}
     part = small_codec.image_cascades[-1]
-    part.register_forward_hook(lambda _, __, k: captured.update(k=k))
+    part.register_forward_hook(lambda _, __, iterate: captured.update(k=iterate.coil_kspace))
     image = small_codec.reconstruct(kspace * mask, mask)
     scale = rss(ifft2c(kspace * mask)).max()
     # The cascades work with rows in image space and the middle of W first.
@@ -174,8 +184,9 @@ def test_sensitivities_come_from_a_separate_scan(small_codec):
 
 
 def test_a_new_codec_keeps_the_measured_and_adds_nothing():
-    """Corrections start at zero, so the image is that of the zero-filled coils."""
-    model = CodecModel(SMALL, None).eval()
+    """Corrections start at zero, so the image of gradient cascades is that of the zero-filled
+    coils."""
+    model = CodecModel(GRADIENT, None).eval()
     kspace, mask = kspace_of(1, 3, 32, 48), sampling_mask("random", 48, 3, 0.2, seed=1)
     image = model.reconstruct(kspace * mask, mask)
     torch.testing.assert_close(image, rss(ifft2c(kspace * mask)), rtol=1e-3, atol=1e-4)

@@ -18,7 +18,7 @@ from nirvana.mri.anatomy.brain_slices import GRID, PIXEL, load_brain_slices, sav
 from nirvana.mri.anatomy.lesions import SEQUENCES, TYPES, LesionSettings
 from nirvana.mri.anatomy.lobes import SIDES
 from nirvana.mri.data.acquisition import Acquisition
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import Scan
 from nirvana.mri.model.checkpoint import save_codec
 from nirvana.mri.model.codec import CodecModel

@@ -16,7 +16,7 @@ from nirvana.cuda_graphs import capture_training
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.anatomy.brain_slices import save_brain_slices
 from nirvana.mri.anatomy.lesions import LesionSettings
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.reports.auxiliary import (
@@ -227,8 +227,10 @@ def test_new_cascades_follow_those_of_the_start(tmp_path):
         assert torch.equal(grown.encoder_cascades.state_dict()[name], value)
     assert all((each.refine.net.write.weight == 0).all() for each in grown.encoder_cascades[1:])
     with torch.inference_mode():
-        before, after = (model.encode_kspace(*scan_of(2)) for model in (trained, grown))
-    assert torch.allclose(after.k, torch.where(before.mask, before.y, before.k), atol=1e-6)
+        encoded = (model.encode_kspace(*scan_of(2)) for model in (trained, grown))
+        before, after = (encoding.iterate for encoding in encoded)
+    scan = before.measured
+    assert torch.allclose(after.k, torch.where(scan.mask, scan.y, before.k), atol=1e-6)
     kept = replace(longer, data=replace(longer.data, freeze_frontend=True))
     with pytest.raises(InputError, match=r"another encoder: codec.encoder_cascades.1"):
         ReportTask(kept, torch.device("cpu")).initialize(kept.run.initial)

@@ -29,17 +29,22 @@ FLAIR_OF_T1 = ((0.0, 0.4, 0.8, 1.15, 1.45, 2.5), (0.0, 0.25, 1.12, 0.88, 0.9, 2.
 
 
 def draw_affines(
-    sides: Tensor, grid: tuple[int, int], size: tuple[int, int], generator: Generator
+    sides: Tensor,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    generator: Generator,
+    fill: tuple[float, float] = (0.75, 1.15),
 ) -> Tensor:
     """Random affine views: rotated up to 15 degrees, scaled so that the slice's longer side fills
-    75 to 115 % of the field of view, stretched up to 10 %, shifted up to 8 % and mirrored half of
-    the time.
+    a share of the field of view, stretched up to 10 %, shifted up to 8 % and mirrored half of the
+    time.
 
     Args:
         sides: float32 `[B, 2]`, height and width of each slice within its grid, pixels.
         grid: H and W of the grid that the slices are centred in.
         size: H and W of the views.
         generator: on the CPU.
+        fill: range of that share.
 
     Returns:
         float32 `[B, 2, 3]`, from the coordinates of a view, -1..1, to those of the grid, as
@@ -47,9 +52,9 @@ def draw_affines(
     """
     u = torch.rand(6, len(sides), generator=generator)
     angle = (2 * u[0] - 1) * torch.pi / 12
-    fill, stretch = 0.75 + 0.4 * u[1], 0.9 + 0.2 * u[2]
+    filled, stretch = fill[0] + (fill[1] - fill[0]) * u[1], 0.9 + 0.2 * u[2]
     # Pixels of the slice per pixel of the view, the same along both axes.
-    zoom = (sides / torch.tensor(size)).amax(1) / fill
+    zoom = (sides / torch.tensor(size)).amax(1) / filled
     flip = torch.where(u[3] < 0.5, -1.0, 1.0)
     across, along = size[1] * zoom * flip / stretch, size[0] * zoom * stretch
     to_pixels = torch.diag_embed(torch.stack([across, along], dim=1))

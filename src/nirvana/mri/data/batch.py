@@ -56,13 +56,15 @@ class MriBatch:
 
     def undersample(self, mask: Tensor, calibration: Tensor) -> Self:
         """The same scans with fewer columns, scaled by the brightest pixel of their zero-filled
-        image.
+        image. Columns that hold nothing but zeros do not count as measured.
 
         Args:
             mask: bool `[W]` or `[B, W]`, on any device.
             calibration: bool of the same shape, its central block.
         """
         mask, calibration = mask.to(self.kspace.device), calibration.to(self.kspace.device)
+        filled = (self.kspace != 0).any(1).any(1)
+        mask = mask & (filled if mask.ndim == 2 else filled.any(0))
         kspace = self.kspace * mask.view(-1, 1, 1, mask.shape[-1])
         scale = rss(ifft2c(kspace)).amax((-2, -1)).clamp(min=torch.finfo(torch.float32).tiny)
         return replace(self, kspace=kspace, mask=mask, calibration=calibration, scale=scale)

@@ -15,9 +15,14 @@ from nirvana.errors import InputError
 from nirvana.mri.anatomy.augment import draw_affines
 from nirvana.mri.data.batch import MriBatch, draw_masks
 from nirvana.mri.data.report_texts import Reports, report_of
-from nirvana.mri.data.simulate import Simulation, simulate
+from nirvana.mri.data.simulate import simulate
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import read_volume
 from nirvana.mri.physics.masks import Sampling
+
+FILL = (0.75, 1.15)  # share of the field of view that a slice's longer side fills
+FILL_WRAPPED = (1.0, 1.4)  # the same where the slice folds over along its shorter side
+WIDE = 1.5  # columns of the view of such a slice, relative to those of the field of view
 
 
 class SlicePool:
@@ -89,19 +94,26 @@ class SlicePool:
         part = torch.rand(count, generator=generator)
         return self.first[which] + (part * self.counts[which]).long()
 
-    def views(self, index: Tensor, size: tuple[int, int], generator: Generator) -> Tensor:
+    def views(
+        self,
+        index: Tensor,
+        size: tuple[int, int],
+        generator: Generator,
+        fill: tuple[float, float] = FILL,
+    ) -> Tensor:
         """Random views of slices, by the affine maps of `augment.draw_affines`.
 
         Args:
             index: int64 `[B]`, of the slices.
             size: H and W of the views.
             generator: on the CPU.
+            fill: range of the share of the view that a slice's longer side fills.
 
         Returns:
             float32 `[B, H, W]` in 0..1.
         """
         grid_size = (self.slices.shape[1], self.slices.shape[2])
-        theta = draw_affines(self.sizes[index].float(), grid_size, size, generator)
+        theta = draw_affines(self.sizes[index].float(), grid_size, size, generator, fill)
         grid = F.affine_grid(theta.to(self.device), [len(index), 1, *size], align_corners=False)
         slices = self.slices[index.to(self.device)][:, None].float() / 255
         return F.grid_sample(slices, grid, align_corners=False, padding_mode="zeros")[:, 0]
@@ -115,6 +127,7 @@ def simulate_batch(
     samplings: Sequence[Sampling],
     simulation: Simulation,
     generator: Generator,
+    arrays: Sequence[Tensor] = (),
 ) -> MriBatch:
     """One training batch of simulated scans; every random number comes from `generator`.
 
@@ -126,10 +139,15 @@ def simulate_batch(
         samplings: each slice gets a mask of its own from one of them, drawn uniformly.
         simulation: of the scans.
         generator: on the CPU.
+        arrays: measured coil sensitivities, see `simulation.coils.coil_maps`.
     """
     index = pool.draw(batch_size, generator)
-    images = pool.views(index, size, generator)
-    kspace = simulate(images, generator, simulation, coils=num_coils)
+    height, width = size
+    view, fill = size, FILL
+    if simulation.wrap and torch.rand((), generator=generator) < simulation.wrap:
+        view, fill = (height, round(WIDE * width)), FILL_WRAPPED
+    images = pool.views(index, view, generator, fill)
+    kspace = simulate(images, generator, simulation, coils=num_coils, width=width, arrays=arrays)
     masks = draw_masks(samplings, batch_size, size[1], generator)
     reports = tuple(pool.reports[i] for i in index.tolist()) if pool.reports else ()
     batch = MriBatch.fully_sampled(kspace, reports=reports)

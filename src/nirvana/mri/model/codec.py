@@ -1,6 +1,7 @@
 """The codec: multi-coil k-space to an image, through a frozen language model."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,26 +13,22 @@ from nirvana.cuda_graphs import GraphCache, capturable
 from nirvana.model.specialist import Specialist, own_state_dict
 from nirvana.mri.classical.common import padded
 from nirvana.mri.data.acquisition import Acquisition
-from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.model.conditioning import Conditioning
+from nirvana.mri.model.config import START_STEPS, START_WEIGHT, CodecConfig
+from nirvana.mri.model.iterate import Iterate
 from nirvana.mri.model.layout import crop, pad_to_patches, to_channels, to_complex, token_map
+from nirvana.mri.model.operator import MeasuredKspace, conjugate, reduce, solve
+from nirvana.mri.model.sense_cascade import SenseCascade
 from nirvana.mri.model.unet import build_decoder, build_unet
 from nirvana.mri.model.varnet import Cascade, Sensitivities
 from nirvana.mri.model.vit import PatchEncoder
-from nirvana.mri.physics.fourier import (
-    fft2c,
-    from_middle,
-    ifft2c,
-    keep_sampled,
-    points_first,
-    replace_sampled,
-    rss,
-    to_columns,
-)
+from nirvana.mri.physics.calibration import soft_espirit
+from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
 from nirvana.mri.physics.partial_fourier import complete
 from nirvana.mri.physics.pattern import Extent, central_block, checked_pattern, slice_patterns
-from nirvana.mri.physics.sense import combine_coils, principal_coil, sens_expand, sens_reduce
+from nirvana.mri.physics.sense import combine_coils, principal_coil
 
-ENCODER_PARTS = ("sensitivities", "encoder_cascades", "encoder", "specialist")
+ENCODER_PARTS = ("sensitivities", "conditioning", "encoder_cascades", "encoder", "specialist")
 """Modules of a `CodecModel` before its image decoder: what stage 1 of a training trains."""
 
 
@@ -43,12 +40,16 @@ def in_encoder(name: str) -> bool:
 class KspaceEncoding(NamedTuple):
     """The state of a codec before the backbone."""
 
-    k: Tensor  # complex [B, coils, H, W], in image space along H, see `fourier.to_columns`
-    y: Tensor  # the measured k-space, likewise, zero where not measured
-    mask: Tensor  # bool [B or 1, 1, H or 1, W], see `fourier.points_first`
-    sensitivities: Tensor  # complex [B, coils, H, W], the middle of W first
-    image: Tensor  # [B, 2, H', W'], combined, padded to patches
+    iterate: Iterate
+    image: Tensor  # [B, 2, H', W'], combined (the first set), padded to patches
     padding: tuple[int, int, int, int]  # of the image, for `layout.crop`
+
+
+class InitialMaps(NamedTuple):
+    """Coil sensitivities before any training, see `calibration.soft_espirit`."""
+
+    maps: Tensor  # complex [B, sets, coils, H, W]
+    certainty: Tensor  # [B, sets, H, W]
 
 
 class CodecOutput(NamedTuple):
@@ -64,7 +65,8 @@ class CodecImages(NamedTuple):
     """Images of some slices, both of the same coil images and on the scale of the input."""
 
     magnitude: Tensor  # [B, H, W], root sum of squares
-    combined: Tensor  # complex [B, H, W], by the sensitivities, see `sense.combine_coils`
+    # complex [B, H, W], by the first set of sensitivities, see `sense.combine_coils`
+    combined: Tensor
 
 
 class SliceBatch(NamedTuple):
@@ -81,7 +83,8 @@ class CodecModel(nn.Module):
         sensitivities -> cascades -> combined image -> ViT -> tokens -> frozen backbone -> image
         decoder -> correction per coil -> cascades -> data consistency -> root sum of squares
 
-    Data consistency replaces the measured columns of the result by the measurement.
+    Data consistency replaces the measured samples of the result by the measurement. Conjugate
+    gradient cascades also leave empty what the scan did not acquire, see `operator.acquired`.
 
     Args:
         config: the parts and their sizes.
@@ -92,7 +95,9 @@ class CodecModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.token_dim if backbone is None else backbone.config.hidden_size
-        self.sensitivities = Sensitivities(config)
+        if config.maps == "network":
+            self.sensitivities = Sensitivities(config)
+        self.conditioning = Conditioning(config.conditioning) if config.conditioning else None
         self.encoder_cascades = _cascades(config.encoder_cascades, config)
         if config.correction == "tokens":
             self.encoder = PatchEncoder(config, dim)
@@ -122,6 +127,7 @@ class CodecModel(nn.Module):
         scale: Tensor,
         text: Tensor | None = None,
         image: bool = True,
+        initial: InitialMaps | None = None,
     ) -> CodecOutput:
         """Reconstructs a batch of slices, and predicts the tokens of a text about them.
 
@@ -136,11 +142,12 @@ class CodecModel(nn.Module):
             text: int64 `[B, M]`, token ids of prompt and report, which the backbone reads after the
                 image.
             image: whether the image is computed.
+            initial: of `initial_maps`, which a CUDA graph cannot compute; computed here if None.
 
         Raises:
             ValueError: there is text, but the codec's correction uses no tokens.
         """
-        encoding = self.encode_kspace(y, mask, calibration, scale)
+        encoding = self.encode_kspace(y, mask, calibration, scale, initial)
         hidden = logits = None
         if self.config.correction == "tokens":
             hidden, logits = self.specialist(self.encoder(encoding.image), text)
@@ -148,21 +155,56 @@ class CodecModel(nn.Module):
             raise ValueError("text needs tokens: this codec's correction reads none")
         return CodecOutput(self.decode_image(encoding, hidden, scale) if image else None, logits)
 
+    @torch.no_grad()
+    def initial_maps(self, y: Tensor, calibration: Tensor) -> InitialMaps | None:
+        """The sensitivities that the cascades start from; None where a network estimates them.
+
+        Arguments are as of `forward`.
+        """
+        if self.config.maps == "network":
+            return None
+        with torch.autocast(y.device.type, enabled=False):
+            samples, region = _calibration_samples(y, calibration)
+            return InitialMaps(*soft_espirit(samples, region, self.config.map_sets))
+
     def encode_kspace(
-        self, y: Tensor, mask: Tensor, calibration: Tensor, scale: Tensor
+        self,
+        y: Tensor,
+        mask: Tensor,
+        calibration: Tensor,
+        scale: Tensor,
+        initial: InitialMaps | None = None,
     ) -> KspaceEncoding:
         """Sensitivities, first cascades and combined image; arguments as of `forward`."""
-        mask = _broadcast(mask)
-        y = keep_sampled(to_columns(y), mask) / scale[:, None, None, None]
-        separate = calibration.is_complex()
-        sensitivities = self.sensitivities(
-            to_columns(calibration) if separate else keep_sampled(y, _broadcast(calibration))
-        )
-        k = y
+        mask, y = _by_slice(mask), y / scale[:, None, None, None]
+        measured = MeasuredKspace.of(y, mask)
+        samples, region = _calibration_samples(y, calibration)
+        if self.config.maps == "network":
+            maps = self.sensitivities(samples * region[:, None])[:, None]
+            initial = InitialMaps(maps, torch.ones_like(maps[:, :, 0].real))
+        elif initial is None:
+            initial = self.initial_maps(y, calibration)
+        assert initial is not None
+        scan = None if self.conditioning is None else self.conditioning(y, mask, region)
+        maps = measured.to_middle(initial.maps)
+        iterate = self._start(Iterate(measured, maps, initial.certainty, scan))
         for cascade in self.encoder_cascades:
-            k = cascade(k, y, mask, sensitivities)
-        image, padding = pad_to_patches(to_channels(sens_reduce(k, sensitivities)))
-        return KspaceEncoding(k, y, mask, sensitivities, image, padding)
+            iterate = cascade(iterate)
+        image, padding = pad_to_patches(to_channels(iterate.images[:, 0]))
+        return KspaceEncoding(iterate, image, padding)
+
+    def _start(self, iterate: Iterate) -> Iterate:
+        """The iterate before the first cascade: the measured k-space, or an image."""
+        measured, maps = iterate.measured, iterate.maps
+        if self.config.data_consistency == "gradient":
+            return replace(iterate, k=measured.y)
+        if self.config.start == "zero_filled":
+            x = reduce(measured.images(measured.y), conjugate(maps))
+        else:
+            zero = torch.zeros_like(maps[:, :, 0])
+            weight = torch.full_like(zero[:, :1, :1, :1].real, START_WEIGHT)
+            x = solve(measured, maps, weight, zero, START_STEPS)
+        return replace(iterate, x=x, z=x)
 
     def decode_image(
         self, encoding: KspaceEncoding, hidden: Tensor | None, scale: Tensor
@@ -178,19 +220,24 @@ class CodecModel(nn.Module):
         Returns:
             Magnitude images, real `[B, H, W]`.
         """
-        return from_middle(rss(self._coil_images(encoding, hidden))) * scale[:, None, None]
+        images = rss(self._coil_images(encoding, hidden))
+        return encoding.iterate.measured.from_middle(images) * scale[:, None, None]
 
     def _coil_images(self, encoding: KspaceEncoding, hidden: Tensor | None) -> Tensor:
-        """Complex `[B, coils, H, W]`, the middle of W first, divided by the input's scale; see
+        """Complex `[B, coils, H, W]`, middle first, divided by the input's scale; see
         `decode_image`."""
-        k, y, mask, sensitivities, image, padding = encoding
+        iterate, image, padding = encoding
         if self.config.correction != "none":
             maps = () if hidden is None else (token_map(hidden, image.shape[2]),)
             correction = to_complex(crop(self.decoder(image, *maps), padding).float())
-            k = k + sens_expand(correction, sensitivities)
+            iterate = iterate.corrected(correction)
         for cascade in self.image_cascades:
-            k = cascade(k, y, mask, sensitivities)
-        return torch.fft.ifft(replace_sampled(k, y, mask), norm="ortho")
+            iterate = cascade(iterate)
+        measured = iterate.measured
+        k = torch.where(measured.mask, measured.y, iterate.coil_kspace)
+        if self.config.data_consistency == "conjugate_gradient":
+            k = measured.within_acquired(k)
+        return measured.images(k)
 
     def reconstruct(
         self,
@@ -243,11 +290,12 @@ class CodecModel(nn.Module):
         # The completion of a missing side moves windows to the device, which no graph may.
         graphed = device.type == "cuda" and capturable() and extent is None
         for batch in slice_batches(acquisition, batch_size, device):
-            brightness = scale.expand(len(batch.kspace))
+            inputs = (*batch, scale.expand(len(batch.kspace)), coil)
+            inputs = (*inputs, *(self.initial_maps(batch.kspace, batch.calibration) or ()))
             if graphed:
-                found = self._graphs(self, self.batch_images, *batch, brightness, coil)
+                found = self._graphs(self, self.batch_images, *inputs)
             else:
-                found = self.batch_images(*batch, brightness, coil, extent)
+                found = self.batch_images(*inputs, extent=extent)
             yield CodecImages(found.magnitude.float().cpu(), found.combined.cpu())
 
     def batch_images(
@@ -257,18 +305,22 @@ class CodecModel(nn.Module):
         calibration: Tensor,
         scale: Tensor,
         coil: Tensor,
+        *initial: Tensor,
         extent: Extent | None = None,
     ) -> CodecImages:
         """The images of a batch; arguments as of `forward`, `sense.combine_coils` and
-        `partial_fourier.complete`."""
-        encoding = self.encode_kspace(y, mask, calibration, scale)
+        `partial_fourier.complete`, `initial` the fields of `InitialMaps`, if any."""
+        given = InitialMaps(*initial) if initial else None
+        encoding = self.encode_kspace(y, mask, calibration, scale, given)
         hidden = None
         if self.config.correction == "tokens":
             hidden, _ = self.specialist(self.encoder(encoding.image), None)
-        coils = from_middle(self._coil_images(encoding, hidden))
+        iterate = encoding.iterate
+        coils = iterate.measured.from_middle(self._coil_images(encoding, hidden))
         if extent is not None:
             coils = torch.stack([ifft2c(complete(k, extent)) for k in fft2c(coils)])
-        images = rss(coils), combine_coils(coils, from_middle(encoding.sensitivities), coil)
+        sensitivities = iterate.measured.from_middle(iterate.maps[:, 0])
+        images = rss(coils), combine_coils(coils, sensitivities, coil)
         return CodecImages(*(image * scale[:, None, None] for image in images))
 
     @property
@@ -313,12 +365,19 @@ def _central(masks: np.ndarray, height: int) -> np.ndarray:
     return central
 
 
-def _broadcast(mask: Tensor) -> Tensor:
-    """A mask of `CodecModel.forward` as `[B or 1, 1, H or 1, W]`, see `fourier.points_first`."""
-    if mask.ndim < 3:
-        mask = mask.view(-1, 1, mask.shape[-1])
-    return points_first(mask)[:, None]
+def _by_slice(mask: Tensor) -> Tensor:
+    """A mask of `CodecModel.forward` as `[B or 1, H or 1, W]`."""
+    return mask if mask.ndim == 3 else mask.view(-1, 1, mask.shape[-1])
+
+
+def _calibration_samples(y: Tensor, calibration: Tensor) -> tuple[Tensor, Tensor]:
+    """The k-space `[B, coils, H, W]` that calibrates the coils, and its bool region
+    `[B or 1, H or 1, W]`; arguments as of `CodecModel.forward`."""
+    if calibration.is_complex():
+        return calibration, (calibration != 0).any(1)
+    return y, _by_slice(calibration)
 
 
 def _cascades(count: int, config: CodecConfig) -> nn.ModuleList:
-    return nn.ModuleList(Cascade(config) for _ in range(count))
+    kind = Cascade if config.data_consistency == "gradient" else SenseCascade
+    return nn.ModuleList(kind(config) for _ in range(count))

@@ -6,10 +6,16 @@ from typing import Literal
 from nirvana.errors import InputError
 from nirvana.model.backbone import DEFAULT, Backbone
 
+START_STEPS = 10  # conjugate-gradient steps before the first cascade
+START_WEIGHT = 0.01  # of the squared norm in them
+
 
 @dataclass(frozen=True)
 class CodecConfig:
     """The parts of a codec and their sizes; `config.json` of a saved codec holds the same keys.
+
+    The defaults are what files mean that lack a key. They are the cascades of E2E-VarNet; those on
+    combined images, of the packaged codec, are ahead of them on measured scans.
 
     Attributes:
         backbone: kind of the frozen language model; "none" is the identity.
@@ -18,10 +24,21 @@ class CodecConfig:
             "instance" (MONAI's U-Net with instance normalisation).
         correction: of the combined image between the cascades: "tokens" (ViT, backbone, image
             decoder), "unet" (a U-Net without tokens) or "none".
+        maps: where the coil sensitivities come from: "espirit" (`calibration.soft_espirit`) or
+            "network", a U-Net on each coil's calibration image, as in E2E-VarNet.
+        map_sets: sets of sensitivities; two for objects that fold over into the field of view.
+        map_features: channels of the U-Net by which every cascade refines the sensitivities; empty
+            for none.
+        data_consistency: of the cascades: "conjugate_gradient", on combined images
+            (`sense_cascade.SenseCascade`), or "gradient", on k-space, as in E2E-VarNet.
+        consistency_steps: conjugate-gradient steps of a cascade.
+        start: of conjugate-gradient cascades: "sense", `START_STEPS` such steps, or "zero_filled".
+        conditioning: size of the vector by which mask and noise level of a scan change the U-Nets'
+            gains and the weight of the data; 0 for none.
         sensitivity_features: channels of the sensitivity U-Net: at 1/2, 1/4 ... of the resolution
             (at most four numbers), or the six numbers of MONAI's U-Net.
         cascade_features: of every cascade's U-Net, likewise.
-        encoder_cascades: E2E-VarNet cascades before the tokens.
+        encoder_cascades: cascades before the tokens.
         image_cascades: cascades after the image decoder.
         vit_dim: width of the ViT on patches of 16 x 16 pixels, a multiple of 4 and of `vit_heads`.
         vit_depth: number of its layers.
@@ -41,6 +58,13 @@ class CodecConfig:
     weights: str = DEFAULT
     unet: Literal["residual", "instance"] = "residual"
     correction: Literal["tokens", "unet", "none"] = "tokens"
+    maps: Literal["espirit", "network"] = "network"
+    map_sets: int = 1
+    map_features: tuple[int, ...] = ()
+    data_consistency: Literal["conjugate_gradient", "gradient"] = "gradient"
+    consistency_steps: int = 4
+    start: Literal["sense", "zero_filled"] = "sense"
+    conditioning: int = 0
     sensitivity_features: tuple[int, ...] = (8, 16, 32)
     cascade_features: tuple[int, ...] = (32, 64, 96)
     encoder_cascades: int = 0
@@ -61,6 +85,7 @@ class CodecConfig:
         for name in ("encoder_cascades", "image_cascades"):
             if getattr(self, name) < 0:
                 raise InputError(f"codec.{name} = {getattr(self, name)} must be at least 0")
+        self._check_cascades()
         if self.vit_dim % 4 or self.vit_dim % self.vit_heads:
             raise InputError(
                 f"codec.vit_dim = {self.vit_dim} must be a multiple of 4 and of vit_heads"
@@ -73,6 +98,35 @@ class CodecConfig:
             raise InputError(
                 f"codec.backbone = {self.backbone!r} needs codec.correction = 'tokens', not "
                 f"{self.correction!r}, which gives the backbone no tokens"
+            )
+
+    def _check_cascades(self) -> None:
+        if self.data_consistency == "gradient":
+            given = {"map_sets": 1, "map_features": (), "conditioning": 0}
+            for name, right in given.items():
+                if getattr(self, name) != right:
+                    raise InputError(
+                        f"codec.{name} = {getattr(self, name)} needs codec.data_consistency = "
+                        f"'conjugate_gradient'; with 'gradient' it must be {right}"
+                    )
+        elif self.unet != "residual":
+            raise InputError(
+                "codec.data_consistency = 'conjugate_gradient' needs codec.unet = 'residual'"
+            )
+        if self.map_sets not in (1, 2) or (self.map_sets == 2 and self.maps == "network"):
+            raise InputError(
+                f"codec.map_sets = {self.map_sets} must be 1, or 2 with codec.maps = 'espirit'"
+            )
+        if self.consistency_steps < 1:
+            raise InputError(
+                f"codec.consistency_steps = {self.consistency_steps} must be at least 1"
+            )
+        if self.conditioning < 0:
+            raise InputError(f"codec.conditioning = {self.conditioning} must be at least 0")
+        if len(self.map_features) > 2 or min(self.map_features, default=1) < 1:
+            raise InputError(
+                f"codec.map_features = {self.map_features} must be at most 2 numbers of channels, "
+                "at least 1 each"
             )
 
     def _check_features(self, name: str) -> None:

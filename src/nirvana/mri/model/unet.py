@@ -6,15 +6,19 @@ from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.model.residual_unet import ResidualUNet
 
 
-def build_unet(config: CodecConfig, features: tuple[int, ...]) -> nn.Module:
-    """A U-Net of the configured kind, from `[B, 2, H, W]` to `[B, 2, H, W]`.
+def build_unet(
+    config: CodecConfig, features: tuple[int, ...], in_channels: int = 2, out_channels: int = 2
+) -> nn.Module:
+    """A U-Net of the configured kind, from `[B, in_channels, H, W]` to `[B, out_channels, H, W]`.
 
     Args:
         config: of the codec.
         features: numbers of channels, see `CodecConfig.sensitivity_features`.
+        in_channels: of the image.
+        out_channels: of the result.
     """
     if config.unet == "residual":
-        return ResidualUNet(features)
+        return ResidualUNet(features, in_channels=in_channels, out_channels=out_channels)
     from nirvana.mri.model.monai_unet import instance_unet
 
     return instance_unet(features)

@@ -1,19 +1,16 @@
-"""Coil sensitivities and cascades of E2E-VarNet (Sriram et al., arXiv 2004.06688).
+"""Coil sensitivities and cascades of E2E-VarNet (Sriram et al., arXiv 2004.06688)."""
 
-The networks work on k-space that is in image space along H (`fourier.to_columns`): the transform
-along H commutes with the sampling of whole columns and is done once, and a cascade transforms along
-W alone, unless single points are sampled. Along W both spaces begin with their middle, which saves
-a copy of all coils before and after every transform.
-"""
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from nirvana.mri.model.config import CodecConfig
+from nirvana.mri.model.iterate import Iterate
 from nirvana.mri.model.layout import crop, pad_to_patches, to_channels, to_complex
+from nirvana.mri.model.operator import conjugate, expand, reduce
 from nirvana.mri.model.unet import build_unet
-from nirvana.mri.physics.fourier import from_middle, keep_sampled, rss, to_middle
-from nirvana.mri.physics.sense import sens_expand, sens_reduce
+from nirvana.mri.physics.fourier import ifft2c, rss
 
 
 class Sensitivities(nn.Module):
@@ -33,17 +30,17 @@ class Sensitivities(nn.Module):
         """Estimates the sensitivities.
 
         Args:
-            calibration: complex `[B, coils, H, W]`, in image space along H, zero outside of the
-                block around the origin that was fully sampled.
+            calibration: complex `[B, coils, H, W]`, zero outside of the block around the origin
+                that was fully sampled.
 
         Returns:
-            Complex `[B, coils, H, W]`, the middle of W first.
+            Complex `[B, coils, H, W]`.
         """
-        coils = from_middle(torch.fft.ifft(calibration, norm="ortho"))
+        coils = ifft2c(calibration)
         maps = self.net(coils.flatten(0, 1)).view_as(coils)
         if self.adds:
             maps = coils + maps
-        return to_middle(maps / rss(maps).clamp(min=1e-8)[:, None])
+        return maps / rss(maps).clamp(min=1e-8)[:, None]
 
 
 class ComplexNet(nn.Module):
@@ -80,14 +77,11 @@ class Cascade(nn.Module):
             nn.init.zeros_(self.refine.net.final_conv.bias)  # type: ignore[union-attr,arg-type]
         self.eta = nn.Parameter(torch.ones(()))
 
-    def forward(self, k: Tensor, y: Tensor, mask: Tensor, sensitivities: Tensor) -> Tensor:
-        """Applies the step.
-
-        Args:
-            k: complex `[B, coils, H, W]`, in image space along H.
-            y: the measured k-space, likewise.
-            mask: bool `[B or 1, 1, H or 1, W]`, see `fourier.points_first`.
-            sensitivities: of `Sensitivities`.
-        """
-        correction = self.refine(sens_reduce(k, sensitivities))
-        return k - self.eta * keep_sampled(k - y, mask) - sens_expand(correction, sensitivities)
+    def forward(self, iterate: Iterate) -> Iterate:
+        """Applies the step."""
+        k, measured, maps = iterate.k, iterate.measured, iterate.maps
+        assert k is not None
+        image = measured.from_middle(reduce(measured.images(k), conjugate(maps)))[:, 0]
+        change = measured.to_middle(self.refine(image))[:, None]
+        correction = measured.kspace(expand(change, maps))
+        return replace(iterate, k=k - self.eta * measured.mask * (k - measured.y) - correction)

@@ -1,10 +1,9 @@
-"""Coil sensitivities as operators: the forward model of a scan, and its parts on k-space that is in
-image space along H."""
+"""Coil sensitivities as operators: the forward model of a scan, and the combination of coils."""
 
 import torch
 from torch import Tensor
 
-from nirvana.mri.physics.fourier import fft2c, from_middle, ifft2c, to_middle
+from nirvana.mri.physics.fourier import fft2c, ifft2c
 
 
 class CartesianSense:
@@ -46,24 +45,6 @@ class CartesianSense:
 
     def _sample(self, kspace: Tensor) -> Tensor:
         return kspace if self.mask is None else kspace * self.mask
-
-
-def sens_reduce(k: Tensor, sensitivities: Tensor) -> Tensor:
-    """x = S^H F^-1 k, the combined image of a k-space.
-
-    Args:
-        k: complex `[B, coils, H, W]`, see `fourier.to_columns`.
-        sensitivities: complex `[B, coils, H, W]`, the middle of W first.
-
-    Returns:
-        Complex `[B, H, W]`, the middle of W in its middle.
-    """
-    return from_middle((sensitivities.conj() * torch.fft.ifft(k, norm="ortho")).sum(1))
-
-
-def sens_expand(image: Tensor, sensitivities: Tensor) -> Tensor:
-    """F S x, the adjoint of `sens_reduce`: image `[B, H, W]` to k-space `[B, coils, H, W]`."""
-    return torch.fft.fft(sensitivities * to_middle(image)[:, None], norm="ortho")
 
 
 def combine_coils(coils: Tensor, sensitivities: Tensor, coil: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from nirvana.mri.anatomy.lesions import (
 )
 from nirvana.mri.anatomy.lobes import LOBES, SIDES
 from nirvana.mri.data.batch import MriBatch
-from nirvana.mri.data.simulate import Simulation, simulate
+from nirvana.mri.data.simulate import simulate
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.physics.masks import Sampling, calibration_columns
 from nirvana.mri.reports.grammar import NORMAL, Facts, rounded, write
 

@@ -19,7 +19,7 @@ from nirvana.mri.anatomy.brain_slices import BrainSlices, load_brain_slices
 from nirvana.mri.anatomy.lesions import LesionSettings
 from nirvana.mri.anatomy.lobes import SIDES
 from nirvana.mri.data.batch import choice, micro_batch_generator
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.model.checkpoint import read_weights
 from nirvana.mri.model.codec import CodecModel, in_encoder
 from nirvana.mri.model.config import CodecConfig
@@ -40,7 +40,8 @@ from nirvana.train.task import Task
 CODEC = "codec."  # prefix of the codec's parameters among those of `AuxiliaryHeads`
 ADAPTER = "codec.specialist."  # parameters between tokens and backbone
 CASCADES = "codec.encoder_cascades."
-FRONTEND = ("codec.sensitivities.", CASCADES)  # parameters before the combined image
+# parameters before the combined image
+FRONTEND = ("codec.sensitivities.", "codec.conditioning.", CASCADES)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nirvana.config import require
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.model.report_tokens import PROMPT
 from nirvana.mri.physics.masks import MaskKind, Sampling
@@ -27,6 +27,8 @@ class MriDataSection:
     masks: list[MaskKind] = field(default_factory=lambda: ["equispaced", "random"])
     accelerations: list[float] = field(default_factory=lambda: [4.0, 8.0])
     center_fractions: list[float] = field(default_factory=lambda: [0.08, 0.04])  # one for each
+    # measured sensitivities of coils, complex .npy [coils, H, W], for half of the simulated scans
+    coil_maps: list[str] = field(default_factory=list)
     valid_slices: int = 8  # evenly spaced slices of every validation volume
 
     def __post_init__(self) -> None:
@@ -67,10 +69,11 @@ class StageSection:
     text_weight: float = 0.1  # of the reports' cross-entropy in the joint loss, with data.reports
     ssim_weight: float = 1.0  # of 1 - SSIM in the loss
     l1_weight: float = 1.0  # of the mean absolute error in the loss
+    l2_weight: float = 0.0  # of the slices' root mean square error in the loss
 
     def __post_init__(self) -> None:
         require(self.report_tokens >= 1, "stage.report_tokens", self.report_tokens, "at least 1")
-        for name in ("text_weight", "ssim_weight", "l1_weight"):
+        for name in ("text_weight", "ssim_weight", "l1_weight", "l2_weight"):
             require(getattr(self, name) >= 0, f"stage.{name}", getattr(self, name), "at least 0")
 
 

@@ -2,7 +2,7 @@
 
 import glob
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from nirvana.mri.data.slice_array import Kspace
 from nirvana.mri.data.slices import SlicePool, simulate_batch
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import Scan, is_volume, read_scan, read_volume
+from nirvana.mri.io.scan import UNREADABLE, existing
 from nirvana.mri.model.checkpoint import load_codec, save_codec
-from nirvana.mri.model.codec import CodecModel, in_encoder
+from nirvana.mri.model.codec import CodecModel, InitialMaps, in_encoder
 from nirvana.mri.model.report_tokens import ReportTokens, report_entropy
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig
@@ -49,6 +50,7 @@ class ReconstructionTask(Task):
         device: where the model lies and scans are simulated.
         pool: training slices, of which `data.train` then only holds the names; None reads the files
             of `data.train`.
+        arrays: measured coil sensitivities; None reads the files of `data.coil_maps`.
 
     Raises:
         InputError: a volume cannot be read, the backbone does not exist, or the initial codec has
@@ -62,6 +64,7 @@ class ReconstructionTask(Task):
         config: MriConfig,
         device: torch.device,
         pool: SlicePool | ScanPool | None = None,
+        arrays: Sequence[Tensor] | None = None,
     ):
         data = config.data
         self.config, self.device = config, device
@@ -69,10 +72,12 @@ class ReconstructionTask(Task):
         self.files = expand(data.train) if pool is None else [Path(name) for name in data.train]
         reports = read_reports(data.reports) if data.reports else None
         self.pool = pool or _pool(self.files, device, config, reports)
+        self.arrays = read_arrays(data.coil_maps) if arrays is None else arrays
         self.tokens_and_labels = _report_tokens(config) if data.reports else None
         self.model: nn.Module = _new_codec(config).to(device)
         _freeze_other_stages(self.model, config.stage.name)
         self.frozen_before = self._backbone_bits()
+        self._only_image = _ImageOnly(self.model)
         self._graphs: TrainingGraphs | None = None
         self.units_per_step = data.batch_size * config.optim.accumulation
 
@@ -104,10 +109,11 @@ class ReconstructionTask(Task):
             data.samplings,
             self.config.simulation,
             generator,
+            self.arrays,
         )
 
     def loss(self, batch: MriBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Stage 1: the reports' cross-entropy; stage 2: 1 - SSIM and L1; joint: their weighted
+        """Stage 1: the reports' cross-entropy; stage 2: 1 - SSIM, L1 and L2; joint: their weighted
         sum."""
         stage = self.config.stage
         terms: dict[str, Tensor] = {}
@@ -125,8 +131,10 @@ class ReconstructionTask(Task):
                 scale = batch.scale[:, None, None]
                 image, target = image.float() / scale, batch.target / scale
                 similarity, l1 = ssim(image, target), F.l1_loss(image, target)
+                l2 = (image - target).square().mean((-2, -1)).clamp(min=1e-12).sqrt().mean()
             total = total + stage.ssim_weight * (1 - similarity) + stage.l1_weight * l1
-            terms |= {"ssim": similarity.detach(), "l1": l1.detach()}
+            total = total + stage.l2_weight * l2
+            terms |= {"ssim": similarity.detach(), "l1": l1.detach(), "l2": l2.detach()}
         return total, terms
 
     def validate(self) -> dict[str, float]:
@@ -181,10 +189,12 @@ class ReconstructionTask(Task):
             return
         if self.config.optim.accumulation > 1:
             raise InputError("run.compile needs optim.accumulation = 1 here; set one or the other")
-        self._graphs = self._graphs or TrainingGraphs(_ImageOnly(self.model))
+        self._graphs = self._graphs or TrainingGraphs(self._only_image)
 
     def _image(self, *inputs: Tensor) -> Tensor:
-        return self.model(*inputs).image if self._graphs is None else self._graphs(*inputs)
+        y, _, calibration, _ = inputs
+        inputs = (*inputs, *(self.model.initial_maps(y, calibration) or ()))  # type: ignore[operator]
+        return self._only_image(*inputs) if self._graphs is None else self._graphs(*inputs)
 
     def _backbone_bits(self) -> str | None:
         backbone = self.model.backbone
@@ -213,7 +223,9 @@ class _ImageOnly(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(*inputs).image
+        """The images; `inputs` are those of a codec and the fields of `InitialMaps`, if any."""
+        initial = InitialMaps(*inputs[4:]) if inputs[4:] else None
+        return self.model(*inputs[:4], initial=initial).image
 
 
 def _pool(
@@ -225,6 +237,29 @@ def _pool(
     if any(measured):
         raise InputError("data.train: either scans (.h5) or image volumes, not both in one run")
     return SlicePool.read(files, device, reports=reports)
+
+
+def read_arrays(paths: Sequence[str]) -> list[Tensor]:
+    """Measured coil sensitivities.
+
+    Args:
+        paths: .npy files of complex `[coils, H, W]`.
+
+    Raises:
+        InputError: a file cannot be read or holds something else.
+    """
+    arrays = []
+    for path in paths:
+        try:
+            array = np.load(existing(path), allow_pickle=False)
+        except UNREADABLE as error:
+            raise InputError(f"data.coil_maps: {path} cannot be read: {error}") from error
+        if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != "c":
+            raise InputError(f"data.coil_maps: {path} holds no complex array [coils, H, W]")
+        if not np.isfinite(array).all():
+            raise InputError(f"data.coil_maps: {path} holds numbers that are not finite")
+        arrays.append(torch.from_numpy(array.astype(np.complex64)))
+    return arrays
 
 
 def _report_tokens(config: MriConfig) -> ReportTokens:
@@ -295,7 +330,7 @@ def train(
     """
     config = load_config(MriConfig, config_path, overrides)
     data, weights = config.data, [config.codec.weights, config.run.initial or None]
-    files = [*expand(data.train), *expand(data.valid), data.reports or None]
+    files = [*expand(data.train), *expand(data.valid), *data.coil_maps, data.reports or None]
     check_run(config.run.out, config_path, [*files, *weights])
     with init_distributed(config.run.device) as world:
         torch.manual_seed(config.run.seed)

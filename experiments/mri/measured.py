@@ -1,0 +1,127 @@
+"""Scores one method on measured, fully sampled scans that are undersampled afterwards.
+
+    python -m experiments.mri.measured --method bart-l1-wavelet --scans scans.npz
+    python -m experiments.mri.measured --method codec --codec FOLDER --scans scans.npz
+
+An .npz file holds scans by name, complex `[slices, coils, H, W]` with the centre of k-space near
+the middle. Every scan is scored as it is and transposed, with phase encoding along the other axis,
+under the four samplings of the study and `MASKS` masks each. Results are rows of a .jsonl file, one
+for each scan, direction and mask.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from experiments.common.program import make_parser
+from experiments.common.results import Row, append_rows, read_rows
+from experiments.mri.methods import CLASSICAL
+from experiments.mri.study import SAMPLINGS, Method, classical
+from nirvana.device import choose_device
+from nirvana.errors import InputError, script
+from nirvana.files import check_outputs
+from nirvana.mri.data.acquisition import Acquisition
+from nirvana.mri.evaluate.metrics import head_mask, score
+from nirvana.mri.io.scan import UNREADABLE
+from nirvana.mri.model.checkpoint import load_codec
+from nirvana.mri.physics.fourier import ifft2c, rss
+
+MASKS = 3  # seeds of each sampling
+
+
+def scans(files: Sequence[Path]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Name, direction and k-space of all scans.
+
+    Raises:
+        InputError: a file cannot be read, or holds something else.
+    """
+    for file in files:
+        try:
+            archive = np.load(file, allow_pickle=False)
+            named = {name: archive[name] for name in archive.files}
+        except UNREADABLE as error:
+            raise InputError(f"{file} cannot be read: {error}") from error
+        for name, values in named.items():
+            if values.ndim != 4 or values.dtype.kind != "c":
+                raise InputError(f"{file}: {name} is not complex [slices, coils, H, W]")
+            kspace = values.astype(np.complex64)
+            yield name, "columns", kspace
+            yield name, "rows", np.ascontiguousarray(kspace.swapaxes(-2, -1))
+
+
+def evaluate(method: Method, files: Sequence[Path]) -> Iterator[Row]:
+    """A row of scores for every scan, direction and mask."""
+    for name, direction, kspace in scans(files):
+        target = rss(ifft2c(torch.from_numpy(kspace))).numpy()
+        inside = head_mask(target)
+        for sampling, settings in SAMPLINGS.items():
+            for seed in range(MASKS):
+                mask = settings.mask(kspace.shape[-1], seed)
+                started = time.perf_counter()
+                image = method(Acquisition(kspace, mask.numpy(), name=name))
+                row = {"scan": name, "direction": direction, "coils": kspace.shape[1]}
+                row |= {"mask": sampling, "mask_seed": seed}
+                row["seconds_per_slice"] = (time.perf_counter() - started) / len(kspace)
+                yield {**row, **score(target, np.asarray(image), inside)}
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Mean PSNR and SSIM over the masks of every method, scan and direction."""
+    table = Table("scan", "direction", "method", *SAMPLINGS)
+    keys = dict.fromkeys((row["scan"], row["direction"], row["method"]) for row in rows)
+    for key in keys:
+        cells = []
+        for sampling in SAMPLINGS:
+            own = [
+                row
+                for row in rows
+                if (row["scan"], row["direction"], row["method"]) == key and row["mask"] == sampling
+            ]
+            means = [np.mean([row[name] for row in own]) for name in ("psnr", "ssim")]
+            cells.append("{:.2f} {:.4f}".format(*means))
+        table.add_row(*key, *cells)
+    Console(width=140).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    check_outputs({"--results": options.results}, [*options.scans, options.codec])
+    if options.codec is None:
+        method = classical(options.method, 1)
+    else:
+        model = load_codec(options.codec, choose_device(options.device))
+
+        def method(acquisition: Acquisition, /) -> np.ndarray:
+            return torch.cat([each.magnitude for each in model.images(acquisition)]).numpy()
+
+    rows = [{"method": options.method, **row} for row in evaluate(method, options.scans)]
+    append_rows(options.results, rows)
+    print_table(read_rows(options.results))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The program's options."""
+    parser = make_parser("experiments.mri.measured", __doc__)
+    parser.add_argument(
+        "--method", required=True, help="name in the rows; without --codec: " + ", ".join(CLASSICAL)
+    )
+    parser.add_argument("--codec", type=Path, help="folder of a codec")
+    parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
+    parser.add_argument("--results", type=Path, default=Path("runs/mri-measured.jsonl"))
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    if options.codec is None and options.method not in CLASSICAL:
+        raise InputError(
+            f"--method {options.method} needs --codec, or one of {', '.join(CLASSICAL)}"
+        )
+    return options
+
+
+if __name__ == "__main__":
+    script(main)
