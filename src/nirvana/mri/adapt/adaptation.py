@@ -26,6 +26,9 @@ from nirvana.mri.methods import SliceImage, codec_method
 from nirvana.mri.model.codec import CodecModel, InitialMaps, slice_batches
 from nirvana.mri.physics.fourier import fft2c
 
+ADAPTED = "Nirvana, adapted"
+"""The name of the method in tables."""
+
 Progress = Callable[[int], None]
 """Called with the number of steps just taken."""
 
