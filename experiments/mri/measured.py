@@ -2,14 +2,14 @@
 
     python -m experiments.mri.measured --method bart-l1-wavelet --scans scans.npz
     python -m experiments.mri.measured --method codec --codec FOLDER --scans scans.npz
-    python -m experiments.mri.measured --method adapted --codec FOLDER --adapt gains --scans scans.npz
-    python -m experiments.mri.measured --method scratch --codec FOLDER --scratch 300 --scans scans.npz
+    python -m experiments.mri.measured ... --codec FOLDER --adapt gains
+    python -m experiments.mri.measured ... --codec FOLDER --scratch 300
 
 An .npz file holds scans by name, complex `[slices, coils, H, W]` with the centre of k-space near
-the middle. `--adapt` adapts the codec to each undersampled scan first; `--scratch` does so from random weights, as
-zero-shot self-supervised learning does. Every scan is scored as it is and transposed, with phase encoding along the other axis,
+the middle. Every scan is scored as it is and transposed, with phase encoding along the other axis,
 under the four samplings of the study and `MASKS` masks each. Results are rows of a .jsonl file, one
-for each scan, direction and mask.
+for each scan, direction and mask. `--adapt` adapts the codec to each undersampled scan first;
+`--scratch` does so from random weights, as zero-shot self-supervised learning does.
 """
 
 import argparse
@@ -99,10 +99,7 @@ def print_table(rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     check_outputs({"--results": options.results}, [*options.scans, options.codec])
-    if options.codec is None:
-        method = classical(options.method, 1)
-    else:
-        method = codec_method(options)
+    method = classical(options.method, 1) if options.codec is None else codec_method(options)
 
     rows = [{"method": options.method, **row} for row in evaluate(method, options.scans)]
     append_rows(options.results, rows)

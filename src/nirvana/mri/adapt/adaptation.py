@@ -173,7 +173,7 @@ class _Problem:
     height: int
 
     def error(
-        self, model: _CoilKspace, parameters: ScanParameters, given: np.ndarray, asked: np.ndarray
+        self, model: _CoilKspace, parameters: ScanParameters, given: np.ndarray, wanted: np.ndarray
     ) -> Tensor:
         """The weighted squared error at samples of which the codec sees nothing, over their energy.
 
@@ -181,10 +181,10 @@ class _Problem:
             model: of the codec.
             parameters: what its weights are changed by.
             given: bool `[1 or H, W]`, the samples that it sees.
-            asked: bool likewise, those that it predicts.
+            wanted: bool likewise, those that it predicts.
         """
         device = self.kspace.device
-        mask, hidden = (torch.from_numpy(x).to(device) for x in (given, asked))
+        mask, hidden = (torch.from_numpy(x).to(device) for x in (given, wanted))
         inputs = self.kspace * mask, mask[None], self.calibration, self.kspace.new_ones(1).real
         changed = {f"codec.{name}": weight for name, weight in parameters.weights().items()}
         found = functional_call(model, changed, (*inputs, self.initial))
