@@ -257,6 +257,26 @@ def _ssim(scan: Scan, image: np.ndarray) -> float:
     return score(scan.target, image)["ssim"]
 
 
+def test_the_codec_adapts_to_every_scan(scans: Path, codec: Path, tmp_path: Path) -> None:
+    out, one = tmp_path / "out", scans / "scan0.h5"
+    adapt = ("--adapt", "--adapt-parameters", "all", "--adapt-steps", "8", "--formats", "hdf5")
+    _run(*_arguments(one, out, codec, *adapt))
+    described = json.loads((out / "metrics.json").read_text())
+    assert described["method"] == "Nirvana, adapted"
+    methods = [row["method"] for row in described["results"]]
+    assert methods == ["zero-filled", "Nirvana", "Nirvana, adapted"]
+    record = described["adaptation"]
+    assert (record["steps"], len(record["curve"])) == (8, 2)
+    assert record["config"]["seed"] == 3
+    with h5py.File(out / "reconstruction.h5") as file:
+        image = file["reconstruction"][()]
+    assert described["results"][-1]["ssim"] == pytest.approx(_ssim(read_scan(one), image))
+    with pytest.raises(InputError, match="--adapt is for --method nirvana, not sense"):
+        _run(*_arguments(one, out, codec, "--adapt", "--method", "sense"))
+    with pytest.raises(InputError, match=r"adapt\.parameters = 'some' must be"):
+        _run(*_arguments(one, out, codec, "--adapt", "--adapt-parameters", "some"))
+
+
 def test_some_slices(scans: Path, codec: Path, tmp_path: Path) -> None:
     whole = _run(*_arguments(scans / "scan0.h5", tmp_path / "whole", codec, "--formats", "hdf5"))
     assert whole.exit_code == 0

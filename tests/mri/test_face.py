@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,3 +193,17 @@ def test_wrong_scans_are_not_reported(scan: Scan, reporter: Reporter) -> None:
         nirvana.mri.report(scan, slices=[], reporter=reporter)
     with pytest.raises(InputError, match="at least 2 in the centre"):
         nirvana.mri.report(scan, np.arange(128) < 40, reporter=reporter)
+
+
+def test_a_codec_adapts_to_a_scan(scan: Scan, codec: CodecModel) -> None:
+    codec = deepcopy(codec)
+    with torch.no_grad():
+        codec.decoder.write.weight.normal_(0, 0.1)  # an image error that can be unlearned
+    plain = nirvana.mri.reconstruct(scan, codec=codec)
+    still = nirvana.mri.ScanAdaptConfig(steps=0)
+    np.testing.assert_array_equal(nirvana.mri.reconstruct(scan, codec=codec, adapt=still), plain)
+    some = nirvana.mri.ScanAdaptConfig("all", steps=8, lr=3e-3)
+    assert (nirvana.mri.reconstruct(scan, codec=codec, adapt=some) != plain).any()
+    np.testing.assert_array_equal(nirvana.mri.reconstruct(scan, codec=codec), plain)
+    with pytest.raises(InputError, match="adapt is for method 'nirvana', not 'sense'"):
+        nirvana.mri.reconstruct(scan, method="sense", adapt=some)

@@ -58,6 +58,17 @@ ComplexOption = Annotated[
 FormatsOption = Annotated[
     str, typer.Option(help="What to write, names with commas: hdf5, nifti, dicom, cfl, png.")
 ]
+AdaptOption = Annotated[
+    bool,
+    typer.Option(
+        "--adapt",
+        help="First adapt the codec to the scan, by predicting measured lines that are held back.",
+    ),
+]
+AdaptParametersOption = Annotated[
+    str, typer.Option(help="What --adapt learns: gains, backbone or all.")
+]
+AdaptStepsOption = Annotated[int, typer.Option(help="Steps of --adapt at most.", min=0)]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Keep results in --out that the same settings made.")
 ]
@@ -101,6 +112,9 @@ def reconstruct(
     simulated_coils: SimulatedCoilsOption = 8,
     noise: NoiseOption = None,
     wavelet: WaveletOption = True,
+    adapt: AdaptOption = False,
+    adapt_parameters: AdaptParametersOption = "gains",
+    adapt_steps: AdaptStepsOption = 48,
     formats: FormatsOption = "hdf5,nifti,dicom,png",
     complex_images: ComplexOption = False,
     resume: ResumeOption = False,
@@ -131,12 +145,16 @@ def reconstruct(
     chosen_slices = parse_slices(slices)
     ours = share_of(os.environ) if share else Share()
     weights = folder_of(codec, "MRI codec") if method == "nirvana" else None
+    if adapt and weights is None:
+        raise InputError(f"--adapt is for --method nirvana, not {method}")
     paths = find_scans(scan)
     check_outputs({"--out": out, "--json": json}, [*files_of(paths), weights, noise_covariance])
     several = scan.is_dir() or every
     images = _images(paths, reading, every, skip and several)
     folders = _folders(images, out, several, every)
 
+    from nirvana.mri.adapt.adaptation import ADAPTED, AdaptedMethod
+    from nirvana.mri.adapt.config import ScanAdaptConfig
     from nirvana.mri.classical.bart import program
     from nirvana.mri.methods import BART, NIRVANA, comparison_methods, method_named
     from nirvana.mri.pipeline import Preparation, PreparedScan, prepare
@@ -150,6 +168,7 @@ def reconstruct(
         slices=chosen_slices,
     )
     chosen = method_named(method)
+    adapting = ScanAdaptConfig(adapt_parameters, adapt_steps) if adapt else None  # type: ignore[arg-type]
     if chosen in BART.values():
         program()  # a missing program is reported before anything is read
     common = {
@@ -157,6 +176,7 @@ def reconstruct(
         "wavelet": wavelet,
         **{key: value for key, value in asdict(how).items() if key not in ("coils", "reading")},
         "coils": coils,
+        "adapt": None if adapting is None else asdict(adapting),
         "whiten": whiten and (noise_covariance is None or sha256(noise_covariance)),
         **asdict(outputs),
     }
@@ -184,7 +204,16 @@ def reconstruct(
     def work(job: ScanJob, folder: Path) -> dict[str, Any]:
         given = prepared(job)
         counters = slice_counters(bars, given.scan.name, given.num_slices)
-        return reconstruct_scan(given, methods, chosen, folder, outputs, job.settings, counters)
+        if adapting is None or not given.measurement.acquisition.has_gaps:
+            return reconstruct_scan(given, methods, chosen, folder, outputs, job.settings, counters)
+        task = bars.add_task(f"{given.scan.name}: adapting", total=adapting.steps)
+        adapted = AdaptedMethod(
+            *(codecs[NIRVANA], batch_size, replace(adapting, seed=seed + images[job.number].file)),
+            progress=lambda done: bars.advance(task, done),
+        )
+        both = {**methods, ADAPTED: adapted}
+        results = reconstruct_scan(given, both, ADAPTED, folder, outputs, job.settings, counters)
+        return {**results, "adaptation": adapted.record}
 
     with progress_bars() as bars:
         found = run_batch(

@@ -17,15 +17,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nirvana.mri.adapt.config import ScanAdaptConfig
     from nirvana.mri.io import read_scan
     from nirvana.mri.model.checkpoint import load_codec
     from nirvana.mri.pipeline import reconstruct
     from nirvana.mri.reports.reporter import load_reporter
     from nirvana.mri.reports.scan_report import report
 
-__all__ = ["load_codec", "load_reporter", "read_scan", "reconstruct", "report"]
+__all__ = ["ScanAdaptConfig", "load_codec", "load_reporter", "read_scan", "reconstruct", "report"]
 
 _HOMES = {
+    "ScanAdaptConfig": "nirvana.mri.adapt.config",
     "load_codec": "nirvana.mri.model.checkpoint",
     "load_reporter": "nirvana.mri.reports.reporter",
     "read_scan": "nirvana.mri.io",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nirvana.errors import InputError
+from nirvana.mri.adapt.adaptation import AdaptedMethod
+from nirvana.mri.adapt.config import ScanAdaptConfig
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import CoilOptions, Measurement, measure, target_of
 from nirvana.mri.data.simulate import simulate_scan
@@ -28,6 +30,7 @@ from nirvana.mri.methods import (
     NIRVANA,
     Method,
     SliceCounter,
+    codec_method,
     comparison_methods,
     fourier_method,
     method_named,
@@ -101,6 +104,7 @@ def reconstruct(
     *,
     method: str = "nirvana",
     codec: str | Path | CodecModel = "codec",
+    adapt: ScanAdaptConfig | None = None,
     complex_images: bool = False,
     coils: CoilOptions | None = None,
     batch_size: int = 4,
@@ -120,6 +124,8 @@ def reconstruct(
         method: of undersampled k-space: "nirvana" (a codec), "l1-wavelet", "sense", "grappa",
             "zero-filled", "bart-sense" or "bart-l1-wavelet".
         codec: a loaded codec, or the folder or packaged name of one.
+        adapt: first adapt the codec to the scan with these settings, `ScanAdaptConfig()`; None
+            takes it as it is.
         complex_images: return complex images, see `sense.combine_coils`, in place of magnitudes.
         coils: whether the noise is whitened, and the number of virtual coils.
         batch_size: slices that a codec reconstructs at once.
@@ -132,19 +138,24 @@ def reconstruct(
 
     Raises:
         InputError: the method or codec does not exist, the k-space or mask has another shape, or
-            fewer than two contiguous samples in the middle are measured.
+            fewer than two contiguous samples in the middle are measured; `adapt` with another
+            method, or for a scan that `adapt_to_scan` refuses.
     """
     label = method_named(method)
+    if adapt is not None and label != NIRVANA:
+        raise InputError(f"adapt is for method 'nirvana', not {method!r}")
     scan = kspace if isinstance(kspace, Scan) else as_scan(kspace)
     measurement = measure(scan, coils, mask)
     function: Method = fourier_method
     if measurement.acquisition.has_gaps:
         measurement.acquisition.require_calibration()
-        codecs = {}
         if label == NIRVANA:
-            codecs[NIRVANA] = codec if isinstance(codec, CodecModel) else load_codec(codec, device)
-        known = comparison_methods(codecs, wavelet=False, also=label, batch_size=batch_size)
-        function = known[label]
+            model = codec if isinstance(codec, CodecModel) else load_codec(codec, device)
+            function = codec_method(model, batch_size)
+            if adapt is not None:
+                function = AdaptedMethod(model, batch_size, adapt)
+        else:
+            function = comparison_methods({}, wavelet=False, also=label)[label]
     count = progress or (lambda done: None)
     wanted = label if complex_images else None
     found = run_methods(measurement, {label: function}, lambda name: count, wanted)[label]

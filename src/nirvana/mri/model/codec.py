@@ -239,6 +239,23 @@ class CodecModel(nn.Module):
             k = measured.within_acquired(k)
         return measured.images(k)
 
+    def coil_images(
+        self,
+        y: Tensor,
+        mask: Tensor,
+        calibration: Tensor,
+        scale: Tensor,
+        initial: InitialMaps | None = None,
+    ) -> tuple[Tensor, Iterate]:
+        """The images of all coils, complex `[B, coils, H, W]`, divided by `scale`, and the iterate
+        before the correction; arguments as of `forward`."""
+        encoding = self.encode_kspace(y, mask, calibration, scale, initial)
+        hidden = None
+        if self.config.correction == "tokens":
+            hidden, _ = self.specialist(self.encoder(encoding.image), None)
+        measured = encoding.iterate.measured
+        return measured.from_middle(self._coil_images(encoding, hidden)), encoding.iterate
+
     def reconstruct(
         self,
         kspace: Tensor,
@@ -311,12 +328,7 @@ class CodecModel(nn.Module):
         """The images of a batch; arguments as of `forward`, `sense.combine_coils` and
         `partial_fourier.complete`, `initial` the fields of `InitialMaps`, if any."""
         given = InitialMaps(*initial) if initial else None
-        encoding = self.encode_kspace(y, mask, calibration, scale, given)
-        hidden = None
-        if self.config.correction == "tokens":
-            hidden, _ = self.specialist(self.encoder(encoding.image), None)
-        iterate = encoding.iterate
-        coils = iterate.measured.from_middle(self._coil_images(encoding, hidden))
+        coils, iterate = self.coil_images(y, mask, calibration, scale, given)
         if extent is not None:
             coils = torch.stack([ifft2c(complete(k, extent)) for k in fft2c(coils)])
         sensitivities = iterate.measured.from_middle(iterate.maps[:, 0])
