@@ -157,6 +157,33 @@ def trigger() -> Figure:
     return figure
 
 
+def sample() -> Figure:
+    """The Trigger of the whole sample: chunks are scored, then teach the task parameters."""
+    figure, axes = canvas(11.6, 4.0)
+    label(axes, 0.2, 3.75, "One document, chunk by chunk", ha="left", weight="bold")
+    chunks, values, top, low = (2.75, 5.85, 8.95), (1.2, 4.3, 7.4, 10.5), 2.45, 0.75
+    for i, x in enumerate(chunks, start=1):
+        box(axes, x, top, f"FROZEN model\nreads chunk {i}", BLUE, 1.7, 0.8)
+        arrow(axes, (x, top + 0.4), (x, top + 0.68))
+        label(axes, x, top + 0.82, f"score, with $\\varphi_{i - 1}$")
+        arrow(axes, (values[i - 1] + 0.45, low + 0.32), (x - 0.55, top - 0.42), ORANGE)
+        arrow(axes, (x + 0.55, top - 0.42), (values[i] - 0.45, low + 0.32), ORANGE)
+        label(axes, values[i] - 0.84, 1.55, "gradient", ORANGE, ha="right", fontsize=11)
+    for left, right in pairwise(chunks):
+        arrow(axes, (left + 0.85, top), (right - 0.85, top), PURPLE)
+        label(axes, (left + right) / 2, top + 0.17, "state", PURPLE)
+    arrow(axes, (chunks[-1] + 0.85, top), (10.6, top), PURPLE)
+    label(axes, 10.8, top, "…", PURPLE)
+    for i, x in enumerate(values):
+        text = "$\\varphi_0$ = 0" if i == 0 else f"$\\varphi_{i}$"
+        box(axes, x, low, text, ORANGE, 1.1, 0.6)
+    for left, right in pairwise(values):
+        arrow(axes, (left + 0.55, low), (right - 0.55, low), ORANGE)
+        label(axes, (left + right) / 2, low - 0.2, "− lr d(g)", ORANGE, fontsize=11)
+    label(axes, 5.85, 0.16, "task parameters of this document: a few thousand numbers", ORANGE)
+    return figure
+
+
 def updater() -> Figure:
     """Two branches on shared q, k, v, what each can see, and the gate."""
     figure, axes = canvas(11.6, 4.7)
@@ -234,6 +261,7 @@ def codec() -> Figure:
 FIGURES: dict[str, Callable[[], Figure]] = {
     "overview.svg": overview,
     "trigger.svg": trigger,
+    "sample.svg": sample,
     "updater.svg": updater,
     "codec.svg": codec,
 }
