@@ -48,11 +48,11 @@ def draw_measured(file: Path, images: Path) -> None:
     measurement = measure(scan).undersampled(Sampling("equispaced", 4.0, 0.08), seed=0)
     methods = comparison_methods({NIRVANA: load_codec()}, also=BART["l1"])
     results = run_methods(measurement, methods)
-    images = {name: result.images for name, result in results.items() if name != BART["l2"]}
+    volumes = {name: result.images for name, result in results.items() if name != BART["l2"]}
     sampled = sampled_share(measurement.acquisition.pattern)
     with TemporaryDirectory() as folder:
         picture = Path(folder) / "measured.png"
-        draw_middle(picture, {TARGET: target_of(scan), **images}, scan, sampled)
+        draw_middle(picture, {TARGET: target_of(scan), **volumes}, scan, sampled)
         shrink(picture, images / "measured.png")
 
 
