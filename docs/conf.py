@@ -84,6 +84,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "abort_on_example_error": True,
     "show_memory": False,
+    "remove_config_comments": True,
     "write_computation_times": False,
     "nested_sections": False,
     "first_notebook_cell": "# In a fresh environment:  pip install 'nirvana[mri]'",

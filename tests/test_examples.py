@@ -34,6 +34,7 @@ CHECKS = {
     "language/task_file.py": """
         assert mean[1] < mean[0] - 0.1 and better > 0.8 * len(test), (mean, better)
         assert second.bits_per_byte < first.bits_per_byte
+        assert sum(changed) > sum(plain) and min(changed) > 0.98 * min(plain), (plain, changed)
         assert scores(test) == before  # outside of `applied` the model is what it was
     """,
     "language/train_a_small_model.py": """

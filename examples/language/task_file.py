@@ -73,10 +73,10 @@ print(f"bits per byte {mean[0]:.3f} without the file, {mean[1]:.3f} with it")
 print(f"{better} of {len(test)} pages are predicted better")
 
 # %%
-# What it costs elsewhere
-# -----------------------
-# A task is of its domain. On English prose, of which the model has read much, the same file makes
-# the predictions worse: give it where its domain is, and not elsewhere.
+# What it does elsewhere
+# ----------------------
+# A task is of its domain. On English prose, of which the model has read much, the same file gains
+# nothing: one of these texts is predicted as before, the other worse.
 
 prose = [
     "It was a dark night, and no one was on the road. The old man had left his lamp in the window, "
@@ -87,6 +87,8 @@ prose = [
 plain = scores(prose)
 with task.applied(model):
     changed = scores(prose)
+for old, new in zip(plain, changed, strict=True):
+    print(f"prose: bits per byte {old:.3f} without the file, {new:.3f} with it")
 
 figure, axes = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
 low, high = 1.0, max(*before, *plain) + 0.2

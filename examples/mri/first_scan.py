@@ -69,3 +69,4 @@ for each, (name, images_of) in zip(axes, results.items(), strict=True):
     each.set_title(name)
     each.set_axis_off()
 plt.show()
+# sphinx_gallery_thumbnail_number = 2

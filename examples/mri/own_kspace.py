@@ -100,3 +100,4 @@ out = Path(tempfile.mkdtemp())
 write_nifti(out / "phantom.nii.gz", images, scan.affine, scan.spacing)
 write_reconstruction(out / "phantom.h5", images, scan, mask, method="nirvana")
 print(sorted(path.name for path in out.iterdir()))
+# sphinx_gallery_thumbnail_number = 2

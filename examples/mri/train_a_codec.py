@@ -126,3 +126,4 @@ for each, (name, images) in zip(axes, shown.items(), strict=True):
     each.set_title(name)
     each.set_axis_off()
 plt.show()
+# sphinx_gallery_thumbnail_number = 2
