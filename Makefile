@@ -9,8 +9,7 @@ INSTALL = $(BIN)/python $(PIP) -c constraints.txt
 # The two ends of the declared ranges have environments of their own.
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
-WHEELS := build/wheels
-EXTRAS := mri,train,eval,dev
+EXTRAS := mri,train,eval,dev,docs
 
 # One thread a worker: two workers with two threads each would only get in each other's way.
 PYTEST := -m pytest -n 2
@@ -23,7 +22,7 @@ SURFACE := tests/test_package.py tests/test_dependencies.py tests/model/test_con
 	tests/model/test_packing.py tests/cli/test_language.py tests/cli/test_mri.py tests/mri/io \
 	tests/mri/model/test_codec.py
 
-.PHONY: demo test quick lint types imports docs clean newest lowest test-newest test-newest-quick test-lowest
+.PHONY: demo test quick lint types imports docs site links figures dist clean newest lowest test-newest test-newest-quick test-lowest
 
 demo: $(VENV)/.demo
 	$(BIN)/nirvana demo --out out/demo
@@ -50,6 +49,28 @@ imports: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python -m pytest -n 0 tests/test_docs.py
 
+# The site in build/site: examples are run for their pictures, warnings are errors.
+site: export OMP_NUM_THREADS = 1
+site: $(VENV)/.test
+	$(BIN)/python -m sphinx -n -q -W --keep-going -c docs -d build/doctrees . build/site
+
+# Addresses outside of the repository; needs a network.
+links: $(VENV)/.test
+	$(BIN)/python -m sphinx -q -b linkcheck -D sphinx_gallery_conf.plot_gallery=0 -c docs -d build/doctrees . build/links
+
+# Every drawing and picture in docs/images, and the numbers that the tutorials show, anew. The picture
+# of a measured scan needs the folder DATA and BART's program, see docs/figures/readme.py.
+figures: $(VENV)/.test
+	$(BIN)/python docs/figures/concepts.py
+	$(BIN)/python docs/figures/readme.py $(DATA)
+	$(BIN)/python docs/figures/tutorials.py
+
+# Source distribution, and the wheel that is built from it, as a release has them.
+dist: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+
 # The newest versions that pip finds within the ranges. New ones appear without a change here, so
 # the environment is always made anew.
 test-newest test-newest-quick: export OMP_NUM_THREADS = 1
@@ -60,14 +81,13 @@ test-newest-quick: newest
 	$(NEWEST)/bin/python $(PYTEST) $(SURFACE)
 
 # The clean install: the wheel alone first, as a user gets it, then with the extras.
-newest:
-	rm -rf $(NEWEST) $(WHEELS)
+newest: dist
+	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(WHEELS) .
-	$(NEWEST)/bin/python $(PIP) pytest $(WHEELS)/nirvana-*.whl
+	$(NEWEST)/bin/python $(PIP) pytest dist/nirvana-*.whl
 	$(NEWEST)/bin/python -m pytest tests/install/test_wheel.py tests/install/test_standalone.py
 	$(NEWEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager \
-		"$$(echo $(WHEELS)/nirvana-*.whl)[$(EXTRAS)]"
+		"$$(echo dist/nirvana-*.whl)[$(EXTRAS)]"
 	$(NEWEST)/bin/python -m pip check
 	$(NEWEST)/bin/python -m pytest tests/install/test_extras.py
 
@@ -76,7 +96,7 @@ test-lowest: $(LOWEST)/.test
 	$(LOWEST)/bin/python $(PYTEST) --durations=10
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOWEST) build out
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) build dist out docs/gallery docs/api/commands.md
 
 $(VENV)/bin/python $(LOWEST)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.13 is needed: none found on the PATH"; exit 1; }

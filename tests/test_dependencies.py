@@ -17,7 +17,7 @@ from nirvana import cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "nirvana"
-FOLDERS = ("src", "tests", "experiments", "benchmarks", "examples")
+FOLDERS = ("src", "tests", "experiments", "benchmarks", "examples", "docs", "release")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 # Modules whose distribution need not be installed where these tests run.
@@ -34,6 +34,9 @@ ROOMS = {"mri/": "mri", "evaluate/harness.py": "eval", "ops/cuda/": "cuda"}
 
 # Declared although no module imports them: another package does once it is asked to.
 INDIRECT = {"tensorboard": "torch.utils.tensorboard"}
+
+# Extras of those who work on the package, not of its users.
+WORK = ("dev", "docs")
 
 CORE = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = {
@@ -101,9 +104,9 @@ def undeclared(path: Path, declared: set[str], *, at_once: bool = False) -> list
 
 
 def test_every_import_of_the_package_is_declared():
-    """Some extra that a user can ask for, so not `dev`, brings what a module imports."""
+    """Some extra that a user can ask for brings what a module imports."""
     declared = names(
-        [*CORE, *(each for extra in EXTRAS if extra != "dev" for each in EXTRAS[extra])]
+        [*CORE, *(each for extra in EXTRAS if extra not in WORK for each in EXTRAS[extra])]
     )
     assert not [line for path in sources("src") for line in undeclared(path, declared)]
 
@@ -135,7 +138,7 @@ def test_every_import_of_tests_and_scripts_is_declared():
 def test_every_dependency_of_the_package_is_imported():
     used = {name for path in sources("src") for m in imports(path) for name in distributions(m)}
     for extra, requirements in {"": CORE, **EXTRAS}.items():
-        if extra != "dev":
+        if extra not in WORK:
             assert names(requirements) - set(INDIRECT) <= used, extra
 
 
@@ -157,7 +160,7 @@ def pins(file: str) -> dict[str, Version]:
 
 
 def test_the_lowest_versions_are_the_lower_ends():
-    tested = [*CORE, *(each for extra in ("train", "mri", "eval", "dev") for each in EXTRAS[extra])]
+    tested = [*CORE, *(each for extra in ("train", "mri", "eval", *WORK) for each in EXTRAS[extra])]
     assert pins("constraints-lowest.txt") == {
         canonicalize_name(requirement.name): lowest(requirement) for requirement in tested
     }

@@ -1,6 +1,7 @@
 """What the documentation names exists: files, headings, commands, options and settings."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+import nirvana
+import nirvana.adapt
+import nirvana.mri
+import nirvana.ops
 from nirvana.cli import app
 from nirvana.config import load_config
 from nirvana.packaged import config_file
@@ -16,17 +21,17 @@ from nirvana.train.config import LanguageConfig
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "CHANGELOG.md",
+        *ROOT.glob("*.md"),
         ROOT / "benchmarks" / "LOG.md",
         *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").glob("concepts/*.md"),
+        *(ROOT / "docs").glob("tutorials/*.md"),
         *(ROOT / "experiments").glob("*/*.md"),
         *(ROOT / "src/nirvana/assets").glob("*/README.md"),
     ]
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-PROGRAM = re.compile(r"(?:^\s*nirvana|\$\(which nirvana\)\"?) (?=[a-z-])(.*)")
+PROGRAM = re.compile(r"(?:^\s*(?:\$ )?nirvana|\$\(which nirvana\)\"?) (?=[a-z-])(.*)")
 PLANNED = {"--processes": 1, "--device-name": 1}
 """Options of a dry run, and the number of their values."""
 NAMES = {page.relative_to(ROOT).as_posix(): page for page in PAGES}
@@ -118,6 +123,30 @@ def test_named_configurations_and_settings_exist():
             load_config(LanguageConfig, config_file(words[1]), settings)
             checked += 1
     assert checked > 5
+
+
+@pytest.mark.parametrize(
+    "package", [nirvana, nirvana.adapt, nirvana.mri, nirvana.ops], ids=lambda p: p.__name__
+)
+def test_the_reference_holds_every_public_name(package):
+    pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.rst"))
+    whole = re.findall(r"automodule:: (\S+)\n   :members:\n", pages)
+    for name in package.__all__:
+        homes = {package.__name__, getattr(getattr(package, name), "__module__", None)}
+        alone = re.search(rf":: {re.escape(package.__name__)}\.{name}$", pages, flags=re.M)
+        assert alone or homes & set(whole), f"{package.__name__}.{name} is on no page of docs/api"
+
+
+def test_the_drawings_are_those_of_their_program(tmp_path):
+    """`make figures` was run; another version of Matplotlib may draw them otherwise."""
+    matplotlib = pytest.importorskip("matplotlib")
+    runpy.run_path(str(ROOT / "docs" / "figures" / "concepts.py"))["draw"](tmp_path)
+    committed = ROOT / "docs" / "images"
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in committed.glob("*.svg")}
+    for path in tmp_path.iterdir():
+        text = (committed / path.name).read_text("utf-8")
+        if f"v{matplotlib.__version__}," in text:
+            assert path.read_text("utf-8") == text, f"{path.name}: run make figures"
 
 
 def test_wrong_commands_are_found():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,43 @@ def test_server_answers(server):
     written = [part["choices"][0]["delta"].get("content") or "" for part in parts]
     assert "".join(written) == expected("\n".join(chat))
     assert sum(map(bool, written)) > 1
+
+
+def test_the_client_of_the_documentation_works(server, capsys):
+    """It prints a completion and a chat's answer, which are the same continuation of one text."""
+    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(from openai.*?)^```", page, flags=re.M | re.S)
+    exec(code.replace("http://localhost:8000", server).replace("FOLDER", TINY), {})
+    model, tokenizer = load_language_model("tiny")
+    tokens = tokenizer("The court held that", return_tensors="pt").input_ids
+    out = model.generate(tokens, max_new_tokens=20, do_sample=False)
+    expected = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == f"{expected}\n{expected}"
+
+
+@pytest.mark.parametrize("named", [[TINY], []])
+def test_continuous_batching_is_refused(named):
+    command = [*LAUNCH, "transformers", "serve", *named, "--continuous-batching"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--continuous-batching is not possible" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_continuous_batching_of_other_models_is_left_to_the_library(tmp_path):
+    """It goes on to the program, which then refuses an unknown option of its own."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    command = [
+        *LAUNCH,
+        "transformers",
+        "serve",
+        str(tmp_path),
+        "--continuous-batching",
+        "--no-such",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "not possible" not in done.stderr
+    assert "--no-such" in done.stderr
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ that file; a model to which they do not belong is refused.
 """
 
 import argparse
+import json
 import runpy
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -51,6 +52,7 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["-m"]:
         _run_module(arguments[1:])
     elif script := _console_script(arguments):
+        _require_batching(arguments)
         sys.argv = arguments
         sys.exit(script.load()())
     elif arguments and Path(arguments[0]).is_file():
@@ -64,6 +66,20 @@ def _run(arguments: list[str]) -> None:
 def _console_script(arguments: list[str]) -> EntryPoint | None:
     scripts = entry_points(group="console_scripts", name=arguments[0]) if arguments else ()
     return next(iter(scripts), None)
+
+
+def _require_batching(arguments: list[str]) -> None:
+    """Refuses a server whose batches the library cannot make of Nirvana's states. It would start,
+    and answer every request with an internal error."""
+    if arguments[:2] != ["transformers", "serve"] or "--continuous-batching" not in arguments:
+        return
+    configs = [Path(each) / "config.json" for each in arguments[2:]]
+    kinds = {json.loads(each.read_bytes()).get("model_type") for each in configs if each.is_file()}
+    if not kinds - {"nirvana"}:
+        _refuse(
+            "--continuous-batching is not possible with Nirvana's states, which transformers does "
+            "not page; leave it out, or serve models of other kinds without nirvana.launch"
+        )
 
 
 def _run_module(arguments: list[str]) -> None:

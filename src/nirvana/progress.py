@@ -41,8 +41,8 @@ class ProgressLines(Progress):
             super().stop()
 
     def add_task(self, description: str, *args: Any, **fields: Any) -> TaskID:
-        """See `rich.progress.Progress.add_task`."""
-        task = super().add_task(description, *args, **fields)
+        """See `rich.progress.Progress.add_task`; without a `total` there is none."""
+        task = super().add_task(description, *args, **{"total": None, **fields})
         self._print(task)
         return task
 

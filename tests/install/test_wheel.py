@@ -3,7 +3,10 @@
 import importlib.metadata
 import json
 import os
+import tarfile
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pytest
 import torch
@@ -27,6 +30,17 @@ def test_the_wheel_holds_the_package_and_nothing_else():
         assert f"nirvana/assets/{model}/model.safetensors" in names
     assert f"{metadata}/licenses/LICENSE" in names
     assert not any("test" in part for file in held for part in file.parts)
+
+
+def test_the_source_distribution_holds_the_package_and_nothing_else():
+    origin = importlib.metadata.distribution("nirvana").read_text("direct_url.json")
+    assert origin is not None
+    wheel = Path(url2pathname(urlparse(json.loads(origin)["url"]).path))
+    (source,) = wheel.parent.glob("nirvana-*.tar.gz")
+    with tarfile.open(source) as archive:
+        held = {Path(name).parts[1] for name in archive.getnames()}
+    assert held >= {"src", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert not held & {"tests", "experiments", "benchmarks", "docs", "build"}
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=" ".join)

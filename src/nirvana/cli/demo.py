@@ -167,8 +167,7 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
 
     def write_images(folder: Path) -> None:
         images = {name: result.images for name, result in results.items()}
-        shown = {TARGET: target, **images}
-        draw_middle(folder / "mri.png", shown, table, scan.name, sampled)
+        draw_middle(folder / "mri.png", {TARGET: target, **images}, scan, sampled)
         write_reconstruction(
             folder / "reconstruction.h5", images[NIRVANA], scan, prepared.pattern, method="nirvana"
         )

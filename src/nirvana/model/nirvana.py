@@ -218,6 +218,12 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
         )
 
 
+NO_CONTINUOUS_BATCHING = (
+    "continuous batching is not possible: transformers pages keys and values of attention layers, "
+    "and Nirvana's layers also have states of constant size; use generate with rows of a batch"
+)
+
+
 class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
     """`NirvanaModel` with a language head, tied to the embedding by default."""
 
@@ -385,6 +391,14 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             raise ValueError("a Decoder takes rows of one length, without padding")
         logits = decoder.read(input_ids)[:, None]
         return NirvanaCausalLMOutputWithPast(logits=logits, **in_output(decoder))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused. The library calls this by its name before all continuous batching.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(NO_CONTINUOUS_BATCHING)
 
     @staticmethod
     def create_masks_for_generate(

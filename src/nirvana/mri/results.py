@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from nirvana.mri.evaluate.compare import finite, run_methods, score_rows
-from nirvana.mri.evaluate.figure import panel
-from nirvana.mri.evaluate.metrics import centre_crop
-from nirvana.mri.io import files_of, in_file_axes
+from nirvana.mri.evaluate.figure import panel, slice_geometry
+from nirvana.mri.evaluate.metrics import centre_crop, score
+from nirvana.mri.io import Scan, files_of, in_file_axes
 from nirvana.mri.io.outputs import OutputOptions, Reconstruction, write_images
 from nirvana.mri.methods import FOURIER, Method, Progress, fourier_method
 from nirvana.mri.pipeline import PreparedScan
@@ -61,8 +61,7 @@ def reconstruct_scan(
     if "png" in options.formats:
         images = {name: result.images for name, result in volumes.items()}
         shown = images if target is None else {TARGET: target, **images}
-        turned = {name: in_file_axes(volume, scan)[0] for name, volume in shown.items()}
-        draw_middle(folder / "panel.png", turned, rows, scan.name, prepared.sampled)
+        draw_middle(folder / "panel.png", shown, scan, prepared.sampled)
     results = {"scan": str(prepared.path), "volume": scan.name, "codec": settings.get("codec")}
     results |= {"method": chosen, "mask": prepared.drawn, "sampled": prepared.sampled}
     results["columns"] = np.flatnonzero(pattern).tolist() if pattern.ndim == 1 else None
@@ -70,30 +69,35 @@ def reconstruct_scan(
     return finite({**results, "results": rows})
 
 
-def draw_middle(
-    path: Path,
-    volumes: Mapping[str, np.ndarray],
-    rows: list[dict[str, Any]],
-    name: str,
-    sampled: float,
-) -> None:
-    """Writes a picture of the middle slice of every method, cropped to the first volume.
+def draw_middle(path: Path, volumes: Mapping[str, np.ndarray], scan: Scan, sampled: float) -> None:
+    """Writes a picture of the middle slice of every method, cropped to the first volume, in the
+    axes of the scan's file, and with the scores of this slice where its truth is known.
 
     Args:
         path: PNG file.
         volumes: method -> real `[slices, H, W]`; the fully sampled image, called `TARGET`, first
             where it is known.
-        rows: of `score_rows`.
-        name: of the scan.
+        scan: for its name and geometry.
         sampled: share of k-space, 0..1.
     """
-    first = next(iter(volumes.values()))
+    first, spacing, affine = in_file_axes(next(iter(volumes.values())), scan)
     middle, size = len(first) // 2, first.shape[-2:]
-    scored = TARGET in volumes
+    images = {
+        name: centre_crop(in_file_axes(volume, scan)[0][middle], size)
+        for name, volume in volumes.items()
+    }
+    target, scores = images.get(TARGET), None
+    if target is not None and target.any():
+        scores = {
+            name: score(target[None], image[None])
+            for name, image in images.items()
+            if name != TARGET
+        }
     panel(
         path,
-        {key: centre_crop(volume[middle], size) for key, volume in volumes.items()},
-        TARGET if scored else None,
-        {row["method"]: row for row in rows} if scored else None,
-        f"{name}, slice {middle + 1}, {sampled:.1%} of k-space sampled",
+        images,
+        TARGET if target is not None else None,
+        scores,
+        f"{scan.name}, slice {middle + 1} of {len(first)}, {sampled:.1%} of k-space sampled",
+        slice_geometry(spacing, affine),
     )

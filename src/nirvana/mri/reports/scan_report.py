@@ -209,7 +209,11 @@ def write_scan_report(
     with atomic_folder(out) as folder:
         (folder / "report.txt").write_text(found.text, encoding="utf-8")
         report_panel(
-            *(folder / "panel.png", found.images[chosen], found.readings[chosen], region, title),
-            sides_known=found.view.known,
+            folder / "panel.png",
+            found.images[chosen],
+            found.readings[chosen],
+            region,
+            title,
+            found.view.known,
         )
         write_json(folder / "report.json", described)
