@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python $(PIP) -c constraints.txt
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 WHEELS := build/wheels
-EXTRAS := mri,train,eval,dev
+EXTRAS := mri,train,eval,app,dev
 
 # One thread a worker: two workers with two threads each would only get in each other's way.
 PYTEST := -m pytest -n 2
