@@ -19,6 +19,7 @@ from helpers.scan_files import MAKERS, damaged
 from nirvana.app.page import FAULT
 
 COUNT = 200
+SUFFIXES = (".h5", ".npy", ".npz", ".mat", ".dat", ".nii", ".nii.gz", ".cfl", ".pkl", ".dcm")
 MEMORY = 64 * 2**20
 MARK = "this-was-executed"
 

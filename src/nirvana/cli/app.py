@@ -47,8 +47,6 @@ def app(
     resolve(reporter, "MRI reporter")
     resolve(model)
 
-    import gradio  # noqa: F401  (missing without the extra: found out before the models)
-
     from nirvana.app.config import AppConfig
     from nirvana.app.server import served
     from nirvana.device import choose_device
@@ -66,7 +64,7 @@ def app(
     if host not in LOOPBACK:
         print(
             f"nirvana: note: everyone who reaches {host} can use this page and this computer's "
-            "time; it asks for no password",
+            "time; it has no password",
             file=sys.stderr,
         )
     signal.signal(signal.SIGTERM, _interrupt)
