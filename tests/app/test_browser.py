@@ -115,7 +115,7 @@ def test_the_room_of_text_by_keyboard(page: Any) -> None:
     for _ in range(2):
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    prompt = page.get_by_label("Prompt")
+    prompt = page.get_by_label("Prompt", exact=True)
     prompt.wait_for()
     prompt.focus()
     page.keyboard.press("Control+a")

@@ -356,7 +356,7 @@ def test_requests_that_are_out_of_range_are_refused(change, message):
 
 
 def test_a_model_without_trigger_has_no_gates():
-    assert "this model has none" in tokens_html(["a"], [], "gate", "")
+    assert "this model has none" in tokens_html(["a"], [], (0.0, 0.0), "gate", "")
 
 
 @pytest.mark.slow

@@ -73,6 +73,11 @@ def parse(values: Sequence[Any]) -> tuple[Sampling | None, int, ReadOptions]:
     return sampling, int(seed or 0), reading
 
 
+def _paths_of(files: Any) -> list[str] | None:
+    """Where the server put the files of an upload."""
+    return None if files is None else [file.path for file in files]
+
+
 def picker(page: Page, room: str) -> Picker:
     """Lays out the choice of a scan.
 
@@ -99,11 +104,13 @@ def picker(page: Page, room: str) -> Picker:
         type="filepath",
         height=150,
     )
+    # Gradio's own would leave an empty file in its folder for each upload.
+    upload.preprocess = _paths_of  # type: ignore[method-assign]
     gr.HTML(f'<p class="note">{FORMATS}</p>')
     example = gr.Button("Use the example", size="sm")
     with gr.Accordion("Undersampling of a fully sampled scan", open=True), gr.Row():
         acceleration = gr.Dropdown(ACCELERATIONS, value="4", label="Acceleration", min_width=130)
-        kind = gr.Dropdown(list(MASK_KINDS), value="equispaced", label="Mask", min_width=130)
+        kind = gr.Radio(list(MASK_KINDS), value="equispaced", label="Mask", min_width=130)
         center = gr.Number(0.08, label="Centre fraction", minimum=0, maximum=1, min_width=130)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=130)
     with gr.Accordion("How the file is read, where it does not state it", open=False):

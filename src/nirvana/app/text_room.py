@@ -128,6 +128,8 @@ def _coloured(session: Session, colour: str) -> tuple[str, str]:
     """The tokens by the model as it is, and adapted; empty where they were not computed."""
     found = session.results.get(ROOM, {})
     title, unit = COLOURS[colour]
+    numbers = [each for trace in found.values() for each in getattr(trace, colour)]
+    ends = (min(numbers, default=0.0), max(numbers, default=0.0))  # one scale for both
     shown = []
     for variant in (FROZEN, ADAPTED):
         trace = found.get(variant)
@@ -135,9 +137,6 @@ def _coloured(session: Session, colour: str) -> tuple[str, str]:
             shown.append("")
             continue
         note = f", {ADAPTED_NOTE[colour]}" if trace.adapted else ""
-        shown.append(
-            tokens_html(
-                trace.pieces, getattr(trace, colour), f"The model {variant}: {title}{note}", unit
-            )
-        )
+        name = f"The model {variant}: {title}{note}"
+        shown.append(tokens_html(trace.pieces, getattr(trace, colour), ends, name, unit))
     return shown[0], shown[1]

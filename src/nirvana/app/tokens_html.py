@@ -9,18 +9,25 @@ COLOURS = "viridis"
 DARK = 0.5  # luminance below which a token's letters are white
 
 
-def tokens_html(pieces: Sequence[str], values: Sequence[float], title: str, unit: str) -> str:
+def tokens_html(
+    pieces: Sequence[str],
+    values: Sequence[float],
+    ends: tuple[float, float],
+    title: str,
+    unit: str,
+) -> str:
     """A text whose tokens have colours; the number of each is its tooltip.
 
     Args:
         pieces: texts of the tokens.
-        values: a number for each.
+        values: a number for each; none where the model has none.
+        ends: of the colour scale.
         title: of the colour bar.
         unit: of the numbers, after a blank, or empty.
     """
     if not values:
         return f"<p>{html.escape(title)}: this model has none.</p>"
-    low, high = min(values), max(values)
+    low, high = ends
     marks = "".join(
         _mark(piece, value, (value - low) / ((high - low) or 1.0), unit)
         for piece, value in zip(pieces, values, strict=True)
