@@ -9,7 +9,8 @@ INSTALL = $(BIN)/python $(PIP) -c constraints.txt
 # The two ends of the declared ranges have environments of their own.
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
-EXTRAS := mri,train,eval,dev,docs
+WHEELS := build/wheels
+EXTRAS := mri,train,eval,app,dev,docs
 
 # One thread a worker: two workers with two threads each would only get in each other's way.
 PYTEST := -m pytest -n 2

@@ -30,7 +30,7 @@ OPTIONAL = {
 }
 
 # Rooms that only who has an extra enters: their modules may import it on being imported.
-ROOMS = {"mri/": "mri", "evaluate/harness.py": "eval", "ops/cuda/": "cuda"}
+ROOMS = {"app/": "app", "mri/": "mri", "evaluate/harness.py": "eval", "ops/cuda/": "cuda"}
 
 # Declared although no module imports them: another package does once it is asked to.
 INDIRECT = {"tensorboard": "torch.utils.tensorboard"}
@@ -123,7 +123,7 @@ def test_importing_a_module_needs_no_extra_of_another_room():
 
 def test_the_program_names_the_extra_of_a_missing_module():
     """Where an extra is not installed, a command ends with the line that installs it."""
-    offered = {extra: names(EXTRAS[extra]) for extra in ("train", "mri", "eval")}
+    offered = {extra: names(EXTRAS[extra]) for extra in ("train", "mri", "eval", "app")}
     for module in {m for path in sources("src") for m in imports(path)}:
         extras = {extra for extra, given in offered.items() if distributions(module) & given}
         if extras:
@@ -160,7 +160,8 @@ def pins(file: str) -> dict[str, Version]:
 
 
 def test_the_lowest_versions_are_the_lower_ends():
-    tested = [*CORE, *(each for extra in ("train", "mri", "eval", *WORK) for each in EXTRAS[extra])]
+    extras = ("train", "mri", "eval", "app", *WORK)
+    tested = [*CORE, *(each for extra in extras for each in EXTRAS[extra])]
     assert pins("constraints-lowest.txt") == {
         canonicalize_name(requirement.name): lowest(requirement) for requirement in tested
     }

@@ -97,6 +97,12 @@ CASES: dict[str, Case] = {
         {"json": "out.json"},
         {"preset", "parts", "train", "decode_contexts", "peers", "dtype", "device"},
     ),
+    "app": (
+        "--codec {codec} --reporter {reporter} --model {model}",
+        {"codec": "codec/", "reporter": "reporter/", "model": "model/"},
+        {},
+        {"host", "device"},
+    ),
     "config": ("tiny --out {out}", {}, {"out": "out.toml"}, {"name"}),
     "generate": (
         "{model} --prompt a --task {task}",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import nirvana as package
 from nirvana import NirvanaForCausalLM
 
-COMMANDS = ("demo", "convert", "mri", "data", "train", "export", "eval", "generate", "bench")
+COMMANDS = ("demo", "convert", "mri", "data", "train", "export", "eval", "generate", "app", "bench")
 
 
 def test_the_wheel_holds_the_package_and_nothing_else():

@@ -21,6 +21,7 @@ from nirvana.cli import (
     reconstruct,
     report,
 )
+from nirvana.cli import app as app_command
 from nirvana.errors import InputError
 
 
@@ -54,6 +55,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("skimage", "twixtools"), "mri"),
     **dict.fromkeys(("datasets", "pyarrow", "tensorboard", "zstandard"), "train"),
+    "gradio": "app",
     "lm_eval": "eval",
 }
 
@@ -96,6 +98,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)
 app.command("adapt")(adapt.adapt)
 app.add_typer(adapt.task_app, name="task", cls=CommandGroup)
+app.command("app")(app_command.app)
 app.command("bench")(bench.bench)
 app.command("config")(config.config)
 

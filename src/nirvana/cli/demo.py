@@ -4,7 +4,7 @@ import pydoc
 import re
 import time
 from collections.abc import Iterable, Iterator
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,6 @@ from nirvana.progress import ProgressLines
 BYTES_PER_TEXT = 24_000
 PROMPT = "The magnetic resonance images of the brain show"
 SEED = 0
-NOISE = 0.005  # standard deviation over the brightest voxel
 REPORTS = 6
 ABOVE = 40.0  # mm of brain above the volume's last slice, by the height of its ventricles
 LESIONS = (12.0, 30.0)  # mm, sizes of those that are simulated
@@ -105,8 +104,9 @@ def _cut(documents: Iterable[str]) -> list[str]:
 
 def _language(texts: dict[str, list[str]], console: Console) -> dict[str, dict[str, float]]:
     """Bits per byte of each text with the Trigger on and off, and a continuation."""
-    from nirvana.cli.language import continue_text, prompt_tokens
+    from nirvana.cli.language import continue_text
     from nirvana.evaluate.perplexity import Score, score_documents
+    from nirvana.generate.text import prompt_tokens
     from nirvana.model.assets import load_language_model
     from nirvana.model.trigger import without_trigger
 
@@ -138,7 +138,7 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
     """Scores of every method on nibabel's example volume, and a function that writes the
     pictures."""
     from nirvana.cli.mri import progress_bars, slice_counters
-    from nirvana.mri.data.simulation.config import Simulation
+    from nirvana.mri.data.example import NOISE, SIMULATION, example_volume
     from nirvana.mri.evaluate.compare import run_methods, score_rows
     from nirvana.mri.evaluate.tables import FORMATS, rows_table
     from nirvana.mri.io import write_reconstruction
@@ -148,9 +148,8 @@ def _mri(console: Console) -> tuple[dict[str, dict[str, float]], Any]:
     from nirvana.mri.pipeline import Preparation, prepare
     from nirvana.mri.results import TARGET, draw_middle
 
-    settings = Simulation(num_coils=8, noise=(NOISE, NOISE))
     sampling = Sampling("equispaced", acceleration=4, center_fraction=0.08)
-    prepared = prepare(_volume(), Preparation(settings, sampling), SEED)
+    prepared = prepare(example_volume(), Preparation(SIMULATION, sampling), SEED)
     scan, target, sampled = prepared.scan, prepared.target, prepared.sampled
     assert target is not None  # of a simulated scan
     slices, coils, rows, columns = scan.kspace.shape
@@ -187,6 +186,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
 
     from nirvana.mri.anatomy.brain_slices import slices_of
     from nirvana.mri.anatomy.lesions import LesionSettings
+    from nirvana.mri.data.example import NOISE, example_volume
     from nirvana.mri.data.simulation.config import Simulation
     from nirvana.mri.physics.fourier import rss
     from nirvana.mri.physics.masks import Sampling
@@ -200,7 +200,7 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
 
     reporter = load_reporter(packaged("reporter"))
     # Fluid is bright in echo-planar images, too.
-    slices = slices_of(_volume(), "T2", "demo", above=ABOVE)
+    slices = slices_of(example_volume(), "T2", "demo", above=ABOVE)
     scanner = Scanner(Sampling("equispaced", 4.0, 0.08), Simulation(noise=(NOISE, NOISE)), 8)
     generator = torch.Generator().manual_seed(SEED)
     lesions = LesionSettings(size=LESIONS)
@@ -233,9 +233,3 @@ def _reports(console: Console) -> tuple[list[dict[str, Any]], Any]:
     return [
         {"simulated": facts.to_dict(), **reading.to_dict()} for facts, reading in rows
     ], write_report
-
-
-def _volume() -> Path:
-    """nibabel's example of a real brain."""
-    # nibabel.testing names this folder, too, but cannot be imported without pytest.
-    return Path(str(resources.files("nibabel") / "tests" / "data" / "example4d.nii.gz"))

@@ -187,6 +187,7 @@ def generate(
     from nirvana.adapt.adaptation import adapt_documents
     from nirvana.adapt.task import load_task
     from nirvana.device import choose_device
+    from nirvana.generate.text import prompt_tokens
     from nirvana.model.assets import load_language_model
 
     learned = None if task is None else load_task(task)
@@ -206,37 +207,14 @@ def _standard_input() -> str:
         raise InputError(f"--prompt -: the standard input is not UTF-8: {error}") from None
 
 
-def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a prompt, BOS first."""
-    from nirvana.data.tokenizer import text_encoder
-
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise InputError("the model's tokenizer must have a BOS and an EOS token")
-    return [tokenizer.bos_token_id, *text_encoder(tokenizer)([prompt])[0]]
-
-
 def continue_text(
-    model: Any,
-    tokenizer: Any,
-    prompt: list[int],
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
+    model: Any, tokenizer: Any, prompt: list[int], *args: Any, **options: Any
 ) -> None:
-    """Prints a continuation of the tokens `prompt`, one by one, until EOS at the latest."""
-    import torch
+    """Prints a continuation of the tokens `prompt`, one by one, until EOS at the latest; see
+    `nirvana.generate.text.generate_text`."""
     from transformers import TextStreamer
 
-    torch.manual_seed(seed)
-    tokens = torch.tensor([prompt], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **(sampling if temperature > 0 else {"do_sample": False}),
-    )
+    from nirvana.generate.text import generate_text
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate_text(model, tokenizer, prompt, *args, streamer=streamer, **options)

@@ -46,13 +46,6 @@ def read_options(
     Raises:
         InputError: an option cannot be understood.
     """
-    from nirvana.mri.io import options
+    from nirvana.mri.io.options import parse_read_options
 
-    return options.ReadOptions(
-        centre=options.parse_centre(centre),
-        measurement=measurement,
-        select=options.parse_select(select),
-        phase_encode=options.parse_phase_encode(phase_encode),
-        variable=variable,
-        axes=options.parse_axes(axes),
-    )
+    return parse_read_options(centre, measurement, select, phase_encode, variable, axes)

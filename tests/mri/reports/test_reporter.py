@@ -329,7 +329,7 @@ def test_a_scan_is_encoded_slice_by_slice(reporter):
     tokens = torch.cat([part for part, _ in parts])
     images = torch.cat([image for _, image in parts])
     assert tokens.shape == (5, GRID[0] * GRID[1] // 256, 32)
-    assert images.shape == (5, *GRID)
+    assert images.shape == (5, 2, *GRID)
     once = torch.cat([x for x, _ in encode_scan(reporter, acquisition, view, 5)])
     torch.testing.assert_close(tokens, once, atol=1e-4, rtol=1e-3)
     twice = Reporter(reporter.model, reporter.tokenizer, mirrored=True)

@@ -50,8 +50,9 @@ def _unpack(path: Path, copy: Path) -> None:
         with gzip.open(path, "rb") as source, open(copy, "wb") as target:
             while block := source.read(BLOCK):
                 size += len(block)
-                if size > MAX_BYTES:
-                    raise InputError(f"{path} unpacks to more than {MAX_BYTES / 2**30:.0f} GiB")
+                if size > MAX_BYTES.get():
+                    most = MAX_BYTES.get() / 2**30
+                    raise InputError(f"{path} unpacks to more than {most:.3g} GiB")
                 target.write(block)
     except InputError:
         raise

@@ -38,6 +38,29 @@ class ReadOptions:
     axes: tuple[str, ...] | None = None
 
 
+def parse_read_options(
+    centre: str,
+    measurement: str | None,
+    select: Iterable[str],
+    phase_encode: str,
+    variable: str | None,
+    axes: str | None,
+) -> ReadOptions:
+    """`ReadOptions` of the texts of options, see the functions for each.
+
+    Raises:
+        InputError: an option cannot be understood.
+    """
+    return ReadOptions(
+        centre=parse_centre(centre),
+        measurement=measurement,
+        select=parse_select(select),
+        phase_encode=parse_phase_encode(phase_encode),
+        variable=variable,
+        axes=parse_axes(axes),
+    )
+
+
 @dataclass(frozen=True)
 class SliceRange:
     """Some of a volume's slices.

@@ -6,6 +6,9 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +22,8 @@ Spacing = tuple[float, float, float]
 
 MIN_SIDE, MAX_SIDE = 8, 8192
 MAX_COILS, MAX_SLICES = 1024, 8192
-MAX_BYTES = 64 * 2**30
+MAX_BYTES: ContextVar[int] = ContextVar("MAX_BYTES", default=64 * 2**30)
+"""Bytes of the largest array, and of the largest unpacked file, that are read; see `at_most`."""
 # Deflate, the densest filter in use, stores at best 1032 bytes in one.
 MAX_COMPRESSION = 1032
 
@@ -225,6 +229,20 @@ def existing(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Readers refuse larger arrays and unpacked files in the block, in this thread.
+
+    Args:
+        size: bytes.
+    """
+    token = MAX_BYTES.set(size)
+    try:
+        yield
+    finally:
+        MAX_BYTES.reset(token)
+
+
 def check_size(path: Path, shape: tuple[int, ...], item_bytes: int, in_memory: bool = True) -> None:
     """Refuses a `[slices, coils, H, W]` that cannot be a scan, before any of it is read."""
     slices, coils, height, width = shape
@@ -247,10 +265,10 @@ def check_bytes(
     """Refuses an array that is larger than what is read of any file, or than the memory."""
     size = math.prod(shape) * item_bytes
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    most = min(MAX_BYTES, memory) if in_memory else MAX_BYTES
+    most = min(MAX_BYTES.get(), memory) if in_memory else MAX_BYTES.get()
     if size > most:
         raise InputError(
-            f"{path} claims {size / 2**30:.0f} GiB of data; at most {most / 2**30:.0f} GiB are read"
+            f"{path} claims {size / 2**30:.3g} GiB of data; at most {most / 2**30:.3g} GiB are read"
         )
 
 

@@ -20,7 +20,6 @@ from nirvana.mri.io import Scan, in_file_axes
 from nirvana.mri.io.geometry import spacing_of
 from nirvana.mri.model.codec import CodecModel, slice_batches
 from nirvana.mri.model.layout import crop
-from nirvana.mri.physics.fourier import rss
 from nirvana.mri.reports.reporter import Reporter
 
 
@@ -108,10 +107,15 @@ def encode(
     image = encoding.image
     if view is not None:
         image = to_grid(crop(image, encoding.padding), view)
+    return image_tokens(model, image, mirrored), image
+
+
+def image_tokens(model: CodecModel, image: Tensor, mirrored: bool) -> Tensor:
+    """The tokens of combined images `[B, 2, H', W']`, see `encode`."""
     if not mirrored:
-        return model.encoder(image), image
+        return model.encoder(image)
     both = torch.stack([image, image.flip(-1)], dim=1)
-    return model.encoder(both.flatten(0, 1)).unflatten(0, (-1, 2)), image
+    return model.encoder(both.flatten(0, 1)).unflatten(0, (-1, 2))
 
 
 def to_grid(image: Tensor, view: View) -> Tensor:
@@ -139,7 +143,7 @@ def encode_scan(
     batch_size: int = 4,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and magnitude images of a scan, a batch of slices at a time.
+    """Tokens and combined images of a scan, a batch of slices at a time.
 
     Args:
         reporter: whose codec encodes the slices, also mirrored if it reads both.
@@ -149,14 +153,14 @@ def encode_scan(
         progress: called with the number of slices just encoded.
 
     Yields:
-        Tokens as of `encode`, on the model's device, and float32 `[B, *GRID]` on the CPU, the
-        brightest pixel of the zero-filled scan 1.
+        Tokens as of `encode`, on the model's device, and float32 `[B, 2, *GRID]` on the CPU, real
+        and imaginary part, the brightest pixel of the zero-filled scan 1.
     """
     model = reporter.model
     scale = torch.tensor(acquisition.scale, device=model.device)
     for batch in slice_batches(acquisition, batch_size, model.device):
         brightness = scale.expand(len(batch.kspace))
         tokens, image = encode(model, *batch, brightness, view, reporter.mirrored)
-        yield tokens, rss(image).float().cpu()
+        yield tokens, image.float().cpu()
         if progress is not None:
             progress(len(batch.kspace))

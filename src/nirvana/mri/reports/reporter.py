@@ -66,6 +66,35 @@ class Reading:
     probabilities: dict[str, dict[Any, float]]
     text: str
 
+    @classmethod
+    def decided(
+        cls,
+        finding: float,
+        probabilities: dict[str, dict[Any, float]],
+        threshold: float,
+        wording: int,
+    ) -> "Reading":
+        """The most probable facts of a slice, as a report.
+
+        Args:
+            finding: probability of a finding, 0..1.
+            probabilities: see the attributes.
+            threshold: a finding is reported at this probability and above.
+            wording: an index in `grammar.WORDINGS`.
+        """
+        facts = NORMAL
+        if finding >= threshold:
+            best = {
+                slot: max(values, key=values.__getitem__) for slot, values in probabilities.items()
+            }
+            facts = Facts(True, **best)
+        return cls(facts, finding, probabilities, write(facts, wording))
+
+    def at_threshold(self, threshold: float) -> "Reading":
+        """The same reading, with a finding reported at this probability, 0..1, and above."""
+        wording = parse_wording(self.text)[1]
+        return Reading.decided(self.finding, self.probabilities, threshold, wording)
+
     def without_side(self) -> "Reading":
         """The same reading of an image of unknown orientation, of which no side is known."""
         if not self.facts.finding:
@@ -163,13 +192,9 @@ class Reporter:
                 tables[i][slot] = dict(zip(CHOICES[slot], row, strict=True))
                 best = max(CHOICES[slot], key=tables[i][slot].__getitem__)
                 decided[i] = replace(decided[i], **{slot: best})
-        reported = [
-            facts if p >= self.threshold else NORMAL
-            for facts, p in zip(decided, finding, strict=True)
-        ]
         return [
-            Reading(facts, p, table, write(facts, wording))
-            for facts, p, table in zip(reported, finding, tables, strict=True)
+            Reading.decided(p, table, self.threshold, wording)
+            for p, table in zip(finding, tables, strict=True)
         ]
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ from nirvana.files import atomic_folder, write_json
 from nirvana.mri.data.scans import Measurement, measure
 from nirvana.mri.io import Scan, Spacing
 from nirvana.mri.methods import SliceCounter
+from nirvana.mri.physics.fourier import rss
 from nirvana.mri.pipeline import PreparedScan, as_scan
 from nirvana.mri.reports.encode import View, encode_scan, view_of
 from nirvana.mri.reports.figure import report_panel
@@ -47,6 +48,8 @@ class ScanReport:
         brain: where the brain is in `images`; None where none was found.
         region: bool `[*GRID]`, the lobe that the report of the most suspicious slice names, as it
             lies in the image; None without a brain, a finding or such a lobe in the slice.
+        combined: float32 `[slices, 2, *GRID]`, real and imaginary part of `images`, of which the
+            reporter's tokens are made.
     """
 
     readings: dict[int, Reading]
@@ -54,6 +57,7 @@ class ScanReport:
     view: View
     brain: Brain | None
     region: np.ndarray | None
+    combined: Tensor
 
     @property
     def most_suspicious(self) -> int:
@@ -153,8 +157,8 @@ def read_slices(
     progress = progress or (lambda name, slices: lambda count: None)
     counter = progress("images", len(acquisition))
     parts = encode_scan(reporter, acquisition, view, batch_size, progress=counter)
-    tokens, images = (torch.cat(each) for each in zip(*parts, strict=True))
-    volume = images.numpy()
+    tokens, combined = (torch.cat(each) for each in zip(*parts, strict=True))
+    volume = rss(combined).numpy()
     brain = find_brain(volume, view.spacing[0], stripped)
     chosen = readable_slices(brain, len(acquisition)) if slices is None else list(slices)
     readings: dict[int, Reading] = {}
@@ -168,7 +172,7 @@ def read_slices(
     region = None if brain is None else lobe_region(brain, suspicious, facts)
     if not view.known:
         readings = {index: reading.without_side() for index, reading in readings.items()}
-    return ScanReport(readings, volume, view, brain, region)
+    return ScanReport(readings, volume, view, brain, region, combined)
 
 
 def _most_suspicious(readings: Mapping[int, Reading]) -> int:

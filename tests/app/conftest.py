@@ -1,0 +1,44 @@
+"""A page with a small codec, and a small scan."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("gradio", reason="needs the page's server: pip install 'nirvana[app]'")
+
+from helpers.app_rooms import Rooms
+from helpers.small_codec import small_config
+from nirvana.app.config import AppConfig
+from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.io import write_scan
+from nirvana.mri.model.checkpoint import save_codec
+from nirvana.mri.model.codec import CodecModel
+
+
+@pytest.fixture(scope="session")
+def small_codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("codec") / "small"
+    save_codec(CodecModel(small_config("none"), None).eval(), folder)
+    return folder
+
+
+@pytest.fixture
+def rooms(small_codec: Path, tmp_path: Path) -> Iterator[Rooms]:
+    made = Rooms(AppConfig(codec=str(small_codec), max_mb=8), tmp_path / "root")
+    yield made
+    made.page.sessions.close_all()
+    assert list(made.root.iterdir()) == []
+
+
+@pytest.fixture(scope="session")
+def scan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fully sampled scan of five slices."""
+    image = np.random.default_rng(0).random((5, 40, 48), dtype=np.float32)
+    scan = simulate_scan(image, "small", 0, Simulation(num_coils=2), (5.0, 2.0, 2.0))
+    path = tmp_path_factory.mktemp("scans") / "small.h5"
+    write_scan(path, scan)
+    return path
