@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nirvana.model.attention import Attention, RMSNorm
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
 from nirvana.model.state import LayerStates
 from nirvana.model.trigger import TriggerTrace, WeightBank
-from nirvana.model.updater import Attention, RMSNorm, Updater
+from nirvana.model.updater import Updater
 from nirvana.ops import swiglu
 
 

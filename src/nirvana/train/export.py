@@ -2,20 +2,17 @@
 
 import importlib.metadata
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from nirvana.config import from_dict
 from nirvana.data.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder
 from nirvana.model import standalone as standalone_code
-from nirvana.model.assets import load_language_model
+from nirvana.model.assets import load_language_model, without_progress_bars
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.train.checkpoint import Checkpoint
 from nirvana.train.config import LanguageConfig
@@ -131,7 +128,7 @@ def export(
     if standalone:
         model.config.auto_map = standalone_code.auto_map()
     with atomic_folder(out) as temporary:
-        with _quiet():
+        with without_progress_bars():
             model.save_pretrained(temporary)
         copy_tokenizer(saved.tokenizer, temporary)
         if standalone:
@@ -153,18 +150,6 @@ def _loaded(saved: SavedModel, precision: str) -> tuple[NirvanaForCausalLM, torc
         dtype = from_dict(LanguageConfig, saved.checkpoint.config, "").run.export_dtype
     given = {"float32": torch.float32, "bf16": torch.bfloat16}
     return model, given.get(precision, dtype)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Disables the progress bars of transformers, which would break up ours."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def _card(saved: SavedModel, model: NirvanaForCausalLM, metrics: Path) -> str:
