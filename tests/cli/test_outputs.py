@@ -28,6 +28,12 @@ CASES: dict[str, Case] = {
         {"destination": "out/"},
         {"window"},
     ),
+    "adopt": (
+        "{teacher} {out}",
+        {"teacher": "model/"},
+        {"out": "out/"},
+        {"branches", "window", "precision"},
+    ),
     "export": (
         "{source} {out} --tokenizer {tokenizer}",
         {"source": "checkpoint/", "tokenizer": "tokenizer/"},

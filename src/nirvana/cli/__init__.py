@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from nirvana import __version__
 from nirvana.cli import (
     adapt,
+    adopt,
     bench,
     config,
     convert,
@@ -86,6 +87,7 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
+app.command("adopt")(adopt.adopt)
 mri.app.command("reconstruct")(reconstruct.reconstruct)
 mri.app.command("report")(report.report)
 app.add_typer(mri.app, name="mri", cls=CommandGroup)
