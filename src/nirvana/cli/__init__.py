@@ -16,6 +16,7 @@ from nirvana.cli import (
     config,
     convert,
     demo,
+    distill,
     evaluate,
     language,
     mri,
@@ -93,6 +94,7 @@ mri.app.command("report")(report.report)
 app.add_typer(mri.app, name="mri", cls=CommandGroup)
 app.add_typer(language.data_app, name="data", cls=CommandGroup)
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
+app.command("distill", context_settings=language.TRAIN_CONTEXT)(distill.distill)
 app.command("export")(language.export)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)

@@ -66,3 +66,7 @@ class NirvanaBlock(CheckpointedWithGradients, GradientCheckpointingLayer):
         y, fast = self.updater(self.updater_norm(h), fast, bank, masks, states, traces)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), fast
+
+    def mix(self, x: Tensor, fast: Tensor, bank: WeightBank, masks: Masks) -> tuple[Tensor, Tensor]:
+        """The Updater alone, on x `[B, T, D]` in place of the normalised residual stream."""
+        return self.updater(x, fast, bank, masks)

@@ -1,6 +1,6 @@
 """The Nirvana language model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -326,6 +326,27 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             state=outputs.state,
             **in_output(outputs.get(CACHE_FIELD)),
         )
+
+    def mixed(
+        self, inputs: Sequence[Tensor], position_ids: Tensor | None, cu_seqlens: Borders | None
+    ) -> tuple[Tensor, ...]:
+        """Computes every layer's Updater alone; only the fast parameters pass between them.
+
+        Args:
+            inputs: `[B, T, D]` for each layer, in place of the normalised residual stream.
+            position_ids: see `NirvanaModel.forward`.
+            cu_seqlens: see `NirvanaModel.forward`.
+
+        Returns:
+            `[B, T, D]` for each layer, what it would add to the residual stream.
+        """
+        trunk, first = self.model, inputs[0]
+        masks = create_masks(self.config, first, None, None, position_ids, cu_seqlens)
+        fast, outputs = trunk.bank.start(in_autocast(first)), []
+        for layer, x in zip(trunk.layers, inputs, strict=True):
+            y, fast = layer.mix(in_autocast(x), fast, trunk.bank, masks)  # type: ignore[operator]
+            outputs.append(y)
+        return tuple(outputs)
 
     def flops_per_token(self, context_length: int) -> float:
         """Floating-point operations of a forward and a backward pass for each token of a row.
