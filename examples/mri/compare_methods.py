@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 from nirvana.mri import load_codec
 from nirvana.mri.classical.sigpy import l1_wavelet, sense
 from nirvana.mri.data.scans import measure, target_of
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.compare import run_methods, score_rows
 from nirvana.mri.evaluate.figure import panel
 from nirvana.mri.evaluate.metrics import score

@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from nirvana.mri import load_reporter, report
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import read_affine, read_volume
 from nirvana.mri.physics.masks import Sampling
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from nirvana.mri import reconstruct
 from nirvana.mri.data.scans import target_of
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import read_spacing, read_volume
 from nirvana.mri.physics.masks import Sampling

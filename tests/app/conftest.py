@@ -12,7 +12,8 @@ pytest.importorskip("gradio", reason="needs the page's server: pip install 'nirv
 from helpers.app_rooms import Rooms
 from helpers.small_codec import small_config
 from nirvana.app.config import AppConfig
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import write_scan
 from nirvana.mri.model.checkpoint import save_codec
 from nirvana.mri.model.codec import CodecModel

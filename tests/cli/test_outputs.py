@@ -28,6 +28,12 @@ CASES: dict[str, Case] = {
         {"destination": "out/"},
         {"window"},
     ),
+    "adopt": (
+        "{teacher} {out}",
+        {"teacher": "model/"},
+        {"out": "out/"},
+        {"branches", "window", "precision"},
+    ),
     "export": (
         "{source} {out} --tokenizer {tokenizer}",
         {"source": "checkpoint/", "tokenizer": "tokenizer/"},
@@ -47,6 +53,18 @@ CASES: dict[str, Case] = {
         {"config": "language.toml", "train": "shards/", "valid": "others/", "initial": "model/"},
         {"run": "out/"},
         {"ctx", "device_name"},
+    ),
+    "distill": (
+        "{config} --run.out {run} --data.train.a {train} --run.initial {initial} "
+        "--distill.teacher {teacher}",
+        {
+            "config": "language.toml",
+            "train": "shards/",
+            "initial": "model/",
+            "teacher": "teacher/",
+        },
+        {"run": "out/"},
+        {"ctx"},
     ),
     "eval": (
         "{model} --data {data} --tasks s_niah_2,copa --haystack {haystack} "
@@ -161,6 +179,7 @@ FILES = (
 FOLDERS = {
     "model": ("config.json", "model.safetensors", "tokenizer.json"),
     "codec": ("config.json", "model.safetensors"),
+    "teacher": ("config.json", "model.safetensors"),
     "checkpoint": ("state.json",),
     "tokenizer": ("tokenizer.json",),
     "shards": ("meta.json",),
@@ -346,6 +365,7 @@ def test_every_path_of_every_command_is_in_these_tests():
             if not _kinds(hints[parameter]) <= {int, float, bool, type(None)}
         }
         _, inputs, outputs, others = CASES[name]
-        settings = {"run", "train", "valid", "reports", "weights", "initial"}
-        known = {*inputs, *outputs} - (settings if name.endswith("train") else set())
+        settings = {"run", "train", "valid", "reports", "weights", "initial", "teacher"}
+        configured = name.endswith(("train", "distill"))
+        known = {*inputs, *outputs} - (settings if configured else set())
         assert paths == {*known, *others}, name

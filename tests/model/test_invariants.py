@@ -10,6 +10,7 @@ from transformers import (
     DataCollatorWithFlattening,
 )
 
+from helpers.adopted_settings import ADOPTED
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, ops, preset
 from nirvana.model.config import PRESETS
 
@@ -25,6 +26,7 @@ VARIANTS = [
     {"branches": "linear"},
     {"branches": "window", "num_prelude_layers": 0, "rope_theta": 10000.0, "sliding_window": None},
     {"branches": "window", "num_prelude_layers": 1},
+    *ADOPTED,
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS)))
 
@@ -303,6 +305,9 @@ def test_state_does_not_grow_with_the_context(small_model):
         ("trigger_lr", [0.1]),
         ("conv_size", 1),
         ("bank_size", 0),
+        ("num_key_value_heads", 2),
+        ("num_sinks", -1),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),  # without rope_theta
     ],
 )
 def test_impossible_configurations_are_named(field, value):

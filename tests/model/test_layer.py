@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from nirvana import InputError, NirvanaConfig, NirvanaLayer, NirvanaModel, ops
+from nirvana.model.attention import Attention
 from nirvana.model.masks import create_masks
 from nirvana.model.trigger import WeightBank
-from nirvana.model.updater import Attention, Updater
+from nirvana.model.updater import Updater
 
 VARIANTS = [
     {},
@@ -183,10 +184,10 @@ def test_a_head_size_without_kernels_warns_once(monkeypatch, caplog):
     monkeypatch.setattr(ops.dispatch, "suits_kernels", lambda x: False)
     for module in ("layer", "nirvana"):
         name = f"nirvana.model.{module}.warn_without_kernels"
-        monkeypatch.setattr(name, lambda x, head_dim: seen.append(head_dim))
+        monkeypatch.setattr(name, lambda x, head_dim, others: seen.append((head_dim, others)))
     layer(x)
     model(torch.zeros(1, 3, dtype=torch.long))
-    assert seen == [16, 16]
+    assert seen == [(16, ())] * 2
 
 
 def test_a_compiled_layer_is_eager():

@@ -33,15 +33,26 @@ def configurations(draw):
     def one_or_each(values):
         return st.one_of(values, st.lists(values, min_size=triggers, max_size=triggers))
 
+    window = draw(st.sampled_from([None, 2, 3, 7, 16, 500]))
+    rope_theta = draw(st.sampled_from([None, 10.0, 10000.0]))
+    linear = {"rope_type": "linear", "factor": 3.0}
     return {
         "hidden_size": heads * draw(st.sampled_from([2, 6, 16])),
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
         "num_prelude_layers": prelude,
         "intermediate_size": draw(st.integers(1, 40)),
-        "conv_size": draw(st.integers(2, 5)),
-        "sliding_window": draw(st.sampled_from([None, 2, 3, 7, 16, 500])),
-        "rope_theta": draw(st.sampled_from([None, 10.0, 10000.0])),
+        "num_key_value_heads": draw(st.sampled_from([None, 1])),
+        "head_dim": draw(st.sampled_from([None, None, 4, 10])),
+        "qkv_bias": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
+        "conv_size": draw(st.sampled_from([None, 2, 3, 4, 5])),
+        "conv_silu": draw(st.booleans()),
+        "sliding_window": window,
+        "num_sinks": 0 if window is None else draw(st.sampled_from([0, 1, 4])),
+        "window_output": draw(st.sampled_from(["low_rank", "full"])),
+        "rope_theta": rope_theta,
+        "rope_scaling": None if rope_theta is None else draw(st.sampled_from([None, linear])),
         "interpolation": draw(st.sampled_from(["convex", "independent"])),
         "task_dim": draw(st.integers(1, 9)),
         "bank_size": draw(st.integers(1, 5)),

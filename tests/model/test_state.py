@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
+from helpers.adopted_settings import ADOPTED
 from nirvana import NirvanaConfig, NirvanaForCausalLM, without_trigger
 from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.state import State
@@ -23,6 +24,7 @@ VARIANTS = [
     {"branches": "linear"},
     {"branches": "window", "num_prelude_layers": 0, "rope_theta": 10000.0, "sliding_window": None},
     {"branches": "window", "num_prelude_layers": 1},
+    *ADOPTED,
 ]
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS)))
 CHUNKS = [1, 2, 70, 5, 64, 8]

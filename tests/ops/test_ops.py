@@ -123,6 +123,100 @@ def test_window_attention_over_past_keys_is_step_by_step(T, window):
     assert_same(ops.window_attention, {"q": q, "k": k, "v": v}, window=window)
 
 
+def sink_attention(window: int, **inputs) -> torch.Tensor:
+    """`ops.sink_attention`; inputs that it does not read get a gradient of zero."""
+    others = {name: inputs.pop(name, None) for name in ("index", "segments", "mask")}
+    unread = sum((x * 0).sum() for x in inputs.values())
+    return ops.sink_attention(**inputs, window=window, **others) + unread
+
+
+def sink_inputs(T: int, past: int, n: int = 3) -> dict:
+    """Queries with two heads over keys with one, the last T of which are also those of sinks."""
+    q, far = torch.randn(2, 2, T, 2, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, past + T, 1, 4, dtype=torch.float64)
+    sink_k, sink_v = torch.randn(2, 2, n + T, 1, 4, dtype=torch.float64)
+    return {"q": q, "far": far, "k": k, "v": v, "sink_k": sink_k, "sink_v": sink_v}
+
+
+@pytest.mark.parametrize("window", [2, 5, 16, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sink_attention_is_step_by_step(window, packed):
+    segments = borders(2, 37, seed=3).cummax(1).values // 2 if packed else None
+    index = torch.arange(37)[None]
+    if segments is not None:
+        first = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0)) * torch.arange(37)
+        index = torch.arange(37) - first.cummax(1).values
+    fixed = {"window": window, "index": index, "segments": segments}
+    assert_same(sink_attention, sink_inputs(37, 0), **fixed)
+
+
+@pytest.mark.parametrize("window", [2, 8, 31, 33])
+@pytest.mark.parametrize("T", [1, 2, 9, 40])
+@pytest.mark.parametrize("begun", [30, 1, 0])  # tokens of the sample in the past: all, one, none
+def test_sink_attention_over_past_keys_is_step_by_step(T, window, begun):
+    past = min(30, window - 1)
+    index = begun + torch.arange(T)[None]
+    assert_same(sink_attention, sink_inputs(T, past), window=window, index=index)
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_sink_attention_with_a_mask_is_step_by_step(T):
+    """As behind a static cache, whose slots may be empty."""
+    mask = torch.rand(2, 1, T, 10 + T) < 0.5
+    mask[..., 3] = True
+    index = torch.tensor([[2], [30]]) + torch.arange(T)
+    assert_same(sink_attention, sink_inputs(T, 10), window=6, index=index, mask=mask)
+
+
+def test_sinks_are_seen_beyond_the_window():
+    """With one query for both it is attention to the window and the first tokens."""
+    x = sink_inputs(20, 0)
+    keys, values = (torch.cat([torch.zeros_like(y[:, :3]), y], dim=1) for y in (x["k"], x["v"]))
+    o = ops.sink_attention(x["q"], x["q"], x["k"], x["v"], keys, values, 5, torch.arange(20)[None])
+    place = torch.arange(20)
+    mask = (place <= place[:, None]) & ((place > place[:, None] - 5) | (place < 3))
+    torch.testing.assert_close(o, ops.masked_attention(x["q"], x["k"], x["v"], mask))
+
+
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("silu", [False, True])
+def test_linear_branch_without_conv_and_with_shared_heads_is_step_by_step(T, silu):
+    inputs = {
+        "qkv": torch.randn(2, T, (4 + 2 * 2) * 3, dtype=torch.float64),
+        "log_alpha": -torch.rand(2, T, 4, dtype=torch.float64),
+        "beta": torch.rand(2, T, 4, dtype=torch.float64),
+        "state": torch.randn(2, 4, 3, 3, dtype=torch.float64),
+    }
+
+    def compute(**given):
+        o, recent, last = ops.linear_branch(conv_weight=None, head_dim=3, silu=silu, **given)
+        assert recent is not None
+        assert recent.shape == (2, 24, 0)
+        assert last is not None
+        return o, last
+
+    assert_same(compute, inputs)
+
+
+def test_low_rank_terms_of_shared_heads_are_step_by_step():
+    inputs = {
+        "qkv": torch.randn(2, 5, (4 + 2 * 2) * 3, dtype=torch.float64),
+        "low_rank": torch.randn(2, 5, 6, dtype=torch.float64),
+        "up": torch.randn(2, 24, dtype=torch.float64),
+    }
+    assert_same(ops.add_low_rank, inputs, head_dim=3, num_heads=4)
+
+
+@pytest.mark.parametrize("heads", ["window_attention", "masked_attention"])
+def test_shared_heads_of_keys_are_repeated(heads):
+    q = torch.randn(2, 9, 4, 3, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 9, 2, 3, dtype=torch.float64)
+    more = {"window": 4} if heads == "window_attention" else {"mask": torch.ones(9, 9).tril() > 0}
+    attend = getattr(ops, heads)
+    repeated = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    torch.testing.assert_close(attend(q, k, v, **more), attend(q, *repeated, **more))
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("window", [1, 4, 30, 100, None])
 @pytest.mark.parametrize("T", [1, 9])

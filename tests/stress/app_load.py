@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.app_rooms import CHOICE, WINDOW
 from helpers.small_codec import small_config
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import write_scan
 from nirvana.mri.model.checkpoint import save_codec
 from nirvana.mri.model.codec import CodecModel

@@ -9,7 +9,7 @@ import pytest
 from nirvana.config import changed_keys, load_config, to_dict
 from nirvana.errors import InputError
 from nirvana.packaged import packaged_config
-from nirvana.train.config import LanguageConfig
+from nirvana.train.config import DistillConfig, LanguageConfig
 
 TEXT = """
 [model]
@@ -111,19 +111,20 @@ def test_changed_keys():
     assert changed_keys(old, new) == ["a.c: 2 -> 5"]
 
 
-@pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b"])
+@pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b", "distill"])
 def test_shipped_configurations_name_and_explain_every_setting(name):
     """None of them is left to a default, and each line says what it means."""
     shipped = packaged_config(name)
-    config = load_config(LanguageConfig, shipped)
+    kind = DistillConfig if name == "distill" else LanguageConfig
+    config = load_config(kind, shipped)
     tree = tomllib.loads(shipped.read_text())
-    for section in fields(LanguageConfig):
+    for section in fields(kind):
         if section.name != "model":
             known = {item.name for item in fields(type(getattr(config, section.name)))}
             assert set(tree[section.name]) == known
             for line in shipped.read_text().splitlines():
                 assert "#" in line or line.partition(" = ")[0] not in known, line
-    if name != "tiny":
+    if name not in ("tiny", "distill"):
         data, optim = config.data, config.optim
         assert data.context_length * data.batch_size * optim.accumulation == 2**19
         assert optim.warmup_steps == round(config.run.steps / 100)

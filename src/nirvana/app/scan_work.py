@@ -24,7 +24,7 @@ from nirvana.app.work import Models, Watch
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.mri.data.example import SIMULATION, example_volume
-from nirvana.mri.data.simulate import Simulation
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import centre_crop
 from nirvana.mri.io import ReadOptions, in_file_axes, is_volume, read_volume
 from nirvana.mri.io.options import SliceRange

@@ -11,10 +11,12 @@ from typer.core import TyperGroup
 from nirvana import __version__
 from nirvana.cli import (
     adapt,
+    adopt,
     bench,
     config,
     convert,
     demo,
+    distill,
     evaluate,
     language,
     mri,
@@ -88,11 +90,13 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
+app.command("adopt")(adopt.adopt)
 mri.app.command("reconstruct")(reconstruct.reconstruct)
 mri.app.command("report")(report.report)
 app.add_typer(mri.app, name="mri", cls=CommandGroup)
 app.add_typer(language.data_app, name="data", cls=CommandGroup)
 app.command("train", context_settings=language.TRAIN_CONTEXT)(language.train)
+app.command("distill", context_settings=language.TRAIN_CONTEXT)(distill.distill)
 app.command("export")(language.export)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)

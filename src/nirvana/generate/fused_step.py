@@ -64,13 +64,16 @@ class FusedStep:
             and embedding are plain.
         """
         config: NirvanaConfig = model.config
-        sizes = config.head_dim in HEAD_DIMS and config.conv_size == CONV_WIDTH
+        H, G, K = config.head_sizes
+        sizes = K in HEAD_DIMS and config.conv_size == CONV_WIDTH
+        sizes = sizes and config.hidden_size == H * K == G * K and not config.without_kernels
+        usual = not (config.qkv_bias or config.qk_norm) and config.window_output == "low_rank"
         plain = config.branches == "both" and config.trigger_step == "plain"
         gated = config.gate == "trigger" and config.rope_theta is None
         # The kernels read weights; an adapter or a quantised layer computes more than a product.
         bare = all(type(layer) is nn.Linear for layer in _linear_layers(model))
         embedded = type(model.model.embed_tokens) is nn.Embedding
-        fits = batch == 1 and sizes and plain and gated and bare and embedded
+        fits = batch == 1 and sizes and usual and plain and gated and bare and embedded
         return fits and suits_kernels(model.lm_head.weight)
 
     @torch.no_grad()

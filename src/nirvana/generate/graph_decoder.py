@@ -23,6 +23,7 @@ from nirvana.generate.fused_step import FusedStep
 from nirvana.model.cache import StepDecoder
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
+from nirvana.model.state import SLOTS
 
 PREFILL_CHUNK = 32768
 """Tokens of a piece of the prompt; the memory of a prefill grows with it, not with the prompt."""
@@ -33,14 +34,15 @@ class _States:
 
     def __init__(self, window: int | None) -> None:
         self.window = window
-        self.conv: Tensor | None = None  # [B, 3 D, width - 1]
+        self.conv: Tensor | None = None  # [B, (H + 2 G) K, width - 1]
         self.delta: Tensor | None = None  # [B, H, K, K]
         self.memory: Tensor | None = None  # [B, 4, R]
-        self.keys: Tensor | None = None  # [B, H, slots, K]
+        self.sinks: Tensor | None = None  # [B, 2 G K, num_sinks]
+        self.keys: Tensor | None = None  # [B, G, slots, K]
         self.values: Tensor | None = None
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.memory if state_idx else self.conv
+        return getattr(self, SLOTS[state_idx])
 
     def get_recurrent_state(self, layer_idx: int) -> Tensor | None:
         return self.delta
@@ -50,10 +52,8 @@ class _PrefillStates(_States):
     """States of a text that is read in pieces; each update replaces them, with keys in order."""
 
     def update_conv_state(self, x: Tensor, layer_idx: int, state_idx: int = 0) -> None:
-        if state_idx:
-            self.memory = x
-        else:
-            self.conv = x.clone()  # a view would keep the piece's projections alive
+        # A view of inputs would keep the piece's projections alive.
+        setattr(self, SLOTS[state_idx], x.clone())
 
     def update_recurrent_state(self, x: Tensor, layer_idx: int) -> None:
         self.delta = x
@@ -79,6 +79,7 @@ class _DecodeStates(_States):
         self.slot = slot  # of the next token, [1]
         self.conv, self.delta = read.conv.contiguous(), read.delta.contiguous()
         self.memory = None if read.memory is None else read.memory.contiguous()
+        self.sinks = None if read.sinks is None else read.sinks.contiguous()
         if read.keys is not None and read.values is not None:
             kept = read.keys.shape[2]
             filled = torch.arange(length - kept, length, device=slot.device) % slots
@@ -89,13 +90,13 @@ class _DecodeStates(_States):
 
     def refill(self, other: "_DecodeStates") -> None:
         """Copies the values of `other` to the addresses that a graph reads."""
-        for name in ("conv", "delta", "memory", "keys", "values"):
+        for name in (*SLOTS, "delta", "keys", "values"):
             mine = getattr(self, name)
             if mine is not None:
                 mine.copy_(getattr(other, name))
 
     def update_conv_state(self, x: Tensor, layer_idx: int, state_idx: int = 0) -> None:
-        mine = self.memory if state_idx else self.conv
+        mine = getattr(self, SLOTS[state_idx])
         assert mine is not None
         mine.copy_(x)
 
@@ -317,7 +318,7 @@ class Decoder(StepDecoder):
 
 def _no_masks(positions: Tensor) -> Masks:
     names = ("segments", "cu_seqlens", "lengths", "window")
-    return {"positions": positions, **dict.fromkeys(names)}
+    return {"positions": positions, "index": positions, **dict.fromkeys(names)}
 
 
 @lru_cache(maxsize=1)

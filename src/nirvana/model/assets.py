@@ -1,5 +1,7 @@
 """Loading language models: from a folder, or under the name of a packaged checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,15 @@ def load_language_model(
     folder = resolve(name)
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} has no tokenizer.json beside its weights")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        loaded: Any = NirvanaForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        with without_progress_bars():
+            loaded: Any = NirvanaForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except (
         SafetensorError,
         StrictDataclassError,
@@ -54,9 +55,6 @@ def load_language_model(
     ) as error:
         first = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"{folder} does not hold a Nirvana language model: {first}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     model, report = loaded
     wrong = [
         f"{what}: {name}" for what, names in report.items() for name in sorted(map(str, names))
@@ -67,3 +65,15 @@ def load_language_model(
             f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:3])}{more}"
         )
     return model.eval().to(device), load_tokenizer(folder, required=())
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Disables the progress bars of transformers, which would break up ours."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

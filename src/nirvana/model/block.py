@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nirvana.model.attention import Attention, RMSNorm
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
 from nirvana.model.state import LayerStates
 from nirvana.model.trigger import TriggerTrace, WeightBank
-from nirvana.model.updater import Attention, RMSNorm, Updater
+from nirvana.model.updater import Updater
 from nirvana.ops import swiglu
 
 
@@ -65,3 +66,7 @@ class NirvanaBlock(CheckpointedWithGradients, GradientCheckpointingLayer):
         y, fast = self.updater(self.updater_norm(h), fast, bank, masks, states, traces)
         h = h + y
         return h + self.mlp(self.mlp_norm(h)), fast
+
+    def mix(self, x: Tensor, fast: Tensor, bank: WeightBank, masks: Masks) -> tuple[Tensor, Tensor]:
+        """The Updater alone, on x `[B, T, D]` in place of the normalised residual stream."""
+        return self.updater(x, fast, bank, masks)

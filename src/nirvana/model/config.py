@@ -8,6 +8,21 @@ from transformers import PreTrainedConfig
 
 from nirvana.errors import InputError
 
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        (),
+    ),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""Types of `rope_scaling`: the keys that they require, and those that they also know."""
+LINEAR_KERNELS = {"conv_size": 4, "conv_silu": True}
+"""The settings of the linear branch that its GPU kernels take."""
+
 
 @strict
 class NirvanaConfig(PreTrainedConfig):
@@ -18,16 +33,29 @@ class NirvanaConfig(PreTrainedConfig):
         hidden_size: D, the width of the residual stream.
         num_hidden_layers: L.
         num_prelude_layers: number of first layers, which have neither Trigger nor window branch.
-        num_attention_heads: H, heads of both branches; the head size K is D / H.
+        num_attention_heads: H, heads of both branches.
+        num_key_value_heads: G, heads of k and v, each shared by H / G heads of q; None gives H. The
+            caches hold G heads; the linear branch has a state for each of the H.
+        head_dim: K; None gives D / H.
+        qkv_bias: add a bias to q, k and v.
+        qk_norm: RMSNorm over K on every head of q and k, before both branches (Qwen3).
         intermediate_size: width of the SwiGLU; None gives 8/3 D rounded up to a multiple of 256.
         branches: of the layers after the prelude: "both", "linear" (all layers are those of the
             prelude: Gated DeltaNet) or "window" (plain attention; without prelude a Transformer).
         gate: the source of the gates: "trigger"; "input", a linear map of the layer's input to C
             numbers in place of the task vector; "constant", learned numbers of the layer.
-        conv_size: width of the depthwise convolutions before the delta rule.
+        conv_size: width of the depthwise convolutions before the delta rule; None means none.
+        conv_silu: apply SiLU to the q, k and v of the delta rule, after the convolutions.
         sliding_window: W, tokens that a token attends to, itself included; None means all before
             it. Without a window branch ("linear") it has no effect.
-        rope_theta: base of rotary positions in the window branch; None means no positions.
+        num_sinks: first tokens of a sample that its tokens attend to beyond the window, too
+            (StreamingLLM, arXiv 2309.17453).
+        window_output: output projection of the window branch beside a linear branch: "low_rank"
+            (rank D / 8) or "full".
+        rope_theta: base of rotary positions in the window branch; None means no positions. The
+            linear branch never has any.
+        rope_scaling: scaling of the rotary frequencies as transformers' `rope_parameters` describe
+            it, `{"rope_type": "llama3", "factor": 8.0, ...}`; types: `ROPE_TYPES`.
         interpolation: "convex" (the paper) or "independent" (the released code).
         task_dim: C, size of the Trigger's task vectors.
         bank_size: R, number of weights in the bank from which fast weights are mixed.
@@ -58,12 +86,20 @@ class NirvanaConfig(PreTrainedConfig):
     num_hidden_layers: int = 22
     num_prelude_layers: int = 2
     num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     intermediate_size: int | None = None
     branches: Literal["both", "linear", "window"] = "both"
     gate: Literal["trigger", "input", "constant"] = "trigger"
-    conv_size: int = 4
+    conv_size: int | None = 4
+    conv_silu: bool = True
     sliding_window: int | None = 2048
+    num_sinks: int = 0
+    window_output: Literal["low_rank", "full"] = "low_rank"
     rope_theta: float | int | None = None
+    rope_scaling: dict[str, Any] | None = None
     interpolation: Literal["convex", "independent"] = "convex"
     task_dim: int = 64
     bank_size: int = 32
@@ -85,9 +121,18 @@ class NirvanaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
+        if self.head_dim is None:  # 0 is refused: the width is no multiple
+            size, rest = divmod(self.hidden_size, max(1, self.num_attention_heads))
+            self.head_dim = 0 if rest else size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         kinds = {
             "both": ("hybrid", "hybrid_sliding"),
-            "window": ("full_attention", "sliding_attention"),
+            # The library keeps the sinks of a window as a state of its hybrid layers.
+            "window": (
+                "full_attention",
+                "hybrid_sliding" if self.num_sinks else "sliding_attention",
+            ),
         }
         prelude = min(self.num_prelude_layers, self.num_hidden_layers)
         # The library's cache reads from here which states a layer keeps.
@@ -102,9 +147,36 @@ class NirvanaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def head_dim(self) -> int:
-        """K = D / H."""
-        return self.hidden_size // self.num_attention_heads
+    def head_sizes(self) -> tuple[int, int, int]:
+        """H, G and K."""
+        assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """(H + 2 G) K, the width of q, k and v side by side."""
+        H, G, K = self.head_sizes
+        return (H + 2 * G) * K
+
+    @property
+    def conv_states(self) -> int:
+        """Inputs that the convolution of the next token reads, 0 without convolution."""
+        return 0 if self.conv_size is None else self.conv_size - 1
+
+    @property
+    def without_kernels(self) -> tuple[str, ...]:
+        """The settings, with their values, that no GPU kernel takes."""
+        found = []
+        if self.branches != "window" or self.num_prelude_layers > 0:
+            if self.num_key_value_heads != self.num_attention_heads:
+                found.append("num_key_value_heads")
+            found += [
+                name for name, usual in LINEAR_KERNELS.items() if getattr(self, name) != usual
+            ]
+        if self.branches != "linear" and self.num_sinks:
+            found.append("num_sinks")
+        return tuple(f"{name} = {getattr(self, name)}" for name in found)
 
     @property
     def has_trigger(self) -> bool:
@@ -120,10 +192,13 @@ class NirvanaConfig(PreTrainedConfig):
     def number_of_conv_states(self) -> int:
         """The number of convolution states that the library's cache keeps per layer.
 
-        Slot 0 holds the inputs of the convolutions, slot 1 the Trigger's memory m `[B, 4, R]`. The
-        library's second recurrent state cannot be read without a convolution state of its own,
-        and a convolution state of width R that receives R new columns is replaced.
+        Slot 0 holds the inputs of the convolutions, slot 1 the Trigger's memory m `[B, 4, R]`, slot
+        2 the sinks `[B, 2 G K, num_sinks]`. The library's second recurrent state cannot be read
+        without a convolution state of its own, and a convolution state of width R that receives R
+        new columns is replaced.
         """
+        if self.branches != "linear" and self.num_sinks:
+            return 3
         return 2 if self.has_memory else 1
 
     @property
@@ -160,18 +235,18 @@ class NirvanaConfig(PreTrainedConfig):
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "num_key_value_heads",
             "task_dim",
             "bank_size",
         )
         for name in sizes:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.conv_size >= 2, "conv_size", self.conv_size, "at least 2")
-        _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            "hidden_size",
-            self.hidden_size,
-            f"a multiple of num_attention_heads = {self.num_attention_heads}",
-        )
+        conv_size = self.conv_size
+        _require(conv_size is None or conv_size >= 2, "conv_size", conv_size, "at least 2, or null")
+        H, G, K = self.head_sizes
+        right = f"a multiple of num_attention_heads = {H}, unless there is a head_dim of at least 1"
+        _require(K >= 1, "hidden_size", self.hidden_size, right)
+        _require(H % G == 0, "num_key_value_heads", G, f"a divisor of num_attention_heads = {H}")
         _require(
             0 <= self.num_prelude_layers < self.num_hidden_layers,
             "num_prelude_layers",
@@ -184,6 +259,10 @@ class NirvanaConfig(PreTrainedConfig):
             self.sliding_window,
             "at least 2, or null",
         )
+        windowed = self.branches != "linear" and self.sliding_window is not None
+        right = "at least 0" if windowed else "0: without a sliding window there is none to keep"
+        in_range = self.num_sinks == 0 or (windowed and self.num_sinks > 0)
+        _require(in_range, "num_sinks", self.num_sinks, right)
         _require(
             self.branches == "both" or self.gate == "trigger",
             "gate",
@@ -206,7 +285,22 @@ class NirvanaConfig(PreTrainedConfig):
             in_range = all(0 <= decay <= 1 for decay in decays)
             _require(in_range, "trigger_decay", decays, "from 0 to 1")
         if self.rope_theta is not None:
-            _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even for rotary positions")
+            _require(K % 2 == 0, "head_dim", K, "even for rotary positions")
+        if self.rope_scaling is not None:
+            self._validate_rope_scaling(self.rope_scaling)
+
+    def _validate_rope_scaling(self, given: dict[str, Any]) -> None:
+        name, kind = "rope_scaling", given.get("rope_type")
+        _require(self.rope_theta is not None, name, given, "null without rope_theta")
+        kinds = ", ".join(ROPE_TYPES)
+        _require(kind in ROPE_TYPES, f"{name}.rope_type", kind, f"one of {kinds}")
+        required, optional = ROPE_TYPES[str(kind)]
+        for key in required:
+            value = given.get(key)
+            number = isinstance(value, float | int) and not isinstance(value, bool) and value > 0
+            _require(number, f"{name}.{key}", value, f"a number above 0 for {kind}")
+        unknown = sorted(given.keys() - {"rope_type", *required, *optional})
+        _require(not unknown, name, given, f"without {', '.join(unknown)}, unknown to {kind}")
 
 
 def _require(condition: bool, name: str, value: Any, right: str) -> None:

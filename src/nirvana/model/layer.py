@@ -5,18 +5,21 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nirvana.errors import InputError
+from nirvana.model.attention import Attention
 from nirvana.model.config import checked_config
 from nirvana.model.masks import Borders, create_state_masks
 from nirvana.model.outputs import reordered
 from nirvana.model.state import NewStates, State
 from nirvana.model.trigger import NoBank, WeightBank
-from nirvana.model.updater import Attention, Updater
+from nirvana.model.updater import Updater
 from nirvana.ops import in_autocast, warn_without_kernels
 
 SETTINGS = (
-    *("branches", "gate", "conv_size", "rope_theta", "interpolation", "task_dim", "bank_size"),
-    *("trigger_gradient", "trigger_lr", "trigger_lr_learnable", "trigger_decay"),
-    *("trigger_decay_learnable", "trigger_step", "rms_norm_eps", "initializer_range"),
+    *("branches", "gate", "num_key_value_heads", "head_dim", "qkv_bias", "qk_norm", "conv_size"),
+    *("conv_silu", "num_sinks", "window_output", "rope_theta", "rope_scaling", "interpolation"),
+    *("task_dim", "bank_size", "trigger_gradient", "trigger_lr", "trigger_lr_learnable"),
+    *("trigger_decay", "trigger_decay_learnable", "trigger_step", "rms_norm_eps"),
+    "initializer_range",
 )
 """Fields of `NirvanaConfig` that concern one layer, beyond the arguments of `NirvanaLayer`."""
 
@@ -51,7 +54,8 @@ class NirvanaLayer(nn.Module):
 
     Args:
         hidden_size: D.
-        num_heads: H; the head size K is D / H. GPU kernels take 32, 64 and 128.
+        num_heads: H; the head size K is D / H unless `head_dim` is set. GPU kernels take 32, 64
+            and 128.
         sliding_window: W, tokens that a token attends to, itself included; None means all before.
         bank: of another layer with the same `task_dim` and `bank_size`; None makes one.
         settings: the fields of `NirvanaConfig` in `SETTINGS`.
@@ -125,7 +129,7 @@ class NirvanaLayer(nn.Module):
         current: Tensor = start if fast is None else fast
         if state is not None:
             state.require(self.config, x.shape[0])
-        warn_without_kernels(in_autocast(x), self.config.head_dim)
+        warn_without_kernels(in_autocast(x), self.config.head_dim or 0, self.config.without_kernels)
         masks = create_state_masks(
             self.config, x, attention_mask, state, position_ids, cu_seqlens, seq_idx
         )

@@ -53,6 +53,7 @@ def create_masks(
           unchanged; otherwise the borders are counted on the device, which the host waits for.
         - "lengths": None; see `create_state_masks`.
         - "positions": `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0.
+        - "index": `[B, T]` or `[1, T]`, tokens of its sample before each token; None without sinks.
 
     Raises:
         ValueError: for masks and borders that `row_layout` rejects.
@@ -109,6 +110,7 @@ def create_masks(
         "lengths": None,
         "window": window,
         "positions": positions,
+        "index": _index(row, segments, new, past) if config.num_sinks else None,
     }
 
 
@@ -139,7 +141,7 @@ def create_state_masks(
         - "window": `[B, 1, T, n + T]` over the keys of the state and the new ones; None where
           `window_attention` needs no mask.
         - "lengths": `[B]` or None, see `nirvana.ops`.
-        - "positions": `[B, T]`, counted within the samples.
+        - "positions" and "index": `[B, T]`, counted within the samples.
 
     Raises:
         ValueError: for masks and borders that `chunk_layout` rejects.
@@ -174,7 +176,30 @@ def create_state_masks(
         "lengths": row.lengths,
         "window": window,
         "positions": positions,
+        "index": positions,
     }
+
+
+def _index(row: RowLayout, segments: Tensor | None, new: Tensor, past: int | Tensor) -> Tensor:
+    """Tokens of its sample before each new token, `[B, T]` or `[1, T]`, of which `past` are cached.
+
+    The first sample may have begun among the cached tokens: position ids count from its start, an
+    attention mask numbers its tokens, and without both it began with the row.
+    """
+    T, place = len(new), torch.arange(len(new), device=new.device)
+    begun: Tensor | int = past
+    if isinstance(past, Tensor) or past > 0:
+        if row.positions is not None:
+            begun = row.positions[:, :1]
+        elif row.numbers is not None:
+            cached = row.numbers[:, : row.numbers.shape[1] - T]
+            last_sample = (cached == cached[:, -1:]).flip(1).long()
+            begun = last_sample.cumprod(1).sum(1, keepdim=True)
+    index = begun + place[None]
+    if segments is None or row.border is None:
+        return index
+    first = torch.where(row.border, place, 0).cummax(1).values
+    return torch.where(segments == 0, index, place - first)
 
 
 def _note_contents(cache: Cache, row: RowLayout, past: int, positioned: bool) -> None:

@@ -1,6 +1,6 @@
 """The Nirvana language model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from nirvana.model.arguments import check_arguments
+from nirvana.model.attention import QKV, RMSNorm
 from nirvana.model.block import CheckpointedWithGradients, NirvanaBlock
 from nirvana.model.cache import (
     CACHE_FIELD,
@@ -31,7 +32,7 @@ from nirvana.model.outputs import (
 )
 from nirvana.model.state import LayerStates, NewStates, State
 from nirvana.model.trigger import NoBank, Trigger, TriggerTrace, WeightBank
-from nirvana.model.updater import RMSNorm, Updater
+from nirvana.model.updater import Updater
 from nirvana.ops import in_autocast, warn_without_kernels
 
 
@@ -54,14 +55,15 @@ class NirvanaPreTrainedModel(PreTrainedModel):
 
         - convolutions: uniform within 1 / sqrt(width);
         - decay: A uniform in 1..16, time step log-uniform in 0.001..0.1 through softplus;
-        - second low-rank factors (window_up, window_out, zeta): zero, so a = 0 and zeta = 0;
+        - second low-rank factors (window_up, window_out, zeta), and a full output projection of the
+          window branch: zero, so a = 0 and zeta = 0; biases of q, k and v: zero;
         - a constant gate: logit zero, t = 1/2;
         - bank: weight normal / sqrt(C R); gain 1 / R, so that f starts as x + n(z), bias and
           shift 0; each with noise, without which the R entries would always stay equal;
         - Trigger: step size and decay from the configuration.
         """
         super()._init_weights(module)
-        if isinstance(module, Updater | WeightBank | Trigger):
+        if isinstance(module, Updater | QKV | WeightBank | Trigger):
             module.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
@@ -207,7 +209,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
         """The blocks, over columns in the order of the masks."""
         traces: list[TriggerTrace] | None = [] if output_trigger else None
         h = in_autocast(inputs_embeds)  # else a float32 table would make all residuals float32
-        warn_without_kernels(h, self.config.head_dim)
+        warn_without_kernels(h, self.config.head_dim or 0, self.config.without_kernels)
         fast = self.bank.start(h)
         for layer in self.layers if h.shape[1] > 0 else ():
             h, fast = layer(h, fast, self.bank, masks, states=states, traces=traces)
@@ -343,6 +345,27 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             **in_output(outputs.get(CACHE_FIELD)),
         )
 
+    def mixed(
+        self, inputs: Sequence[Tensor], position_ids: Tensor | None, cu_seqlens: Borders | None
+    ) -> tuple[Tensor, ...]:
+        """Computes every layer's Updater alone; only the fast parameters pass between them.
+
+        Args:
+            inputs: `[B, T, D]` for each layer, in place of the normalised residual stream.
+            position_ids: see `NirvanaModel.forward`.
+            cu_seqlens: see `NirvanaModel.forward`.
+
+        Returns:
+            `[B, T, D]` for each layer, what it would add to the residual stream.
+        """
+        trunk, first = self.model, inputs[0]
+        masks = create_masks(self.config, first, None, None, position_ids, cu_seqlens)
+        fast, outputs = trunk.bank.start(in_autocast(first)), []
+        for layer, x in zip(trunk.layers, inputs, strict=True):
+            y, fast = layer.mix(in_autocast(x), fast, trunk.bank, masks)  # type: ignore[operator]
+            outputs.append(y)
+        return tuple(outputs)
+
     def flops_per_token(self, context_length: int) -> float:
         """Floating-point operations of a forward and a backward pass for each token of a row.
 
@@ -358,7 +381,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             FLOPs.
         """
         config = self.config
-        T, D, K = context_length, config.hidden_size, config.head_dim
+        T, (H, _, K) = context_length, config.head_sizes
         others = ("conv_weight", "bank.gain", "bank.bias", "bank.shift")
         weights = sum(
             parameter.numel()
@@ -370,12 +393,12 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             or name.endswith("window_up")
         )
         W = T if config.sliding_window is None else min(T, config.sliding_window)
-        keys = W - W * (W - 1) / (2 * T)
+        keys = W - W * (W - 1) / (2 * T) + config.num_sinks * (T - W) / T
         later = config.num_hidden_layers - config.num_prelude_layers
         linear = config.num_hidden_layers - (later if config.branches == "window" else 0)
         windows = 0 if config.branches == "linear" else later
         triggers = later if config.has_trigger else 0
-        forward = 2 * weights + linear * 6 * D * K + windows * 4 * keys * D
+        forward = 2 * weights + linear * 6 * H * K**2 + windows * 4 * keys * H * K
         forward += triggers * 4 * config.task_dim**2 * config.bank_size
         return 3.0 * forward
 

@@ -21,12 +21,16 @@ from transformers import DynamicCache
 from nirvana.model.cache import CacheContents
 from nirvana.model.config import NirvanaConfig
 
+SLOTS = ("conv", "memory", "sinks")
+"""What the slots of the convolution states hold, named as in `LayerState`."""
+
 
 class LayerStates(Protocol):
     """The methods by which a layer reads its states before a call and hands on those after it.
 
     The library's caches have them, and so have `NewStates` and the states of a `Decoder`. Slot 0 of
-    the convolution states holds the inputs of the convolutions, slot 1 the Trigger's memory.
+    the convolution states holds the inputs of the convolutions, slot 1 the Trigger's memory, slot 2
+    the sinks: `SLOTS`.
     """
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None: ...
@@ -45,17 +49,19 @@ class LayerState:
     """The state of one layer; None where the layer has no such part.
 
     Attributes:
-        conv: `[B, 3 D, conv_size - 1]`, the last inputs of the convolutions.
+        conv: `[B, (H + 2 G) K, conv_size - 1]`, the last inputs of the convolutions.
         delta: `[B, H, K, K]`, the transpose of S, float32 (float64 for float64).
         memory: `[B, 4, R]`, the Trigger's m, float32 (float64 for float64).
-        keys: `[B, H, n, K]`, keys of the window branch, the last token's last; n is at most W - 1
+        sinks: `[B, 2 G K, num_sinks]`, keys and values of the first tokens of the current sample.
+        keys: `[B, G, n, K]`, keys of the window branch, the last token's last; n is at most W - 1
             with a window of W. Those before the current sample are not read.
-        values: `[B, H, n, K]`, the values of the same tokens.
+        values: `[B, G, n, K]`, the values of the same tokens.
     """
 
     conv: Tensor | None = None
     delta: Tensor | None = None
     memory: Tensor | None = None
+    sinks: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
 
@@ -85,6 +91,7 @@ class State:
         rows: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        room: int = 0,
     ) -> "State":
         """The state before the first token, all zeros.
 
@@ -96,13 +103,14 @@ class State:
             rows: B.
             device: of the tensors.
             dtype: of the model.
+            room: keys of each row, for a model without a window.
 
         Returns:
             the state.
         """
         dtype = torch.get_default_dtype() if dtype is None else dtype
         high = torch.float64 if dtype == torch.float64 else torch.float32
-        room = 0 if config.sliding_window is None else config.sliding_window - 1
+        room = room if config.sliding_window is None else config.sliding_window - 1
         layers = [
             LayerState(
                 **{
@@ -118,6 +126,11 @@ class State:
         ]
         position = torch.zeros(rows, dtype=torch.long, device=device)
         return cls(tuple(layers), position, ragged=True)
+
+    def num_bytes(self) -> int:
+        """The memory of all tensors in bytes."""
+        leaves = [x for x in pytree.tree_leaves(self.layers) if x is not None]
+        return sum(x.numel() * x.element_size() for x in leaves)
 
     @property
     def rows(self) -> int:
@@ -196,12 +209,12 @@ class State:
         cache, longest = DynamicCache(config=config), int(self.position.max())
         with torch.no_grad():
             for layer_idx, layer in enumerate(self.layers):
-                if layer.conv is not None:
-                    cache.update_conv_state(layer.conv, layer_idx)
+                for slot, name in enumerate(SLOTS):
+                    state = getattr(layer, name)
+                    if state is not None:
+                        cache.update_conv_state(state, layer_idx, state_idx=slot)
                 if layer.delta is not None:
                     cache.update_recurrent_state(layer.delta, layer_idx)
-                if layer.memory is not None:
-                    cache.update_conv_state(layer.memory, layer_idx, state_idx=1)
                 if layer.keys is not None and layer.values is not None:
                     first = max(0, layer.keys.shape[2] - longest)
                     keys, values = layer.keys[:, :, first:], layer.values[:, :, first:]
@@ -223,14 +236,16 @@ class State:
 
 def _shapes(config: NirvanaConfig, layer_idx: int, rows: int) -> dict[str, list[int | None]]:
     """The shapes of the parts that a layer has, by name; None is the number of keys."""
-    D, H, K = config.hidden_size, config.num_attention_heads, config.head_dim
+    H, G, K = config.head_sizes
     later = layer_idx >= config.num_prelude_layers
     shapes: dict[str, list[int | None]] = {}
     if config.branches != "window" or not later:
-        shapes["conv"] = [rows, 3 * D, config.conv_size - 1]
+        shapes["conv"] = [rows, config.qkv_size, config.conv_states]
         shapes["delta"] = [rows, H, K, K]
     if config.branches != "linear" and later:
-        shapes["keys"] = shapes["values"] = [rows, H, None, K]
+        shapes["keys"] = shapes["values"] = [rows, G, None, K]
+        if config.num_sinks:
+            shapes["sinks"] = [rows, 2 * G * K, config.num_sinks]
     if config.has_memory and later:
         shapes["memory"] = [rows, 4, config.bank_size]
     return shapes
@@ -258,15 +273,14 @@ class NewStates:
         self.after: list[dict[str, Tensor]] = [{} for _ in range(layers)]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        before = self.before[layer_idx]
-        return before.memory if state_idx else before.conv
+        return getattr(self.before[layer_idx], SLOTS[state_idx])
 
     def get_recurrent_state(self, layer_idx: int) -> Tensor | None:
         return self.before[layer_idx].delta
 
     def update_conv_state(self, x: Tensor, /, layer_idx: int, state_idx: int = 0) -> None:
         # A view would keep all of the chunk's inputs alive.
-        self.after[layer_idx]["memory" if state_idx else "conv"] = x.clone()
+        self.after[layer_idx][SLOTS[state_idx]] = x.clone()
 
     def update_recurrent_state(self, x: Tensor, /, layer_idx: int) -> None:
         self.after[layer_idx]["delta"] = x

@@ -1,6 +1,7 @@
 """Specialized Memory Updater: linear and window attention, blended under the Trigger's control."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -8,25 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from nirvana.model.attention import QKV, SINKS, RMSNorm, Rotary, attend
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
 from nirvana.model.state import LayerStates
 from nirvana.model.trigger import Trigger, TriggerTrace, WeightBank, trace_step
-from nirvana.ops import (
-    add_low_rank,
-    at_least_float32,
-    linear_branch,
-    masked_attention,
-    window_attention,
-    window_branch,
-)
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm over the last dimension, in the input's dtype even if the weight is float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+from nirvana.ops import add_low_rank, at_least_float32, linear_branch, window_branch
 
 
 class Updater(nn.Module):
@@ -41,6 +29,9 @@ class Updater(nn.Module):
     Without Trigger, `gate` = "input" replaces h_task by x W, W: D -> C; with "constant" there is no
     h_task, and t (and t') are the logistic function of learned numbers.
 
+    Where `window_kept` is a tensor `[B, 1, 1]`, t is multiplied by it: 0 drops the window branch of
+    a row, so that the linear branch carries it alone (scheduled window dropout, arXiv 2510.05901).
+
     Args:
         config: of the model.
         layer_idx: of the layer, counted from 0.
@@ -50,11 +41,9 @@ class Updater(nn.Module):
     def __init__(self, config: NirvanaConfig, layer_idx: int, initialise: bool = True):
         super().__init__()
         self.initial_std = config.initializer_range
-        D, H, C = config.hidden_size, config.num_attention_heads, config.task_dim
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.window = config.sliding_window
-        self.rope_theta = config.rope_theta
+        D, (H, _, K), C = config.hidden_size, config.head_sizes, config.task_dim
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, K
+        self.rotary = Rotary.of(config)
         self.convex = config.interpolation == "convex"
         self.has_window = layer_idx >= config.num_prelude_layers and config.branches == "both"
         self.has_trigger = self.has_window and config.has_trigger
@@ -63,13 +52,17 @@ class Updater(nn.Module):
         C = 0 if config.gate == "constant" else C
         task = 3 * C if self.has_trigger else C
         # One product instead of ten: q k v | gate | beta | alpha | low rank of q k v | task.
-        self.sections = [3 * D, D, H, H] + ([3 * rank, task] if self.has_window else [])
+        width = config.qkv_size
+        self.sections = [width, H * K, H, H] + ([3 * rank, task] if self.has_window else [])
         self.in_proj = nn.Linear(D, sum(self.sections), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(3 * D, config.conv_size))
+        self.qkv = QKV(config)
+        taps = config.conv_size
+        self.conv_weight = None if taps is None else nn.Parameter(torch.empty(width, taps))
         self.A_log = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H))
-        self.out_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.out_proj = nn.Linear(D, D, bias=False)
+        self.out_norm = RMSNorm(K, eps=config.rms_norm_eps)
+        self.out_proj = nn.Linear(H * K, D, bias=False)
+        self.window_kept: Tensor | None = None
         if self.has_window:
             self._add_window(config, rank, C)
         if initialise:
@@ -80,13 +73,13 @@ class Updater(nn.Module):
 
     def _add_window(self, config: NirvanaConfig, rank: int, C: int) -> None:
         """The parts of a layer with a window branch and a blend, in the order of their weights."""
-        D = config.hidden_size
+        D, (H, G, K) = config.hidden_size, config.head_sizes
         if self.has_trigger:
             self.trigger = Trigger(config, self.layer_idx)
-        self.window_up = nn.Parameter(torch.empty(3, rank, D))
-        self.window_out = nn.Sequential(
-            nn.Linear(D, max(1, D // 8), bias=False), nn.Linear(max(1, D // 8), D, bias=False)
-        )
+        up = (3, rank, H * K) if G == H else (rank, config.qkv_size)
+        self.window_up = nn.Parameter(torch.empty(up))
+        sizes = [H * K, D] if config.window_output == "full" else [H * K, max(1, D // 8), D]
+        self.window_out = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in pairwise(sizes)))
         num_gates = 1 if self.convex else 2
         self.constant = config.gate == "constant"
         if self.constant:
@@ -103,8 +96,9 @@ class Updater(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the initial values of what is not a plain linear map or norm; see
         `NirvanaPreTrainedModel._init_weights`."""
-        bound = self.conv_weight.shape[1] ** -0.5
-        init.uniform_(self.conv_weight, -bound, bound)
+        if self.conv_weight is not None:
+            bound = self.conv_weight.shape[1] ** -0.5
+            init.uniform_(self.conv_weight, -bound, bound)
         init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())
         step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
         init.copy_(self.dt_bias, step + (-torch.expm1(-step)).log())
@@ -139,11 +133,12 @@ class Updater(nn.Module):
         """
         before = self._before(states)
         qkv, gate, beta, alpha, *rest = _Split.apply(self.in_proj(x), self.sections)
+        qkv = self.qkv(qkv)
         b = self.linear(qkv, gate, beta, alpha, masks, before, states)
         if not self.has_window:
             return b, fast
         low_rank, task = rest
-        a = self.windowed(qkv, low_rank, masks, states)
+        a = self.windowed(qkv, low_rank, masks, before["sinks"], states)
         if not self.has_trigger:
             return self.blend(a, b, task, self.gates(task)), fast
         h_task, fast_next, memory = self.trigger(
@@ -166,12 +161,14 @@ class Updater(nn.Module):
         """The layer's states before this call. All are read before any is updated, because the
         library's cache counts a layer as filled as soon as its convolution state is written."""
         if states is None:
-            return {"conv": None, "delta": None, "memory": None}
+            return dict.fromkeys(("conv", "delta", "memory", "sinks"))
         has_memory = self.has_trigger and self.trigger.has_memory
+        has_sinks = self.has_window and self.config.num_sinks > 0
         return {
             "conv": states.get_conv_state(self.layer_idx),
             "delta": states.get_recurrent_state(self.layer_idx),
             "memory": states.get_conv_state(self.layer_idx, state_idx=1) if has_memory else None,
+            "sinks": states.get_conv_state(self.layer_idx, SINKS) if has_sinks else None,
         }
 
     def linear(
@@ -187,8 +184,8 @@ class Updater(nn.Module):
         """The linear branch b: convolution, gated delta rule, gated norm, output projection.
 
         Args:
-            qkv: `[B, T, 3 D]`.
-            gate: `[B, T, D]`, of the gated norm.
+            qkv: `[B, T, (H + 2 G) K]`.
+            gate: `[B, T, H K]`, of the gated norm.
             beta: `[B, T, H]`, logits of the write strength.
             alpha: `[B, T, H]`, logits of the time step.
             masks: of `create_masks`.
@@ -212,6 +209,7 @@ class Updater(nn.Module):
             masks["cu_seqlens"],
             final=states is not None,
             lengths=masks["lengths"],
+            silu=self.config.conv_silu,
         )
         if states is not None:  # a cache writes in place, so only after the old state was read
             assert recent is not None
@@ -229,25 +227,30 @@ class Updater(nn.Module):
         qkv: Tensor,
         low_rank: Tensor,
         masks: Masks,
+        sinks: Tensor | None,
         states: LayerStates | None,
     ) -> Tensor:
         """The window branch a, on q, k and v plus their low-rank terms.
 
         Args:
-            qkv: `[B, T, 3 D]`.
+            qkv: `[B, T, (H + 2 G) K]`.
             low_rank: `[B, T, 3 r]`.
             masks: of `create_masks`.
+            sinks: see `attend`.
             states: hold the keys and values of the past, and receive the new ones.
 
         Returns:
             a `[B, T, D]`.
         """
-        if states is None and self.rope_theta is None and masks["window"] is None:
+        config, (H, G, K) = self.config, self.config.head_sizes
+        plain = self.rotary is None and G == H and not config.num_sinks
+        if plain and states is None and masks["window"] is None:
             borders = masks["segments"], masks["cu_seqlens"]
-            o = window_branch(qkv, low_rank, self.window_up, self.head_dim, self.window, *borders)
+            window = config.sliding_window
+            o = window_branch(qkv, low_rank, self.window_up, K, window, *borders)
             return self.window_out(o.flatten(2))
-        q, k, v = add_low_rank(qkv, low_rank, self.window_up, self.head_dim)
-        o = attend(q, k, v, self.window, self.rope_theta, masks, states, self.layer_idx)
+        q, k, v = add_low_rank(qkv, low_rank, self.window_up, K, H)
+        o = attend(q, k, v, config, self.rotary, masks, sinks, states, self.layer_idx)
         return self.window_out(o.flatten(2))
 
     def blend(self, a: Tensor, b: Tensor, h_task: Tensor, gates: Tensor) -> Tensor:
@@ -263,6 +266,9 @@ class Updater(nn.Module):
             y `[B, T, D]`.
         """
         t, other = (gates, 1 - gates) if self.convex else gates.split(1, dim=-1)
+        if self.window_kept is not None:
+            t = t * self.window_kept.to(t.dtype)
+            other = 1 - t if self.convex else other
         together = torch.cat([b, a, h_task], dim=-1)
         zeta = self.zeta(together)
         # Slices of the concatenation, so that a compiled backward saves one copy of each, not two.
@@ -286,98 +292,3 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         qkv, gate, *others = grads
         return torch.cat([*qkv.chunk(3, dim=-1), *gate.chunk(4, dim=-1), *others], dim=-1), None
-
-
-class Attention(nn.Module):
-    """The layer of a Transformer in place of the Updater: softmax attention without low-rank terms.
-
-    Args:
-        config: of the model.
-        layer_idx: of the layer, counted from 0.
-        initialise: see `Updater`.
-    """
-
-    def __init__(self, config: NirvanaConfig, layer_idx: int, initialise: bool = True):
-        super().__init__()
-        D = config.hidden_size
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.window = config.sliding_window
-        self.rope_theta = config.rope_theta
-        self.in_proj = nn.Linear(D, 3 * D, bias=False)
-        self.out_proj = nn.Linear(D, D, bias=False)
-        if initialise:
-            for part in (self.in_proj, self.out_proj):
-                init.normal_(part.weight, 0.0, config.initializer_range)
-
-    def forward(
-        self,
-        x: Tensor,
-        fast: Tensor,
-        bank: nn.Module,
-        masks: Masks,
-        states: LayerStates | None = None,
-        traces: list[TriggerTrace] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention from x `[B, T, D]` to y `[B, T, D]`; arguments and returns as of the Updater.
-
-        `fast` is returned unchanged.
-        """
-        q, k, v = self.in_proj(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        o = attend(q, k, v, self.window, self.rope_theta, masks, states, self.layer_idx)
-        return self.out_proj(o.flatten(2)), fast
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    rope_theta: float | None,
-    masks: Masks,
-    states: LayerStates | None,
-    layer_idx: int,
-) -> Tensor:
-    """Window attention of new tokens to themselves and to those of the past.
-
-    Args:
-        q: `[B, T, H, K]`.
-        k: `[B, T, H, K]`.
-        v: `[B, T, H, K]`.
-        window: tokens that a token attends to, itself included; None means all before it.
-        rope_theta: base of rotary positions; None means none.
-        masks: of `create_masks`.
-        states: hold the keys and values of the past, and receive the new ones; None means none.
-        layer_idx: of the layer, for the states.
-
-    Returns:
-        `[B, T, H, K]`.
-    """
-    if rope_theta is not None:
-        q, k = (rotate(x, masks["positions"], rope_theta) for x in (q, k))
-    if states is not None:
-        k, v = states.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if masks["window"] is None:
-        return window_attention(q, k, v, window, masks["segments"], masks["cu_seqlens"])
-    return masked_attention(q, k, v, masks["window"])
-
-
-def rotate(x: Tensor, positions: Tensor | None, theta: float) -> Tensor:
-    """Rotary positions (Su et al., arXiv 2104.09864).
-
-    Args:
-        x: `[B, T, H, K]`, K even.
-        positions: `[B, T]` or `[1, T]`.
-        theta: base of the frequencies.
-
-    Returns:
-        `[B, T, H, K]` in x's dtype.
-    """
-    assert positions is not None
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = (positions[..., None].float() * frequency)[:, :, None]
-    first, second = at_least_float32(x).split(half, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -34,8 +34,8 @@ class Comparison:
 
     @property
     def images(self) -> dict[str, np.ndarray]:
-        """Name -> float32 `[slices, H, W]`, the fully sampled image, called `TARGET`, first where it
-        is known."""
+        """Name -> float32 `[slices, H, W]`, the fully sampled image, called `TARGET`, first where
+        it is known."""
         found = {name: result.images for name, result in self.volumes.items()}
         return found if self.prepared.target is None else {TARGET: self.prepared.target, **found}
 

@@ -38,6 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "masked_attention",
     "no_autocast",
+    "sink_attention",
     "suits_kernels",
     "swiglu",
     "trigger_apply",
@@ -89,23 +90,29 @@ def gated_delta_rule(
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, state: Tensor | None = None, segments: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution and SiLU.
+    """Depthwise causal convolution and SiLU, both of them optional.
 
         y_t = silu(sum_j weight[:, j] x_{t - width + 1 + j})
 
     Args:
         x: `[B, T, D]`.
-        weight: `[D, width]`; the last column multiplies the token itself.
+        weight: `[D, width]`; the last column multiplies the token itself. None means no
+            convolution, of width 1.
         state: `[B, D, width - 1]`, the inputs before the first token; None means zero.
         segments: `[B, T]`, see the module.
+        silu: apply SiLU.
 
     Returns:
         y `[B, T, D]` in x's dtype, and the last inputs, `[B, D, width - 1]`.
     """
-    weight = at_least_float32(weight)
-    y, last = dispatch.implementation("causal_conv")(x, weight, state, segments)
+    weight = None if weight is None else at_least_float32(weight)
+    y, last = dispatch.implementation("causal_conv")(x, weight, state, segments, silu)
     return y.to(x.dtype), last
 
 
@@ -123,7 +130,7 @@ def unit(x: Tensor) -> Tensor:
 
 def linear_branch(
     qkv: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     log_alpha: Tensor,
     beta: Tensor,
     head_dim: int,
@@ -133,34 +140,39 @@ def linear_branch(
     cu_seqlens: Tensor | None = None,
     final: bool = True,
     lengths: Tensor | None = None,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`causal_conv` of q, k and v, `unit` of q and k, then `gated_delta_rule`.
 
     Args:
-        qkv: `[B, T, 3 H K]`, q, k and v side by side.
-        conv_weight: `[3 H K, width]`.
+        qkv: `[B, T, (H + 2 G) K]`, q, k and v side by side; each of the G heads of k and v serves
+            H / G heads of q, whose states are their own.
+        conv_weight: `[(H + 2 G) K, width]`; None means no convolution, of width 1.
         log_alpha: `[B, T, H]`, logarithm of the decay, <= 0.
         beta: `[B, T, H]`, write strength in 0..1.
         head_dim: K.
-        conv_state: `[B, 3 H K, width - 1]`, as of `causal_conv`.
+        conv_state: `[B, (H + 2 G) K, width - 1]`, as of `causal_conv`.
         state: `[B, H, K, K]`, as of `gated_delta_rule`.
         segments: `[B, T]`, see the module.
         cu_seqlens: `[samples + 1]`, see the module.
         final: whether to return the states after the last token.
         lengths: `[B]`, see the module.
+        silu: see `causal_conv`.
 
     Returns:
         o `[B, T, H, K]` in qkv's dtype; the last inputs of the convolution,
-        `[B, 3 H K, width - 1]`; and the delta rule's last state, `[B, H, K, K]`, in float32
+        `[B, (H + 2 G) K, width - 1]`; and the delta rule's last state, `[B, H, K, K]`, in float32
         (float64 for float64). Both states are None unless `final`.
     """
     if lengths is not None:  # padding writes nothing and keeps the state
         real = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]
         log_alpha, beta = (x * real[..., None] for x in (log_alpha, beta))
-    fits = dispatch.linear_branch_fits(qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state)
+    fits = dispatch.linear_branch_fits(
+        qkv, conv_weight, beta, head_dim, segments, cu_seqlens, conv_state, silu
+    )
     o, recent, last = dispatch.implementation("linear_branch", fits)(
         qkv,
-        at_least_float32(conv_weight),
+        None if conv_weight is None else at_least_float32(conv_weight),
         at_least_float32(log_alpha).clamp(min=MIN_LOG_ALPHA),
         at_least_float32(beta),
         head_dim,
@@ -169,25 +181,30 @@ def linear_branch(
         segments,
         cu_seqlens,
         final,
+        silu,
     )
-    if final and lengths is not None:
+    if final and lengths is not None and conv_weight is not None:
         recent = last_inputs(qkv, conv_weight.shape[1], conv_state, segments, lengths)
     return o.to(qkv.dtype), recent, last
 
 
-def add_low_rank(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+def add_low_rank(
+    qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int, num_heads: int | None = None
+) -> tuple[Tensor, ...]:
     """Adds a low-rank term to q, k and v: x_p + low_rank_p up_p for p = q, k, v.
 
     Args:
-        qkv: `[B, T, 3 H K]`, q, k and v side by side.
+        qkv: `[B, T, (H + 2 G) K]`, q, k and v side by side.
         low_rank: `[B, T, 3 r]`, the factors of q, k and v side by side.
-        up: `[3, r, H K]`.
+        up: `[3, r, H K]`; with fewer heads of k and v, G < H, `[r, (H + 2 G) K]`, those of q, k and
+            v side by side.
         head_dim: K.
+        num_heads: H; None means G = H.
 
     Returns:
-        q, k and v, each `[B, T, H, K]`.
+        q `[B, T, H, K]`, k and v `[B, T, G, K]`.
     """
-    return dispatch.implementation("add_low_rank")(qkv, low_rank, up, head_dim)
+    return dispatch.implementation("add_low_rank")(qkv, low_rank, up, head_dim, num_heads)
 
 
 def window_branch(
@@ -232,8 +249,9 @@ def window_attention(
 
     Args:
         q: `[B, T, H, K]`.
-        k: `[B, S, H, K]`; the last T keys are the queries' own, the S - T before are the past.
-        v: `[B, S, H, K]`.
+        k: `[B, S, G, K]`, each of the G heads for H / G heads of q; the last T keys are the
+            queries' own, the S - T before are the past.
+        v: `[B, S, G, K]`.
         window: tokens that a token attends to, itself included; None means all before it.
         segments: `[B, T]`, see the module; only with S = T.
         cu_seqlens: `[samples + 1]`, see the module.
@@ -248,7 +266,7 @@ def window_attention(
         raise ValueError("segments separate new tokens, not those of the past")
     fits = dispatch.branch_fits(q, q.shape[-1], segments, cu_seqlens)
     compute = dispatch.implementation("window_attention", fits)
-    return compute(q, k, v, window, segments, cu_seqlens)
+    return compute(q, *_for_each_query(q, k, v), window, segments, cu_seqlens)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -256,14 +274,63 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         q: `[B, T, H, K]`.
-        k: `[B, S, H, K]`.
-        v: `[B, S, H, K]`.
+        k: `[B, S, G, K]`, each of the G heads for H / G heads of q.
+        v: `[B, S, G, K]`.
         mask: bool, broadcasts to `[B, H, T, S]`; true somewhere in every row.
 
     Returns:
         `[B, T, H, K]`.
     """
-    return dispatch.implementation("masked_attention")(q, k, v, mask)
+    return dispatch.implementation("masked_attention")(q, *_for_each_query(q, k, v), mask)
+
+
+def sink_attention(
+    q: Tensor,
+    far: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    window: int,
+    index: Tensor,
+    segments: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`window_attention` that also attends to the first tokens of a sample, its sinks.
+
+    A token attends to the window before it with q, and with `far` to those of the first n tokens
+    of its sample that have left the window (StreamingLLM, arXiv 2309.17453); one softmax.
+
+    Args:
+        q: `[B, T, H, K]`.
+        far: `[B, T, H, K]`, the queries of the sinks, which other rotary positions may distinguish.
+        k: `[B, S, G, K]`; the last T keys are the queries' own, the S - T before are the past.
+        v: `[B, S, G, K]`.
+        sink_k: `[B, n + T, G, K]`, the first n keys of the sample that the first token continues,
+            then the new tokens' own; what the n lack because it is new is not read from them.
+        sink_v: `[B, n + T, G, K]`, their values.
+        window: tokens that a token attends to, itself included.
+        index: `[B, T]` or `[1, T]`, tokens of its sample before each token.
+        segments: `[B, T]`, see the module; only with S = T.
+        mask: bool, broadcasts to `[B, 1, T, S]`, true within the window; None: by position.
+
+    Returns:
+        `[B, T, H, K]`.
+
+    Raises:
+        ValueError: if there are segments and no mask, and S differs from T.
+    """
+    if segments is not None and mask is None and k.shape[1] != q.shape[1]:
+        raise ValueError("segments separate new tokens, not those of the past")
+    k, v, sink_k, sink_v = _for_each_query(q, k, v, sink_k, sink_v)
+    compute = dispatch.implementation("sink_attention")
+    return compute(q, far, k, v, sink_k, sink_v, window, index, segments, mask)
+
+
+def _for_each_query(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Heads of keys or values `[B, S, G, K]`, once for each head of q `[B, T, H, K]`."""
+    H, G = q.shape[2], others[0].shape[2]
+    return others if H == G else tuple(x.repeat_interleave(H // G, dim=2) for x in others)
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
     "linear_branch",
     "linear_cross_entropy",
     "masked_attention",
+    "sink_attention",
     "swiglu",
     "trigger_apply",
     "trigger_gradient",
@@ -190,19 +191,26 @@ def _pad_segments(segments: Tensor, c: int) -> Tensor:
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See `nirvana.ops.causal_conv`.
 
     A sum of shifted copies: exact at sample borders, and one pass when compiled.
     """
+    activate = F.silu if silu else torch.clone
+    if weight is None:
+        return activate(x), x.new_empty(x.shape[0], x.shape[2], 0)
     T, width = x.shape[1], weight.shape[1]
     if state is None:
         inputs = F.pad(x, (0, 0, width - 1, 0))
     else:
         inputs = torch.cat([state.mT.to(x.dtype), x], dim=1)
     if _is_one(T) and segments is None:
-        return F.silu((inputs * weight.mT).sum(1, keepdim=True)), inputs[:, 1:].mT
+        return activate((inputs * weight.mT).sum(1, keepdim=True)), inputs[:, 1:].mT
     y = x * weight[:, -1]
     owner = None if segments is None else F.pad(segments, (width - 1, 0))
     for j in range(width - 1):
@@ -210,7 +218,7 @@ def causal_conv(
         if owner is not None:
             tap = tap * (owner[:, j : j + T] == segments)[..., None]
         y = y + tap * weight[:, j]
-    return F.silu(y), last_inputs(x, width, state, segments)
+    return activate(y), last_inputs(x, width, state, segments)
 
 
 def last_inputs(
@@ -257,7 +265,7 @@ def unit(x: Tensor) -> Tensor:
 
 def linear_branch(
     qkv: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     log_alpha: Tensor,
     beta: Tensor,
     head_dim: int,
@@ -266,21 +274,35 @@ def linear_branch(
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
     final: bool,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `nirvana.ops.linear_branch`."""
-    mixed, recent = causal_conv(qkv, conv_weight, conv_state, segments)
-    mixed = mixed.to(qkv.dtype).unflatten(-1, (3, -1, head_dim))
-    qk, v = mixed.split([2, 1], dim=2)
-    q, k = unit(qk).unbind(2)
+    H = beta.shape[-1]
+    mixed, recent = causal_conv(qkv, conv_weight, conv_state, segments, silu)
+    mixed = mixed.to(qkv.dtype).unflatten(-1, (-1, head_dim))
+    G = (mixed.shape[2] - H) // 2
+    q, k, v = mixed.split([H, G, G], dim=2)
+    q, k = unit(q), unit(k)
     with no_autocast(qkv.device):
-        v = at_least_float32(v.squeeze(2))
+        v = at_least_float32(v)
+        if G < H:
+            k, v = (x.repeat_interleave(H // G, dim=2) for x in (k, v))
         o, last = gated_delta_rule(q, k, v, log_alpha, beta, state, segments)
     o = o.to(qkv.dtype)
     return (o, recent, last) if final else (o, None, None)
 
 
-def add_low_rank(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+def add_low_rank(
+    qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int, num_heads: int | None = None
+) -> tuple[Tensor, ...]:
     """See `nirvana.ops.add_low_rank`."""
+    if up.ndim == 2:
+        assert num_heads is not None
+        G = (qkv.shape[-1] // head_dim - num_heads) // 2
+        ups = up.to(low_rank.dtype).split([n * head_dim for n in (num_heads, G, G)], dim=1)
+        pairs = zip(low_rank.chunk(3, dim=-1), ups, strict=True)
+        x = qkv + torch.cat([factor @ weight for factor, weight in pairs], dim=-1)
+        return x.unflatten(-1, (-1, head_dim)).split([num_heads, G, G], dim=2)
     factors = low_rank.flatten(0, 1).unflatten(-1, (3, -1)).transpose(0, 1)  # [3, B T, r]
     delta = torch.bmm(factors, up.to(factors.dtype)).transpose(0, 1)
     return (qkv + delta.reshape(qkv.shape)).unflatten(-1, (3, -1, head_dim)).unbind(2)
@@ -304,6 +326,98 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """See `nirvana.ops.masked_attention`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def sink_attention(
+    q: Tensor,
+    far: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    window: int,
+    index: Tensor,
+    segments: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """See `nirvana.ops.sink_attention`.
+
+    As `window_attention` in blocks of one window. A token reads sinks only if its sample began at
+    least a window before it, so that all those in a block belong to the sample of its first token:
+    each block has n further keys. In one softmax with two queries: `[q, far]` on keys `[k, 0]`
+    within the window and `[0, k]` for sinks.
+    """
+    (B, T, _, K), S, n = q.shape, k.shape[1], sink_k.shape[1] - q.shape[1]
+    index = index.expand(B, T)
+    q = torch.cat([q, far], dim=-1)
+    k, sink_k = F.pad(k, (0, K)), F.pad(sink_k, (K, 0))
+    if T == 1 or mask is not None:
+        if mask is None:
+            k, v = k[:, -window:], v[:, -window:]
+            mask = torch.ones(1, 1, 1, k.shape[1], dtype=torch.bool, device=q.device)
+        reads = _reads_sinks(index, n, window)[:, None]
+        mask = torch.cat([reads, mask.expand(B, 1, T, -1)], dim=-1)
+        k, v = torch.cat([sink_k, k], dim=1), torch.cat([sink_v, v], dim=1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=K**-0.5)
+        return o.transpose(1, 2)
+    past = S - T
+    padding = -S % window
+    # Queries of zeros at the places of the earlier keys and of the padding; their rows are dropped.
+    q = F.pad(q, (0, 0, 0, 0, past, padding)).unflatten(1, (-1, window))
+    before = index[:, :1] + torch.arange(-past, 0, device=q.device)
+    index = F.pad(torch.cat([before, index], dim=1), (0, padding))
+    own_k, own_v = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, window)) for x in (k, v))
+    first = torch.arange(0, S + padding, window, device=q.device)
+    column = (first - past - index[:, first])[..., None] + torch.arange(n, device=q.device)
+    place = torch.where(column < 0, torch.arange(n, device=q.device), column + n)
+    place = place.clamp(max=n + T - 1).flatten(1)[..., None, None]  # [B, N n, 1, 1]
+    keys = [
+        torch.cat(
+            [
+                source.take_along_dim(place, dim=1).unflatten(1, (-1, n)),
+                F.pad(own, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1],
+                own,
+            ],
+            dim=2,
+        )
+        for source, own in ((sink_k, own_k), (sink_v, own_v))
+    ]
+    far_enough = index.unflatten(1, (-1, window))[..., None] - torch.arange(n, device=q.device)
+    near = _block_mask(q.shape[1], window, segments, B, q.device)
+    near = near.expand(B, q.shape[1], window, -1)
+    mask = torch.cat([far_enough >= window, near], dim=-1).flatten(0, 1)[:, None]
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, *keys))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=K**-0.5)
+    return o.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)[:, past:S]
+
+
+def _reads_sinks(index: Tensor, n: int, window: int) -> Tensor:
+    """Which sinks a token reads: `[B, T, n + T]`, of n of the past and of T new tokens."""
+    T = index.shape[1]
+    place = torch.arange(T, device=index.device)
+    began = (place - index)[..., None]  # the column in which the token's sample began
+    old = torch.arange(n, device=index.device)
+    stored = (began + old < 0) & (index[..., None] - old >= window)
+    new = (place >= began) & (place < began + n) & (place[:, None] - place >= window)
+    return torch.cat([stored, new], dim=-1)
+
+
+def _block_mask(
+    N: int, window: int, segments: Tensor | None, B: int, device: torch.device
+) -> Tensor:
+    """Where the queries of N blocks attend to the keys of the block before and of their own:
+    `[1, N, W, 2 W]`, or `[B, N, W, 2 W]` with segments."""
+    row = torch.arange(window, device=device)[:, None]
+    column = torch.arange(2 * window, device=device)
+    mask = (column > row) & (column <= row + window)
+    first = torch.arange(N, device=device)[:, None, None] == 0
+    mask = (mask & ~(first & (column < window)))[None]  # nothing before the first block
+    if segments is None:
+        return mask
+    own = _pad_segments(segments, window).unflatten(1, (N, window))  # [B, N, W]
+    before = torch.cat([F.pad(own, (0, 0, 1, 0))[:, :-1], own], dim=2)
+    return mask & (own[..., None] == before[:, :, None])
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -345,18 +459,8 @@ def window_attention(
     padding = N * window - T
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (N, window)) for x in (q, k, v))
     k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3) for x in (k, v))
-    row = torch.arange(window, device=q.device)[:, None]
-    column = torch.arange(2 * window, device=q.device)
-    mask = (column > row) & (column <= row + window)
-    first = torch.arange(N, device=q.device)[:, None, None] == 0
-    mask = mask & ~(first & (column < window))  # [N, W, 2W]: nothing before the first block
-    if segments is not None:
-        own = _pad_segments(segments, window).unflatten(1, (N, window))  # [B, N, W]
-        before = torch.cat([F.pad(own, (0, 0, 1, 0))[:, :-1], own], dim=2)
-        mask = mask & (own[..., None] == before[:, :, None])
-        mask = mask.flatten(0, 1)[:, None]
-    else:
-        mask = mask.repeat(B, 1, 1)[:, None]
+    mask = _block_mask(N, window, segments, B, q.device)
+    mask = mask.expand(B, -1, -1, -1).flatten(0, 1)[:, None]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B N, H, ...]
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return o.unflatten(0, (B, N)).transpose(2, 3).flatten(1, 2)[:, :T]

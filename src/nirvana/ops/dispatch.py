@@ -136,24 +136,28 @@ def suits_kernels(x: Tensor) -> bool:
     return HAS_KERNELS and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def warn_without_kernels(x: Tensor, head_dim: int) -> None:
-    """Logs once for each head size that tensors like x suit the kernels, but the size does not.
+def warn_without_kernels(x: Tensor, head_dim: int, others: tuple[str, ...] = ()) -> None:
+    """Logs once for each head size that tensors like x suit the kernels, but the size does not; and
+    so for other settings.
 
     Args:
         x: the input of a model or layer.
         head_dim: K.
+        others: settings that the kernels do not take, such as "num_sinks = 4".
     """
-    if head_dim not in HEAD_DIMS and not torch.compiler.is_compiling() and suits_kernels(x):
-        _warn_of(head_dim)
+    if torch.compiler.is_compiling() or not suits_kernels(x):
+        return
+    if head_dim not in HEAD_DIMS:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        _warn_of(f"heads of {head_dim}", f"; there are kernels for {sizes}")
+    if others:
+        _warn_of(", ".join(others), "")
 
 
 @cache
-def _warn_of(head_dim: int) -> None:
-    sizes = ", ".join(map(str, HEAD_DIMS))
+def _warn_of(what: str, instead: str) -> None:
     logging.getLogger(__name__).warning(
-        "no GPU kernel takes heads of %d: PyTorch computes them; there are kernels for %s",
-        head_dim,
-        sizes,
+        "no GPU kernel takes %s: PyTorch computes them%s", what, instead
     )
 
 
@@ -180,16 +184,21 @@ def branch_fits(
 
 def linear_branch_fits(
     qkv: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
+    beta: Tensor,
     head_dim: int,
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
     conv_state: Tensor | None,
+    silu: bool,
 ) -> bool:
     """Whether the kernels of `linear_branch` take a call; arguments as of `branch_fits`.
 
-    They have no gradient of the convolution's state before packed samples.
+    They have no gradient of the convolution's state before packed samples, and take as many heads
+    of k and v as of q.
     """
+    if not silu or conv_weight is None or qkv.shape[-1] != 3 * head_dim * beta.shape[-1]:
+        return False
     learned = conv_state is not None and conv_state.requires_grad and torch.is_grad_enabled()
     sizes = conv_weight.shape[1] == CONV_WIDTH and not (learned and segments is not None)
     return sizes and branch_fits(qkv, head_dim, segments, cu_seqlens)

@@ -40,10 +40,16 @@ def gated_delta_rule(
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, state: Tensor | None, segments: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See `nirvana.ops.causal_conv`."""
     B, T, D = x.shape
+    if weight is None:
+        weight = x.new_ones(D, 1)
     width = weight.shape[1]
     if state is None:
         state = x.new_zeros(B, D, width - 1)
@@ -57,7 +63,8 @@ def causal_conv(
         taps = inputs[:, t : t + width] * own[..., None]
         outputs.append((taps * weight.T).sum(1))
     own = owner[:, T:] == segments[:, -1:]
-    return F.silu(torch.stack(outputs, dim=1)), (inputs[:, T:] * own[..., None]).transpose(1, 2)
+    y = torch.stack(outputs, dim=1)
+    return F.silu(y) if silu else y, (inputs[:, T:] * own[..., None]).transpose(1, 2)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -68,7 +75,7 @@ def unit(x: Tensor) -> Tensor:
 
 def linear_branch(
     qkv: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     log_alpha: Tensor,
     beta: Tensor,
     head_dim: int,
@@ -77,17 +84,33 @@ def linear_branch(
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
     final: bool,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `nirvana.ops.linear_branch`."""
+    H, heads = beta.shape[-1], qkv.shape[-1] // head_dim
+    G = (heads - H) // 2
     with no_autocast(qkv.device):
-        mixed, recent = causal_conv(at_least_float32(qkv), conv_weight, conv_state, segments)
-        q, k, v = mixed.unflatten(-1, (3, -1, head_dim)).unbind(2)
+        mixed, recent = causal_conv(at_least_float32(qkv), conv_weight, conv_state, segments, silu)
+        q, k, v = mixed.unflatten(-1, (-1, head_dim)).split([H, G, G], dim=2)
+        k, v = (x[:, :, torch.arange(H) * G // H] for x in (k, v))
         o, last = gated_delta_rule(unit(q), unit(k), v, log_alpha, beta, state, segments)
     return (o, recent, last) if final else (o, None, None)
 
 
-def add_low_rank(qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+def add_low_rank(
+    qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int, num_heads: int | None = None
+) -> tuple[Tensor, ...]:
     """See `nirvana.ops.add_low_rank`."""
+    if up.ndim == 2:
+        assert num_heads is not None
+        heads, last = qkv.unflatten(-1, (-1, head_dim)), 0
+        G, parts = (heads.shape[2] - num_heads) // 2, []
+        for factor, n in zip(low_rank.chunk(3, dim=-1), (num_heads, G, G), strict=True):
+            first, last = last, last + n
+            weight = up[:, first * head_dim : last * head_dim].to(factor.dtype)
+            delta = torch.einsum("btr,rd->btd", factor, weight).unflatten(-1, (n, head_dim))
+            parts.append(heads[:, :, first:last] + delta)
+        return tuple(parts)
     factors = low_rank.unflatten(-1, (3, -1))
     delta = torch.einsum("btpr,prd->btpd", factors, up.to(factors.dtype))
     q, k, v = (qkv.unflatten(-1, (3, -1)) + delta).unbind(2)
@@ -135,6 +158,45 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return torch.einsum("bhts,bshk->bthk", weights, v)
+
+
+def sink_attention(
+    q: Tensor,
+    far: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    window: int,
+    index: Tensor,
+    segments: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """See `nirvana.ops.sink_attention`."""
+    B, T, _, K = q.shape
+    past, n = k.shape[1] - T, sink_k.shape[1] - T
+    rows = []
+    for b in range(B):
+        outputs = []
+        for t in range(T):
+            own = past + t
+            near = list(range(max(0, own - window + 1), own + 1))
+            if mask is not None:
+                near = mask[b, 0, t].nonzero()[:, 0].tolist()
+            elif segments is not None:
+                near = [s for s in near if segments[b, s] == segments[b, t]]
+            read = int(index.expand(B, T)[b, t])  # tokens of the sample before this one
+            scores = [k[b, s] * q[b, t] for s in near]
+            values = [v[b, s] for s in near]
+            for j in range(min(n, read - window + 1)):
+                new = t - read + j
+                at = j if new < 0 else n + new
+                scores.append(sink_k[b, at] * far[b, t])
+                values.append(sink_v[b, at])
+            weights = (torch.stack(scores).sum(-1) * K**-0.5).softmax(0)  # [keys, H]
+            outputs.append((weights[..., None] * torch.stack(values)).sum(0))
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from nirvana.config import REST, require, unknown_key
+from nirvana.config import REST, from_dict, require, unknown_key
 from nirvana.errors import InputError
 
 if TYPE_CHECKING:
@@ -184,3 +184,49 @@ class LanguageConfig:
     optim: LanguageOptimConfig = field(default_factory=LanguageOptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelSection = field(default_factory=ModelSection)
+
+
+@dataclass(frozen=True)
+class DistillSection:
+    """[distill]: what the model learns from its teacher."""
+
+    teacher: str = ""  # the Transformer that `nirvana adopt` read: its folder or GGUF file
+    # "attention": each layer alone, on the teacher's inputs; "logits": the teacher's distribution;
+    # "context": the same for tokens within the teacher's length, beyond it the text
+    stage: Literal["attention", "logits", "context"] = "attention"
+    # probability at the first and at the last step that a layer drops the window branch of a row,
+    # linear in between; empty: [1.0, 0.5], [0.5, 0.0] and [0.0, 0.0] for the three stages
+    window_dropout: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        right = "the folder or the GGUF file of a Transformer"
+        require(bool(self.teacher), "distill.teacher", self.teacher, right)
+        given = self.window_dropout
+        in_range = len(given) in (0, 2) and all(0 <= p <= 1 for p in given)
+        require(in_range, "distill.window_dropout", given, "two numbers from 0 to 1, or empty")
+
+
+@dataclass(frozen=True)
+class DistillConfig(LanguageConfig):
+    """All settings of a distillation; [model] is that of `run.initial`."""
+
+    distill: DistillSection = field(default_factory=DistillSection)
+
+    def __post_init__(self) -> None:
+        right = "the model that nirvana adopt wrote, or the run of the stage before"
+        require(bool(self.run.initial), "run.initial", self.run.initial, right)
+
+
+def saved_language_config(tree: dict[str, Any]) -> LanguageConfig:
+    """Reads the configuration that a training of a language model saved.
+
+    Args:
+        tree: sections and their settings.
+
+    Returns:
+        A `LanguageConfig`; a `DistillConfig` of a distillation.
+
+    Raises:
+        InputError: for wrong settings.
+    """
+    return from_dict(DistillConfig if "distill" in tree else LanguageConfig, tree, "")

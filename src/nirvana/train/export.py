@@ -2,23 +2,19 @@
 
 import importlib.metadata
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
-from nirvana.config import from_dict
 from nirvana.data.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder
 from nirvana.model import standalone as standalone_code
-from nirvana.model.assets import load_language_model
+from nirvana.model.assets import load_language_model, without_progress_bars
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.train.checkpoint import Checkpoint
-from nirvana.train.config import LanguageConfig
+from nirvana.train.config import DistillConfig, saved_language_config
 from nirvana.train.metrics import figure
 from nirvana.train.saved_model import SavedModel, find_model, model_folder
 
@@ -43,7 +39,7 @@ A Nirvana language model of {parameters:,} parameters, step {step:,} of {steps:,
 
 | | |
 |---|---|
-| architecture | preset `{preset}`: D {config.hidden_size}, {config.num_hidden_layers} layers \
+| architecture | {origin}: D {config.hidden_size}, {config.num_hidden_layers} layers \
 ({config.num_prelude_layers} prelude), {config.num_attention_heads} heads of {config.head_dim}, \
 branches {config.branches}, gate {config.gate}, window {config.sliding_window}, \
 C {config.task_dim}, R {config.bank_size}, {config.interpolation} \
@@ -131,7 +127,7 @@ def export(
     if standalone:
         model.config.auto_map = standalone_code.auto_map()
     with atomic_folder(out) as temporary:
-        with _quiet():
+        with without_progress_bars():
             model.save_pretrained(temporary)
         copy_tokenizer(saved.tokenizer, temporary)
         if standalone:
@@ -150,21 +146,9 @@ def _loaded(saved: SavedModel, precision: str) -> tuple[NirvanaForCausalLM, torc
     else:
         model = NirvanaForCausalLM(saved.config)
         saved.load(model)
-        dtype = from_dict(LanguageConfig, saved.checkpoint.config, "").run.export_dtype
+        dtype = saved_language_config(saved.checkpoint.config).run.export_dtype
     given = {"float32": torch.float32, "bf16": torch.bfloat16}
     return model, given.get(precision, dtype)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Disables the progress bars of transformers, which would break up ours."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def _card(saved: SavedModel, model: NirvanaForCausalLM, metrics: Path) -> str:
@@ -179,7 +163,7 @@ def _card(saved: SavedModel, model: NirvanaForCausalLM, metrics: Path) -> str:
 
 
 def _training_card(checkpoint: Checkpoint, model: NirvanaForCausalLM, metrics: Path) -> str:
-    config = from_dict(LanguageConfig, checkpoint.config, "")
+    config = saved_language_config(checkpoint.config)
     data = config.data
     per_step = data.context_length * data.batch_size * config.optim.accumulation
     card = CARD.format(
@@ -187,7 +171,9 @@ def _training_card(checkpoint: Checkpoint, model: NirvanaForCausalLM, metrics: P
         parameters=sum(p.numel() for p in model.parameters()),
         step=checkpoint.step,
         steps=config.run.steps,
-        preset=config.model.preset,
+        origin=f"adopted from `{config.distill.teacher}`"
+        if isinstance(config, DistillConfig)
+        else f"preset `{config.model.preset}`",
         config=model.config,
         vocab_size=model.config.vocab_size,
         precision="bf16" if model.dtype == torch.bfloat16 else "float32",

@@ -121,7 +121,7 @@ class LanguageTask(Task):
             The loss in nats per token, with `optim.z_loss` of the mean of (log Z)^2 in it; that
             term is the scalar "z_loss", logged if it is used.
         """
-        borders = _borders(batch["position_ids"])  # on the CPU, to avoid a synchronisation
+        borders = document_borders(batch["position_ids"])  # on the CPU, to avoid a synchronisation
         batch = self._on_device(batch)
         output = self.model(
             input_ids=batch["input_ids"],
@@ -227,8 +227,15 @@ class LanguageTask(Task):
         }
 
 
-def _borders(position_ids: Tensor) -> Tensor:
-    """Cumulative sample lengths, int32 [samples + 1], of rows `[B, T]` laid out as one row."""
+def document_borders(position_ids: Tensor) -> Tensor:
+    """Finds where documents begin and end, on the CPU.
+
+    Args:
+        position_ids: `[B, T]`, counted within each document.
+
+    Returns:
+        int32 `[documents + 1]`, cumulative lengths in the rows laid out as one.
+    """
     starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
     return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel()).int()
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nirvana.config import load_config
+from nirvana.model.state import State
 from nirvana.train.accelerators import known_accelerator
 from nirvana.train.config import LanguageConfig
 from nirvana.train.distributed import ProcessContext, init_distributed
@@ -92,6 +93,7 @@ def _estimate(
         "processes": planned.size,
         "state per device, GiB": rows["state"] / 2**30,
         "activations per device, GiB, about": rows["activations"] / 2**30,
+        "state of a text that is read, bf16, MiB": _read_bytes(task) / 2**20,
     }
     if "gathered weights" in rows:
         figures["gathered weights per device, GiB"] = rows["gathered weights"] / 2**30
@@ -116,3 +118,9 @@ def _estimate(
                 stacklevel=2,
             )
     return figures
+
+
+def _read_bytes(task: LanguageTask) -> int:
+    """Bytes of the state of one text of `data.context_length` tokens: what generation keeps."""
+    T = task.config.data.context_length
+    return State.start(task.architecture, 1, "meta", torch.bfloat16, room=T).num_bytes()

@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from nirvana.config import from_dict
 from nirvana.data.tokenizer import load_tokenizer, same_tokens, tokenizer_folder
 from nirvana.errors import InputError
 from nirvana.model.assets import load_language_model
 from nirvana.model.config import NirvanaConfig, checked_config, preset
 from nirvana.packaged import folder_of, resolve
 from nirvana.train.checkpoint import Checkpoint, find_checkpoint, restore
-from nirvana.train.config import LanguageConfig
+from nirvana.train.config import LanguageConfig, saved_language_config
 
 # Fields without effect on weights and results, or that follow from others. Special tokens are
 # compared with the tokenizers.
@@ -123,7 +122,7 @@ def find_model(name: str | Path, tokenizer: str | Path | None = None) -> SavedMo
     checkpoint = find_checkpoint(folder)
     own = checkpoint.folder.resolve().parents[1] / "tokenizer"
     found = tokenizer_folder(tokenizer or own)
-    config = model_config(from_dict(LanguageConfig, checkpoint.config, ""), load_tokenizer(found))
+    config = model_config(saved_language_config(checkpoint.config), load_tokenizer(found))
     return SavedModel(checkpoint.folder, config, found, checkpoint)
 
 

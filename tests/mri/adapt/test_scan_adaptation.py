@@ -20,7 +20,8 @@ from nirvana.mri.adapt.lines import held_back, outside_of_middle, weights
 from nirvana.mri.adapt.parameters import ScanParameters
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import measure
-from nirvana.mri.data.simulate import Simulation, simulate_scan
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.methods import codec_method
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.masks import Sampling

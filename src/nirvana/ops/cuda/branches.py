@@ -301,8 +301,9 @@ def linear_branch(
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
     final: bool,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `nirvana.ops.linear_branch`."""
+    """See `nirvana.ops.linear_branch`; `dispatch` lets through only calls with SiLU."""
     width = conv_weight.shape[1]
     recent = last_inputs(qkv, width, conv_state, segments) if final else None
     in_front = 0
