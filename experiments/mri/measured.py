@@ -89,17 +89,26 @@ def print_table(rows: Sequence[Row]) -> None:
     Console(width=140).print(table)
 
 
+def method_of(options: argparse.Namespace) -> Method:
+    """The method that options name: a codec's folder, or a classical method.
+
+    Raises:
+        InputError: they name neither.
+    """
+    if options.codec is None:
+        if options.method not in CLASSICAL:
+            raise InputError(
+                f"--method {options.method} needs --codec, or one of {', '.join(CLASSICAL)}"
+            )
+        return classical(options.method, 1)
+    model = load_codec(options.codec, choose_device(options.device))
+    return lambda acquisition: torch.cat([x.magnitude for x in model.images(acquisition)]).numpy()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     check_outputs({"--results": options.results}, [*options.scans, options.codec])
-    if options.codec is None:
-        method = classical(options.method, 1)
-    else:
-        model = load_codec(options.codec, choose_device(options.device))
-
-        def method(acquisition: Acquisition, /) -> np.ndarray:
-            return torch.cat([each.magnitude for each in model.images(acquisition)]).numpy()
-
+    method = method_of(options)
     rows = [{"method": options.method, **row} for row in evaluate(method, options.scans)]
     append_rows(options.results, rows)
     print_table(read_rows(options.results))
@@ -115,12 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-measured.jsonl"))
     parser.add_argument("--device", default="auto")
-    options = parser.parse_args(arguments)
-    if options.codec is None and options.method not in CLASSICAL:
-        raise InputError(
-            f"--method {options.method} needs --codec, or one of {', '.join(CLASSICAL)}"
-        )
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
