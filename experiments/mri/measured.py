@@ -96,11 +96,25 @@ def print_table(rows: Sequence[Row]) -> None:
     Console(width=140).print(table)
 
 
+def method_of(options: argparse.Namespace) -> Method:
+    """The method that options name: a codec's folder, or a classical method.
+
+    Raises:
+        InputError: they name neither.
+    """
+    if options.codec is None:
+        if options.method not in CLASSICAL:
+            raise InputError(
+                f"--method {options.method} needs --codec, or one of {', '.join(CLASSICAL)}"
+            )
+        return classical(options.method, 1)
+    return codec_method(options)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     check_outputs({"--results": options.results}, [*options.scans, options.codec])
-    method = classical(options.method, 1) if options.codec is None else codec_method(options)
-
+    method = method_of(options)
     rows = [{"method": options.method, **row} for row in evaluate(method, options.scans)]
     append_rows(options.results, rows)
     print_table(read_rows(options.results))
@@ -141,12 +155,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-measured.jsonl"))
     parser.add_argument("--device", default="auto")
-    options = parser.parse_args(arguments)
-    if options.codec is None and options.method not in CLASSICAL:
-        raise InputError(
-            f"--method {options.method} needs --codec, or one of {', '.join(CLASSICAL)}"
-        )
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

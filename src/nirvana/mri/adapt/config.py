@@ -32,14 +32,14 @@ class ScanAdaptConfig:
 
     parameters: Literal["gains", "backbone", "all"] = "gains"
     steps: int = 48
-    lr: float = 3e-3
+    lr: float = 1e-3
     loss_share: float = 0.3
     stop_share: float = 0.2
     check_every: int = 8
     patience: int = 2
     least_gain: float = 0.01
     slices: int = 4
-    weight_power: float = 0.5
+    weight_power: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:

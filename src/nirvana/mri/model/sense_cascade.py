@@ -12,6 +12,7 @@ from nirvana.mri.model.layout import crop, pad_to_patches
 from nirvana.mri.model.operator import MeasuredKspace, expand, solve
 from nirvana.mri.model.residual_unet import ResidualUNet
 from nirvana.mri.model.unet import build_unet
+from nirvana.mri.physics.fourier import energy
 
 COARSE = 4  # sides of the pixels on which sensitivities are refined
 
@@ -111,9 +112,9 @@ class MapRefinement(nn.Module):
         power = coarse(torch.view_as_real(image).square().sum(-1))[:, :, None]
         mean = power.mean((1, 2, 3, 4), keepdim=True)
         product = image.conj()[:, :, None] * residual[:, None]
-        channels = [centred.real, centred.imag, product.real, product.imag]
-        flat = coarse(torch.stack(channels, dim=3).flatten(1, 3))
-        flat = flat.view(batch, sets, coils, 4, *flat.shape[-2:])
+        channels = (centred.real, centred.imag, product.real, product.imag)
+        flat = torch.stack([coarse(each.flatten(1, 2)) for each in channels], dim=2)
+        flat = flat.unflatten(1, (sets, coils))
         change = flat[:, :, :, 2:] / (power[:, :, :, None] + 0.01 * mean[..., None] + 1e-12)
         magnitude = (power / mean.clamp(min=1e-12) + 1e-6).sqrt()[:, :, :, None]
         inputs = [flat[:, :, :, :2], change, magnitude.expand(-1, -1, coils, -1, -1, -1)]
@@ -126,7 +127,8 @@ class MapRefinement(nn.Module):
         correction = torch.complex(
             correction[:, :, :, 0].contiguous(), correction[:, :, :, 1].contiguous()
         )
-        norm = torch.linalg.vector_norm(centred, dim=2, keepdim=True)
-        refined = centred + norm * correction
-        changed = torch.linalg.vector_norm(refined, dim=2, keepdim=True)
-        return measured.to_middle(refined * (norm / changed.clamp(min=1e-8)))
+        # The lower bounds keep the gradients of the roots finite where there is no sensitivity.
+        square = energy(centred, dim=2).clamp(min=1e-30)
+        refined = centred + square.sqrt() * correction
+        changed = energy(refined, dim=2).clamp(min=1e-16)
+        return measured.to_middle(refined * (square / changed).sqrt())

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nirvana.mri.physics.fourier import ifft2c
+from nirvana.mri.physics.fourier import energy, ifft2c
 
 KERNEL = (6, 4)  # rows and columns of a patch of k-space
 REGION = (24, 32)  # rows and columns of the calibration region at most
@@ -146,5 +146,5 @@ def _without(v: Tensor, sets: list[Tensor]) -> Tensor:
 
 def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
     """A vector of norm 1 over the coils, and its norm before."""
-    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    norm = energy(v, dim=1).sqrt()
     return v / norm.clamp(min=EPS), norm

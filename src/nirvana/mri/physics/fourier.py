@@ -35,6 +35,14 @@ def to_columns(kspace: Tensor) -> Tensor:
     return torch.fft.fftshift(rows, dim=-2)
 
 
+def energy(x: Tensor, dim: int) -> Tensor:
+    """sum |x|^2 over one dimension of a complex tensor, which stays as one of size 1; real.
+
+    The root of it is many times as fast on a CPU as `torch.linalg.vector_norm` of complex numbers.
+    """
+    return (x.real.square() + x.imag.square()).sum(dim, keepdim=True)
+
+
 def rss(x: Tensor, dim: int = -3) -> Tensor:
     """Root-sum-of-squares magnitude sqrt(sum_c |x_c|^2) over the coil dimension `dim`.
 
