@@ -62,6 +62,12 @@ def test_the_tables_of_the_library_hold_the_model(auto_class, name):
     table = {
         "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
         "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": (
+            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        ),
+        "AutoModelForTokenClassification": (
+            modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+        ),
     }[auto_class]
     assert table[NirvanaConfig.model_type] == name
     # The library runs its `__init__` twice: other modules hold this second one.

@@ -12,6 +12,10 @@ from nirvana.errors import InputError
 
 if TYPE_CHECKING:
     from nirvana.model.assets import load_language_model as load
+    from nirvana.model.classification import (
+        NirvanaForSequenceClassification,
+        NirvanaForTokenClassification,
+    )
     from nirvana.model.config import NirvanaConfig, preset
     from nirvana.model.layer import NirvanaLayer
     from nirvana.model.nirvana import NirvanaForCausalLM, NirvanaModel
@@ -23,6 +27,8 @@ __all__ = [
     "InputError",
     "NirvanaConfig",
     "NirvanaForCausalLM",
+    "NirvanaForSequenceClassification",
+    "NirvanaForTokenClassification",
     "NirvanaLayer",
     "NirvanaModel",
     "State",
@@ -34,6 +40,14 @@ __all__ = [
 _LAZY = {
     "NirvanaConfig": ("nirvana.model.config", "NirvanaConfig"),
     "NirvanaForCausalLM": ("nirvana.model.nirvana", "NirvanaForCausalLM"),
+    "NirvanaForSequenceClassification": (
+        "nirvana.model.classification",
+        "NirvanaForSequenceClassification",
+    ),
+    "NirvanaForTokenClassification": (
+        "nirvana.model.classification",
+        "NirvanaForTokenClassification",
+    ),
     "NirvanaLayer": ("nirvana.model.layer", "NirvanaLayer"),
     "NirvanaModel": ("nirvana.model.nirvana", "NirvanaModel"),
     "State": ("nirvana.model.state", "State"),

@@ -16,9 +16,13 @@ from typing import Any
 
 CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 AUTO_MODULE = "transformers.models.auto.modeling_auto"
-MODEL_MODULE = "nirvana.model.nirvana"
-MODELS = {"AutoModel": "NirvanaModel", "AutoModelForCausalLM": "NirvanaForCausalLM"}
-"""The class of `MODEL_MODULE` that each Auto class makes from a `NirvanaConfig`."""
+MODELS = {
+    "AutoModel": "NirvanaModel",
+    "AutoModelForCausalLM": "NirvanaForCausalLM",
+    "AutoModelForSequenceClassification": "NirvanaForSequenceClassification",
+    "AutoModelForTokenClassification": "NirvanaForTokenClassification",
+}
+"""The class that each Auto class makes from a `NirvanaConfig`."""
 
 
 def register() -> None:
@@ -72,7 +76,8 @@ def _register_models() -> None:
 
 
 def _model_class(name: str) -> Any:
-    return getattr(importlib.import_module(MODEL_MODULE), name)
+    module = "classification" if name.endswith("Classification") else "nirvana"
+    return getattr(importlib.import_module(f"nirvana.model.{module}"), name)
 
 
 class _LazyClass:

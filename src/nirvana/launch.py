@@ -23,10 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nirvana._auto import MODEL_MODULE, after_import
+from nirvana._auto import after_import
 from nirvana.errors import InputError
 
 ACCELERATE = "accelerate.commands.launch"
+MODEL_MODULE = "nirvana.model.nirvana"
 
 
 def main() -> None:

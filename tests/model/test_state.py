@@ -49,6 +49,10 @@ def read(model, tokens, chunks, state=None, between=lambda state: state, **argum
     return torch.cat(parts, dim=1), state
 
 
+def tensors(state):
+    return [x for x in pytree.tree_leaves(state) if isinstance(x, torch.Tensor)]
+
+
 def gradients(model, outputs):
     """Of a random sum of the outputs, by name."""
     generator = torch.Generator(outputs.device).manual_seed(1)
@@ -77,9 +81,7 @@ def test_a_start_of_zeros_is_no_state(small_model, variant):
     start = State.start(model.config, 2, dtype=torch.float64)
     chunked, last = read(model, tokens, [1, 20, 9], start)
     torch.testing.assert_close(chunked, model(tokens).logits)
-    shapes = [
-        [x.shape for x in pytree.tree_leaves(state) if x is not None] for state in (start, last)
-    ]
+    shapes = [[x.shape for x in tensors(state)] for state in (start, last)]
     if model.config.sliding_window is not None:
         assert shapes[0] == shapes[1]
 
@@ -163,7 +165,7 @@ def test_a_detached_state_is_a_constant(small_model):
     """The gradient of a chunk behind a detached state is that with the state's values fixed."""
     model, tokens = small_model(), tokens_of(2, 40)
     _, state = read(model, tokens[:, :30], [30])
-    assert any(x.requires_grad for x in pytree.tree_leaves(state) if isinstance(x, torch.Tensor))
+    assert any(x.requires_grad for x in tensors(state))
     with torch.no_grad():
         _, fixed = read(model, tokens[:, :30], [30])
     behind = [model(tokens[:, 30:], state=each).logits for each in (state.detach(), fixed, state)]
@@ -255,10 +257,7 @@ def test_a_state_holds_no_more_than_it_needs(small_model):
     model = small_model()
     _, state = read(model, tokens_of(2, 200), [100, 100])
     start = State.start(model.config, 2, dtype=torch.float64)
-    size = [
-        sum(x.untyped_storage().nbytes() for x in pytree.tree_leaves(each) if x is not None)
-        for each in (state, start)
-    ]
+    size = [sum(x.untyped_storage().nbytes() for x in tensors(each)) for each in (state, start)]
     assert size[0] == size[1]
 
 

@@ -74,6 +74,27 @@ def test_decayed_sum_chunked_is_step_by_step(T, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 64, 131])
+@torch.no_grad()
+def test_what_an_export_traces_is_step_by_step(monkeypatch, T, packed):
+    segments = borders(2, T, seed=T) if packed else None
+    delta = delta_inputs(2, T, 2, 8, 5)
+    sums = {"g": normal(2, T, 3), "decay": 0.93, "state": normal(2, 3)}
+    heads = {name: normal(2, T, 2, 4) for name in "qkv"}
+    conv = {"x": normal(2, T, 6), "weight": normal(6, 4), "state": normal(2, 6, 3)}
+    calls = (
+        lambda: ops.gated_delta_rule(**delta, segments=segments),
+        lambda: ops.decayed_sum(**sums, segments=segments),
+        lambda: ops.window_attention(**heads, window=7, segments=segments),
+        lambda: ops.causal_conv(**conv, segments=segments),
+    )
+    with ops.use_backend("reference"):
+        expected = [call() for call in calls]
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close([call() for call in calls], expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("T", [1, 2, 9])
 def test_conv_is_step_by_step(T, packed):
     inputs = {

@@ -13,8 +13,13 @@ from transformers.models.auto import modeling_auto
 
 from helpers import library_tests
 from helpers.library_tests import MODEL_TESTS, PACKAGE, TRAINING_TESTS, VERSION
-from nirvana import NirvanaConfig, NirvanaForCausalLM
-from nirvana.model.nirvana import NirvanaModel
+from nirvana import (
+    NirvanaConfig,
+    NirvanaForCausalLM,
+    NirvanaForSequenceClassification,
+    NirvanaForTokenClassification,
+    NirvanaModel,
+)
 
 try:
     NO_GENERATION_TESTS = library_tests.load()
@@ -71,12 +76,6 @@ SKIPPED = {
         else "test_tied_head_has_a_tp_plan_entry",
         "test_tp_plan_matches_params",
     ),
-    # These would pass without having built a model.
-    "there is no classification head": (
-        "test_can_load_ignoring_mismatched_shapes",
-        "test_load_with_mismatched_shapes",
-        "test_problem_types",
-    ),
     "the model makes no features of images, audio, video or text": (
         "test_get_*_features_*",
         *(("test_multimodal_outputs_are_returned",) if SINCE_5_24 else ()),
@@ -129,7 +128,12 @@ class TestNirvana(
     training.TrainingTesterMixin,
     unittest.TestCase,
 ):
-    all_model_classes = (NirvanaModel, NirvanaForCausalLM)
+    all_model_classes = (
+        NirvanaModel,
+        NirvanaForCausalLM,
+        NirvanaForSequenceClassification,
+        NirvanaForTokenClassification,
+    )
     model_tester = NirvanaModelTester()
     has_attentions = False
     test_can_init_all_missing_weights_before_2023 = True  # asks for more, not for less
@@ -137,9 +141,15 @@ class TestNirvana(
 
     def setUp(self):
         # The mixins find out by its name what a class is for.
-        for names, model_class in (
-            (modeling_auto.MODEL_MAPPING_NAMES, NirvanaModel),
-            (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, NirvanaForCausalLM),
+        for names, model_class in zip(
+            (
+                modeling_auto.MODEL_MAPPING_NAMES,
+                modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+                modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+                modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+            ),
+            self.all_model_classes,
+            strict=True,
         ):
             known = mock.patch.dict(names, {NirvanaConfig.model_type: model_class.__name__})
             known.start()

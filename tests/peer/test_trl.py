@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nirvana import NirvanaForCausalLM
+from nirvana import NirvanaForCausalLM, NirvanaForSequenceClassification
 from nirvana.model.assets import load_language_model
 from nirvana.packaged import resolve
 
@@ -209,6 +209,48 @@ def test_grpo_samples_from_what_it_trains(tiny, settings):
     kl = history(trainer, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert kl[-1] > 1e-5
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "LoRA"])
+def test_a_reward_model_learns_preferences(tiny, settings, adapter):
+    """The first loss is that of every text scored in a row of its own, by the same new head."""
+    _, tokenizer = tiny
+    rejected = [" " + completion[:0:-1] for completion in COMPLETIONS]
+    data = {"prompt": PROMPTS, "chosen": COMPLETIONS, "rejected": rejected}
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+    )
+    settings["learning_rate"] = 1e-3
+    data = datasets.Dataset.from_dict(data)
+    trainer = trl.RewardTrainer(
+        TINY,
+        args=trl.RewardConfig(**settings),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer,
+        peft_config=config if adapter else None,
+    )
+    model = trainer.model
+    inner = model.get_base_model() if adapter else model
+    assert isinstance(inner, NirvanaForSequenceClassification)
+
+    def score(text):
+        with torch.no_grad():
+            return model(input_ids=encode(tokenizer, text)[None]).logits[0, 0]
+
+    margins = torch.stack(
+        [
+            score(prompt + good) - score(prompt + bad)
+            for prompt, good, bad in zip(PROMPTS, COMPLETIONS, rejected, strict=True)
+        ]
+    )
+    loss = -F.logsigmoid(margins).mean().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
+    trainer.train()
+    losses = history(trainer, "loss")
+    assert losses[0] == pytest.approx(loss, abs=1e-4)
+    assert losses[-1] < losses[0] - 0.05
+    assert trainer.evaluate()["eval_accuracy"] > 0.7
 
 
 def test_sft_from_the_command_line(tmp_path, tiny):

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
@@ -47,6 +48,23 @@ class StepDecoder(Cache, ABC):
         """
 
 
+def refuse_in_export(cache: Cache) -> None:
+    """Raises while `torch.export` traces.
+
+    Args:
+        cache: of any kind.
+
+    Raises:
+        ValueError: in an export.
+    """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            f"torch.export cannot follow a {type(cache).__name__}, which is changed in place and "
+            "counts its tokens outside of the graph: give state=State.start(...) and "
+            "return_state=True"
+        )
+
+
 def usable_cache(
     config: NirvanaConfig, cache: Cache | None, past_key_values: Cache | None
 ) -> Cache | None:
@@ -65,7 +83,7 @@ def usable_cache(
     Raises:
         TypeError: if it is not a `Cache` of the library.
         ValueError: if it is given twice; for an offloaded cache, unless the model has full
-            attention layers; for a cache of a model with another number of layers.
+            attention layers; for a cache of a model with another number of layers; in an export.
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of one argument: give one")
@@ -74,6 +92,7 @@ def usable_cache(
         return None
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must be a Cache of transformers, not {type(cache).__name__}")
+    refuse_in_export(cache)
     # Windows bound the cache anyway; and the library moves a layer's other states away along with
     # its keys, but returns them before the copy back has finished.
     if getattr(cache, "offloading", False) and "full_attention" not in (config.layer_types or ()):

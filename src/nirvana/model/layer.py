@@ -124,7 +124,7 @@ class NirvanaLayer(nn.Module):
             )
         current: Tensor = start if fast is None else fast
         if state is not None:
-            state.require(self.config, len(x))
+            state.require(self.config, x.shape[0])
         warn_without_kernels(in_autocast(x), self.config.head_dim)
         masks = create_state_masks(
             self.config, x, attention_mask, state, position_ids, cu_seqlens, seq_idx
@@ -138,7 +138,7 @@ class NirvanaLayer(nn.Module):
         if x.shape[1] > 0:
             y, current = self.updater(x, current, self.bank, masks, states)
         if order is not None:
-            order = order.argsort(1)
-            y, current = reordered(y, order), reordered(current, order)
+            back = order.argsort(1)
+            y, current = reordered(y, back), reordered(current, back)
         after = states.state_after(masks) if states is not None and return_state else None
         return LayerOutput(y, current, after)

@@ -13,7 +13,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from nirvana.model.arguments import check_arguments
 from nirvana.model.block import CheckpointedWithGradients, NirvanaBlock
-from nirvana.model.cache import CACHE_FIELD, StepDecoder, in_output, usable_cache
+from nirvana.model.cache import (
+    CACHE_FIELD,
+    StepDecoder,
+    in_output,
+    refuse_in_export,
+    usable_cache,
+)
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.loss import fused_loss, is_plain, shifted, z_loss
 from nirvana.model.masks import Borders, Masks, create_masks, create_state_masks
@@ -159,7 +165,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
         assert inputs_embeds is not None
         if state is not None:
             state.require(self.config, inputs_embeds.shape[0])
-        if use_cache and cache is None and not functional:
+        if use_cache and cache is None and not (functional or torch.compiler.is_exporting()):
             cache = DynamicCache(config=self.config)
         masks = attention_mask
         if not isinstance(masks, dict):
@@ -174,7 +180,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
             inputs_embeds = reordered(inputs_embeds, order)
         kwargs["return_dict"] = True
         states = NewStates(self.config, state, masks["lengths"]) if functional else cache
-        use_cache = bool(use_cache) and not functional
+        use_cache = bool(use_cache) and cache is not None
         outputs = self._run_blocks(
             inputs_embeds, masks, states, use_cache, output_trigger, **kwargs
         )
@@ -280,8 +286,13 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         check_arguments(type(self).forward, kwargs)
         if skip_logits and labels is None and shift_labels is None:
             raise ValueError("skip_logits leaves nothing to compute without labels")
+        if skip_logits and torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export needs logits: without them the loss is a loop over tokens"
+            )
         decoder = past_key_values if cache is None else cache
         if isinstance(decoder, StepDecoder):
+            refuse_in_export(decoder)
             unread = [cu_seqlens, cu_seq_lens_q, seq_idx, state, labels]
             _require_decodable(unread, position_ids, return_state)
             return self._decode(decoder, input_ids, attention_mask)
@@ -299,6 +310,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             output_trigger=output_trigger,
             state=state,
             return_state=return_state,
+            return_dict=True,  # whatever the configuration has for this model's own output
             **kwargs,
         )
         h, logits, loss, z_term = outputs.last_hidden_state, None, None, None

@@ -41,7 +41,8 @@ class NirvanaCausalLMOutputWithPast(_CacheNamed, CausalLMOutputWithPast):
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:
     """Gathers columns: x `[B, T, ...]` with the columns `order`, int64 `[B, T]`."""
-    return x.take_along_dim(order.view(*order.shape, *[1] * (x.ndim - 2)), dim=1)
+    # Not take_along_dim, with which an export fixes the sizes.
+    return x.gather(1, order.view(*order.shape, *[1] * (x.ndim - 2)).expand_as(x))
 
 
 def restore_order(outputs: NirvanaOutputWithPast, order: Tensor) -> None:

@@ -208,21 +208,25 @@ def _border(
         return None
     border = torch.zeros(B, T, dtype=torch.bool, device=device)
     if starts is not None:
-        border[:, 1:] |= starts[:, 1:] != starts[:, :-1]
+        border |= starts != _previous(starts)
     if position_ids is not None:
-        step = position_ids.diff(dim=1)
+        step = position_ids - _previous(position_ids)
         jumps = step != 1
         if columns is not None:
-            jumps = jumps & (step != columns.diff(dim=1))
-        border[:, 1:] |= jumps
-        if not without_past:
-            border[:, 0] |= position_ids[:, 0] == 0
+            jumps = jumps & (step != columns - _previous(columns))
+        border |= jumps
+        border[:, 0] = False if without_past else position_ids[:, 0] == 0
     if numbers is not None:
         new = numbers[:, -T:]
-        border[:, 1:] |= new[:, 1:] != new[:, :-1]
+        border |= new != _previous(new)
         if numbers.shape[1] > T:
             border[:, 0] |= new[:, 0] != numbers[:, -T - 1]
     return None if may_branch() and not border.any() else border
+
+
+def _previous(x: Tensor) -> Tensor:
+    """What each column of x `[B, T]` has in the column before it; the first has itself."""
+    return torch.cat([x[:, :1], x], dim=1)[:, :-1]
 
 
 def may_sync() -> bool:

@@ -9,7 +9,7 @@ Reading a text in chunks computes what reading it whole computes, gradients incl
 cache is the other way to go on with a text: it is updated in place and made for generation.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -64,7 +64,8 @@ class LayerState:
 class State:
     """The state of every row of a batch after the tokens read so far, of each row's last sample.
 
-    A pytree of tensors, which all have the rows in their first dimension.
+    A pytree, whose leaves are the tensors, which all have the rows in their first dimension, None
+    where a layer has no such part, and `ragged`.
 
     Attributes:
         layers: the states of the layers.
@@ -287,7 +288,8 @@ class NewStates:
         if self.lengths is None:
             return x[:, :, S - kept :].clone()
         place = torch.arange(S - new - kept, S - new, device=x.device) + self.lengths[:, None]
-        return x.take_along_dim(place.clamp(min=0)[:, None, :, None], dim=2)
+        place = place.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return x.gather(2, place)
 
     def state_after(self, masks: dict[str, Tensor | None]) -> State:
         """The state after the chunk.
@@ -315,29 +317,5 @@ class NewStates:
         return State(tuple(layers), position, ragged)
 
 
-def _flatten(state: State) -> tuple[list[Any], bool]:
-    return [state.layers, state.position], state.ragged
-
-
-def _unflatten(parts: Iterable[Any], ragged: bool) -> State:
-    layers, position = parts
-    return State(layers, position, ragged)
-
-
-def _flatten_layer(layer: LayerState) -> tuple[list[Any], None]:
-    return [getattr(layer, field.name) for field in fields(layer)], None
-
-
-def _unflatten_layer(parts: Iterable[Any], context: None) -> LayerState:
-    return LayerState(*parts)
-
-
-pytree.register_pytree_node(
-    State, _flatten, _unflatten, serialized_type_name="nirvana.model.state.State"
-)
-pytree.register_pytree_node(
-    LayerState,
-    _flatten_layer,
-    _unflatten_layer,
-    serialized_type_name="nirvana.model.state.LayerState",
-)
+pytree.register_dataclass(LayerState, serialized_type_name="nirvana.model.state.LayerState")
+pytree.register_dataclass(State, serialized_type_name="nirvana.model.state.State")

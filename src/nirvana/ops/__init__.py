@@ -364,7 +364,8 @@ def decayed_sum(
         m, last = compute(at_least_float32(g), decay, state, segments)
         if lengths is not None:
             before = torch.zeros_like(last) if state is None else state.to(last.dtype)
-            last = m.take_along_dim((lengths - 1).clamp(min=0)[:, None, None], dim=1)[:, 0]
+            place = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, m.shape[2])
+            last = m.gather(1, place)[:, 0]
             last = torch.where(lengths[:, None] > 0, last, before)
         return m, last
 

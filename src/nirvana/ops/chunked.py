@@ -1,7 +1,8 @@
 """The operations in PyTorch, in chunks, on any device: linear in T in time and memory.
 
 The functions of the Trigger and the loss, which this backend has too, are in `trigger` and
-`cross_entropy`.
+`cross_entropy`. While `torch.export` traces, nothing depends on the value of T, so that a program
+exported for a dynamic length holds for every length.
 """
 
 import torch
@@ -55,21 +56,21 @@ def gated_delta_rule(
     if state is None:
         state = q.new_zeros(B, H, K, v.shape[-1])
     state = state.to(q.dtype)
-    if T == 1 and segments is None:
+    if _is_one(T) and segments is None:
         return _delta_step(q * K**-0.5, k, v, log_alpha, beta, state)
 
-    c = min(DELTA_CHUNK, T)
-    N = -(-T // c)
+    c = DELTA_CHUNK if torch.compiler.is_exporting() else min(DELTA_CHUNK, T)
+    N = _chunk_count(T, c)
     # Padding writes nothing (beta = 0) and keeps the state (alpha = 1).
     q, k, v, beta, log_alpha = (_chunks(x, c) for x in (q, k, v, beta, log_alpha))
     G = log_alpha.cumsum(-1)
     same = torch.ones(c, c, dtype=torch.bool, device=q.device).tril()
     enter, leave, keep = G.exp(), (G[:, -1:] - G).exp(), G[:, -1:].exp()
     if segments is not None:
-        owner = _pad_segments(segments, c).unflatten(1, (-1, c)).transpose(0, 1)
+        owner = _pad_segments(segments, c).unflatten(1, (N, c)).transpose(0, 1)
         owner = owner.repeat_interleave(H, dim=1)  # [N, BH, c]
         last = owner[..., -1:]
-        carried = F.pad(last[:-1], (0, 0, 0, 0, 1, 0))  # owner of the state that enters the chunk
+        carried = F.pad(last, (0, 0, 0, 0, 1, 0))[:-1]  # owner of the state that enters the chunk
         owner, last, carried = (x.flatten(0, 1) for x in (owner, last, carried))
         same = same & (owner[:, :, None] == owner[:, None])
         enter = enter * (owner == carried)
@@ -82,18 +83,54 @@ def gated_delta_rule(
     solve = _UnitInverse.apply((k @ k.mT).mul_(decay * beta[..., None])) * beta[:, None]
     u, w = solve @ v, solve @ (k * enter[..., None])
     k_leave = (k * leave[..., None]).mT
-    S = state.flatten(0, 1)
+    through = _scan_chunks if torch.compiler.is_exporting() else _loop_over_chunks
+    S, states, writes = through(state.flatten(0, 1), N, u, w, k_leave, keep[..., None])
+    read = (q * enter[..., None]) @ states
+    scores = (q @ k.mT).mul_(decay)
+    o = torch.baddbmm(read, scores, writes, alpha=K**-0.5, beta=K**-0.5)
+    o = o.view(N, B, H, c, -1).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return o[:, :T], S.view(B, H, *S.shape[1:])
+
+
+def _loop_over_chunks(
+    S: Tensor, N: int, u: Tensor, w: Tensor, k: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state through N chunks, S <- keep S + k (u - w S): after the last one `[BH, K, V]`,
+    before each `[N BH, K, V]`, and what each writes, `[N BH, c, V]`."""
     states, writes = [], []
-    steps = zip(*(x.chunk(N) for x in (u, w, k_leave, keep[..., None])), strict=True)
-    for u_n, w_n, k_n, keep_n in steps:
+    for u_n, w_n, k_n, keep_n in zip(*(x.chunk(N) for x in (u, w, k, keep)), strict=True):
         states.append(S)
         writes.append(torch.baddbmm(u_n, w_n, S, alpha=-1))
         S = (keep_n * S).baddbmm_(k_n, writes[-1])
-    read = (q * enter[..., None]) @ torch.cat(states)
-    scores = (q @ k.mT).mul_(decay)
-    o = torch.baddbmm(read, scores, torch.cat(writes), alpha=K**-0.5, beta=K**-0.5)
-    o = o.view(N, B, H, c, -1).permute(1, 0, 3, 2, 4).flatten(1, 2)
-    return o[:, :T], S.view(B, H, *S.shape[1:])
+    return S, torch.cat(states), torch.cat(writes)
+
+
+def _scan_chunks(
+    S: Tensor, N: int, u: Tensor, w: Tensor, k: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_loop_over_chunks` as one operator, for any N."""
+    from torch._higher_order_ops.scan import scan
+
+    def step(S: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        u_n, w_n, k_n, keep_n = given
+        write = torch.baddbmm(u_n, w_n, S, alpha=-1)
+        return (keep_n * S).baddbmm(k_n, write), (S.clone(), write)
+
+    rows = S.shape[0]
+    chunks = tuple(x.unflatten(0, (N, rows)) for x in (u, w, k, keep))
+    S, (states, writes) = scan(step, S.clone(), chunks)  # the tracer fixes the sizes of a view
+    return S, states.flatten(0, 1), writes.flatten(0, 1)
+
+
+def _chunk_count(T: int, c: int) -> int:
+    """The number of chunks of c tokens that T tokens are padded to. In an export it is one more,
+    and so never one, which PyTorch's tracer would take for a fixed size."""
+    return (T - 1) // c + (2 if torch.compiler.is_exporting() else 1)
+
+
+def _is_one(T: int) -> bool:
+    """T == 1, without a guard on a length that is dynamic in an export."""
+    return isinstance(T, int) and T == 1
 
 
 class _UnitInverse(torch.autograd.Function):
@@ -139,14 +176,16 @@ def _delta_step(
 
 def _chunks(x: Tensor, c: int) -> Tensor:
     """`[B, T, H, ...]` to `[N B H, c, ...]`, N chunks of c tokens, padded with zeros."""
-    x = F.pad(x, (*[0, 0] * (x.ndim - 2), 0, -x.shape[1] % c))
-    x = x.unflatten(1, (-1, c)).transpose(0, 1).transpose(2, 3)
+    N = _chunk_count(x.shape[1], c)
+    x = F.pad(x, (*[0, 0] * (x.ndim - 2), 0, N * c - x.shape[1]))
+    x = x.unflatten(1, (N, c)).transpose(0, 1).transpose(2, 3)
     return x.flatten(0, 2).contiguous()
 
 
 def _pad_segments(segments: Tensor, c: int) -> Tensor:
     """Padding belongs to the last sample, so that the final state is that sample's."""
-    padding = -segments.shape[1] % c
+    T = segments.shape[1]
+    padding = _chunk_count(T, c) * c - T
     return torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
 
 
@@ -162,7 +201,7 @@ def causal_conv(
         inputs = F.pad(x, (0, 0, width - 1, 0))
     else:
         inputs = torch.cat([state.mT.to(x.dtype), x], dim=1)
-    if T == 1 and segments is None:
+    if _is_one(T) and segments is None:
         return F.silu((inputs * weight.mT).sum(1, keepdim=True)), inputs[:, 1:].mT
     y = x * weight[:, -1]
     owner = None if segments is None else F.pad(segments, (width - 1, 0))
@@ -193,22 +232,21 @@ def last_inputs(
     Returns:
         `[B, D, width - 1]`, zero where an input is not of the last token's sample.
     """
-    B, T, D = x.shape
-    missing = width - 1 if lengths is not None else max(0, width - 1 - T)
-    last = x if lengths is not None else x[:, max(0, T - width + 1) :]
-    if missing:
-        old = x.new_zeros(B, missing, D)
-        if state is not None:
-            old = state.mT[:, -missing:].to(x.dtype)
-        last = torch.cat([old, last], dim=1)
-    owner = None if segments is None else F.pad(segments, (missing, 0))[:, -last.shape[1] :]
-    if lengths is not None:
+    T = x.shape[1]
+    old = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    if state is not None:
+        old = state.mT.to(x.dtype)
+    first = max(0, T - width + 1) if isinstance(T, int) and lengths is None else 0
+    last, own = torch.cat([old, x[:, first:]], dim=1), None
+    if segments is not None:  # padding belongs to the last sample
+        own = F.pad(segments[:, first:], (width - 1, 0)) == segments[:, -1:]
+    if lengths is None:
+        last, own = last[:, T - first :], None if own is None else own[:, T - first :]
+    else:
         place = torch.arange(width - 1, device=x.device) + lengths[:, None]
-        last = last.take_along_dim(place[..., None], dim=1)
-        owner = None if owner is None else owner.take_along_dim(place, dim=1)
-    if segments is not None and owner is not None:  # padding belongs to the last sample
-        last = last * (owner == segments[:, -1:])[..., None]
-    return last.mT
+        last = last.gather(1, place[..., None].expand(-1, -1, x.shape[2]))
+        own = None if own is None else own.gather(1, place)
+    return (last if own is None else last * own[..., None]).mT
 
 
 def unit(x: Tensor) -> Tensor:
@@ -287,7 +325,7 @@ def window_attention(
     In blocks of one window: a block of queries attends to its own and the previous block of keys.
     """
     T, S = q.shape[1], k.shape[1]
-    if T == 1:
+    if _is_one(T):
         k, v = (x if window is None else x[:, -window:] for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -295,24 +333,25 @@ def window_attention(
         q = F.pad(q, (0, 0, 0, 0, S - T, 0))
         return window_attention(q, k, v, window, segments, cu_seqlens)[:, S - T :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is None or window >= T:
+    if window is None or (not torch.compiler.is_exporting() and window >= T):
         if segments is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         mask = segments[:, None, :, None] == segments[:, None, None, :]
         mask = mask & torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
-    B = len(q)
-    padding = -T % window
-    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, window)) for x in (q, k, v))
+    B = q.shape[0]
+    N = _chunk_count(T, window)
+    padding = N * window - T
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (N, window)) for x in (q, k, v))
     k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3) for x in (k, v))
     row = torch.arange(window, device=q.device)[:, None]
     column = torch.arange(2 * window, device=q.device)
     mask = (column > row) & (column <= row + window)
-    first = torch.arange(q.shape[2], device=q.device)[:, None, None] == 0
+    first = torch.arange(N, device=q.device)[:, None, None] == 0
     mask = mask & ~(first & (column < window))  # [N, W, 2W]: nothing before the first block
     if segments is not None:
-        own = _pad_segments(segments, window).unflatten(1, (-1, window))  # [B, N, W]
+        own = _pad_segments(segments, window).unflatten(1, (N, window))  # [B, N, W]
         before = torch.cat([F.pad(own, (0, 0, 1, 0))[:, :-1], own], dim=2)
         mask = mask & (own[..., None] == before[:, :, None])
         mask = mask.flatten(0, 1)[:, None]
@@ -320,7 +359,7 @@ def window_attention(
         mask = mask.repeat(B, 1, 1)[:, None]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B N, H, ...]
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return o.unflatten(0, (B, -1)).transpose(2, 3).flatten(1, 2)[:, :T]
+    return o.unflatten(0, (B, N)).transpose(2, 3).flatten(1, 2)[:, :T]
 
 
 def decayed_sum(
@@ -335,25 +374,41 @@ def decayed_sum(
         state = torch.zeros_like(g[:, 0])
     state = state.to(g.dtype)
     decay = torch.as_tensor(decay, dtype=g.dtype, device=g.device)
-    if T == 1 and segments is None:
+    if _is_one(T) and segments is None:
         m = state * decay + g[:, 0]
         return m[:, None], m
     if segments is None:
         segments = torch.zeros(B, T, dtype=torch.long, device=g.device)
-    c = min(SUM_CHUNK, T)
-    g = F.pad(g, (0, 0, 0, -T % c)).unflatten(1, (-1, c))
-    owner = _pad_segments(segments, c).unflatten(1, (-1, c))  # [B, N, c]
+    c = SUM_CHUNK if torch.compiler.is_exporting() else min(SUM_CHUNK, T)
+    N = _chunk_count(T, c)
+    g = F.pad(g, (0, 0, 0, N * c - T)).unflatten(1, (N, c))
+    owner = _pad_segments(segments, c).unflatten(1, (N, c))
     steps = torch.arange(c, device=g.device)
     age = (steps[:, None] - steps).clamp(min=0)
     same = (owner[..., :, None] == owner[..., None, :]).tril()
     m = (decay**age * same) @ g
     ends = owner[:, :, -1]
-    if m.shape[1] > 1:
+    carried = F.pad(ends, (1, 0))[:, :-1]
+    if torch.compiler.is_exporting():
+        carry = _scan_sums(state, m[:, :, -1], decay**c * (ends == carried)[..., None])
+    elif m.shape[1] > 1:
         carry, _ = decayed_sum(m[:, :, -1], decay**c, state, ends)
         carry = torch.cat([state[:, None], carry[:, :-1]], dim=1)
     else:
         carry = state[:, None]
-    carried = F.pad(ends[:, :-1], (1, 0))
     reach = decay ** (steps + 1) * (owner == carried[..., None])
     m = (m + reach[..., None] * carry[:, :, None]).flatten(1, 2)[:, :T]
     return m, m[:, -1]
+
+
+def _scan_sums(state: Tensor, ends: Tensor, keep: Tensor) -> Tensor:
+    """The sum before each of N chunks, m <- end + keep m, as one operator for any N: `[B, N, F]`,
+    for state `[B, F]`, ends `[B, N, F]` and keep `[B, N, 1]`."""
+    from torch._higher_order_ops.scan import scan
+
+    def step(m: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        end, kept = given
+        return end + kept * m, m.clone()
+
+    chunks = (ends.transpose(0, 1).contiguous(), keep.transpose(0, 1).contiguous())
+    return scan(step, state.contiguous(), chunks)[1].transpose(0, 1)

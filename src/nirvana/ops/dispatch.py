@@ -96,6 +96,7 @@ def implementation(operation: str, fits: bool = False) -> Callable[..., Any]:
     Raises:
         ValueError: inside `use_backend("cuda")`, if the kernels do not take this call.
     """
+    fits = fits and not torch.compiler.is_exporting()  # a program runs where we are not installed
     name = ("cuda" if fits else "chunked") if _forced is None else _forced
     if name == "cuda":
         if operation not in KERNELS:

@@ -244,6 +244,26 @@ def test_a_3d_scan_is_decoupled_along_its_readout(
     assert psnr["sense"] > psnr["empty"] + 3, psnr
 
 
+def test_what_a_3d_scan_lacks_along_readout_and_partitions_is_stated(block: Scan) -> None:
+    solid = partitions_of(block.kspace)
+    plane = np.random.default_rng(0).random((12, 128)) < 0.7
+    plane[2:10, 56:72] = True
+    late = solid * (np.arange(96) < 64)[:, None]
+    scan = replace(block, kspace=late * plane[:, None, None], volume_encoding="3D", target=None)
+    measurement = measure(scan)
+    (remark,) = (each for each in measurement.remarks if "asymmetric echo" in each)
+    assert "rows 0 to 63 of 96 were measured; the missing side is left zero" in remark
+    assert measurement.facts["asymmetric_echo"] == [0, 64]
+    assert measurement.facts["partial_partitions"] is None
+    part = solid * (np.arange(12) < 9)[:, None, None, None]
+    measurement = measure(replace(block, kspace=part, volume_encoding="3D", target=None))
+    assert not measurement.is_full
+    assert measurement.facts["partial_partitions"] == [0, 9]
+    assert measurement.facts["asymmetric_echo"] is None
+    with pytest.raises(InputError, match="partial Fourier: partitions 0 to 8 of 12"):
+        measurement.require_full("block")
+
+
 def test_a_full_3d_scan_can_be_undersampled(block: Scan) -> None:
     full = replace(block, kspace=partitions_of(block.kspace), target=None, volume_encoding="3D")
     measurement = measure(full)

@@ -96,7 +96,7 @@ class Measurement:
         if self.acquisition.extent is not None:
             raise InputError(
                 f"{name} is no ground truth, one side of its k-space is missing: "
-                + "; ".join(self.acquisition.extent.remarks())
+                + "; ".join(self.acquisition.extent.remarks(_first_axis(self.along_readout)))
             )
 
     def volume_of(self, images: np.ndarray) -> np.ndarray:
@@ -140,19 +140,27 @@ def measure(
     pattern = scan_pattern(scan, mask)
     acquisition = Acquisition(scan.kspace, pattern, reference=scan.calibration, name=scan.name)
     remarks: list[str] = []
-    along_readout = False
+    along_readout, late_echo = False, None
     if scan.volume_encoding == "3D":
+        readout = acquisition.find_extent()
         acquisition, along_readout = without_second_encoding(acquisition)
         if along_readout:
             remarks.append(
                 "3D: undersampled along both phase encodings; the readout was transformed and the "
                 f"{len(acquisition)} planes across it reconstructed one by one"
             )
+            if readout.late_echo:
+                late_echo = list(readout.rows)
+                remarks.append(
+                    f"asymmetric echo: rows {late_echo[0]} to {late_echo[1] - 1} of "
+                    f"{readout.height} were measured; the missing side is left zero, because the "
+                    "planes across the readout are independent"
+                )
     whitening, source = _whitening(scan, options, remarks)
     acquisition = replace(acquisition, coil_matrix=whitening)
     acquisition, kept = _compressed(acquisition, whitening, options.count, remarks)
     extent = acquisition.find_extent()
-    remarks += extent.remarks()
+    remarks += extent.remarks(_first_axis(along_readout))
     if extent.is_partial:
         acquisition = replace(acquisition, extent=extent)
     facts = {
@@ -162,7 +170,10 @@ def measure(
         "noise_whitened_by": source,
         "separate_calibration": scan.calibration is not None,
         "partial_fourier": list(extent.columns) if extent.partial_fourier else None,
-        "asymmetric_echo": list(extent.rows) if extent.late_echo else None,
+        "partial_partitions": list(extent.rows) if extent.late_echo and along_readout else None,
+        "asymmetric_echo": late_echo
+        if along_readout or not extent.late_echo
+        else list(extent.rows),
     }
     if slice_patterns(pattern).shape[1] > 1 or along_readout:
         remarks.append(
@@ -172,6 +183,11 @@ def measure(
     if scan.calibration is not None:
         remarks.append("coil sensitivities come from the separate reference scan alone")
     return Measurement(acquisition, along_readout, whitening, tuple(remarks), facts)
+
+
+def _first_axis(along_readout: bool) -> str:
+    """What lies along the first axis of a slice's k-space."""
+    return "partitions" if along_readout else "rows"
 
 
 def read_covariance(path: Path) -> np.ndarray:

@@ -171,8 +171,12 @@ class Extent:
         """Whether one side of k-space is missing along any axis."""
         return self.late_echo or self.partial_fourier
 
-    def remarks(self) -> tuple[str, ...]:
-        """What is missing, a sentence for each axis."""
+    def remarks(self, rows: str = "rows") -> tuple[str, ...]:
+        """What is missing, a sentence for each axis.
+
+        Args:
+            rows: what lies along H: "rows" of the readout, or "partitions" of a 3D scan.
+        """
         found = []
         if self.partial_fourier:
             found.append(
@@ -180,8 +184,9 @@ class Extent:
                 f"{self.width} were measured; the missing side was completed by conjugate symmetry"
             )
         if self.late_echo:
+            kind = "asymmetric echo" if rows == "rows" else "partial Fourier"
             found.append(
-                f"asymmetric echo: rows {self.rows[0]} to {self.rows[1] - 1} of {self.height} were "
+                f"{kind}: {rows} {self.rows[0]} to {self.rows[1] - 1} of {self.height} were "
                 "measured; the missing side was completed by conjugate symmetry"
             )
         return tuple(found)
