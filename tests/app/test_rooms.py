@@ -165,6 +165,19 @@ def test_the_copies_of_the_server_go_with_the_session(rooms, scan_file):
     assert list(rooms.root.iterdir()) == []
 
 
+def test_the_same_upload_of_another_tab_stays(rooms, scan_file):
+    """The server gives files of equal content one place; the later one replaces the first."""
+    rooms.upload("a", scan_file)
+    (place,) = rooms.page.sessions.of("a").cached
+    later = place.with_suffix(".later")
+    later.write_bytes(scan_file.read_bytes())
+    later.replace(place)
+    rooms.page.close(SimpleNamespace(session_hash="a"))  # type: ignore[arg-type]
+    assert place.exists()
+    rooms.call("scan_upload", "b", [str(place)])
+    rooms.reconstruct("b", slices="1")
+
+
 def test_sessions_are_limited_and_closed_when_idle(small_codec, tmp_path):
     config = AppConfig(codec=str(small_codec), max_sessions=2, idle_minutes=1.0)
     rooms = Rooms(config, tmp_path / "root")

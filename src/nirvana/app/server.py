@@ -36,7 +36,7 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
     os.environ.update(names)
     blocks = page = None
     try:
-        import gradio as gr
+        from gradio.themes import Default
 
         from nirvana.app.page import STYLE, Page, build
 
@@ -60,7 +60,7 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
                 pwa=False,
                 mcp_server=False,
                 show_error=False,
-                theme=gr.themes.Default(),
+                theme=Default(),  # its fonts are the server's own files
                 css=STYLE,
             )
         except OSError as error:
