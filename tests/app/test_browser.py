@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("gradio", reason="needs the extra app")
+
 from nirvana.app.config import AppConfig
 from nirvana.app.server import served
 
