@@ -31,6 +31,7 @@ SMALL = {
 
 QUICK = (
     "adapt/test_task.py",
+    "app/test_parts.py",
     "cli/test_outputs.py",
     "data/test_loader.py",
     "data/test_tokenizer.py",

@@ -10,9 +10,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import gradio as gr
 import numpy as np
 import pytest
+
+pytest.importorskip("gradio", reason="needs the extra app")
+
+import gradio as gr
 
 from helpers.app_rooms import Rooms
 from helpers.scan_files import MAKERS, damaged

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def test_the_page_is_served_and_nothing_is_left(tmp_path: Path):
         with urllib.request.urlopen(address) as page:
             text = page.read().decode()
         assert "Nirvana" in text
+        for elsewhere in ("file=http://127.0.0.1:9/a", "proxy=https://a.hf.space/b"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"{address}gradio_api/{elsewhere}")
         assert list(tmp_path.iterdir())
         program.send_signal(signal.SIGTERM)
         _, errors = program.communicate(timeout=60)

@@ -35,6 +35,7 @@ from nirvana.mri.model.checkpoint import save_codec
 from nirvana.mri.model.codec import CodecModel
 
 SETTLE_SECONDS = 15
+PATIENCE_SECONDS = 120
 
 
 class Load:
@@ -66,7 +67,8 @@ class Load:
         """One session of a person."""
         scan = self.scans[number]
         # Downloads are checked by the browser's test; here they would only fill a disk.
-        client = Client(self.address, verbose=False, download_files=False)
+        patience = {"timeout": PATIENCE_SECONDS}  # one or two cores serve everyone
+        client = Client(self.address, verbose=False, download_files=False, httpx_kwargs=patience)
         try:
             _, name = self.timed(client, "scan_upload", [handle_file(str(scan))])
             assert scan.name in name, name

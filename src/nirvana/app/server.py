@@ -1,17 +1,39 @@
 """Serves the page, and removes all that it kept when it ends."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nirvana.app.config import AppConfig
 from nirvana.errors import InputError
 
+ADDRESS = re.compile(r"(file|proxy)=[a-z]+:", re.IGNORECASE)
+"""In a path: something elsewhere, which Gradio would fetch for whoever wants it."""
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 THREADS = 40
+
+
+class LocalOnly:
+    """Answers requests for something elsewhere with "not found", and passes all others on.
+
+    Args:
+        app: the server's, by ASGI.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and ADDRESS.search(scope["path"]):
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await self.app(scope, receive, send)
 
 
 @contextmanager
@@ -36,7 +58,7 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
     os.environ.update(names)
     blocks = page = None
     try:
-        import gradio as gr
+        from gradio.themes import Default
 
         from nirvana.app.page import STYLE, Page, build
 
@@ -51,6 +73,7 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
                 quiet=True,
                 prevent_thread_lock=True,
                 max_threads=THREADS,
+                app_kwargs={"middleware": [(LocalOnly, (), {})]},
                 max_file_size=config.max_bytes,
                 state_session_capacity=config.max_sessions,
                 footer_links=[],
@@ -60,7 +83,7 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
                 pwa=False,
                 mcp_server=False,
                 show_error=False,
-                theme=gr.themes.Default(),
+                theme=Default(),  # its fonts are the server's own files
                 css=STYLE,
             )
         except OSError as error:

@@ -22,7 +22,8 @@ class Session:
         folder: of its files; its name cannot be guessed.
         scan: the uploaded file that is read, or None for the example.
         results: room -> what was computed there last.
-        cached: Gradio's copies of the uploads.
+        cached: Gradio's copies of the uploads, with the numbers of their inodes: their names follow
+            from their contents, so another tab's upload may take the place of a copy.
         stop: set when the work of the session is to stop.
         closed: whether the tab is gone: nothing may be written any more.
         used: when it was used last, by `time.monotonic`.
@@ -32,7 +33,7 @@ class Session:
     folder: Path
     scan: Path | None = None
     results: dict[str, Any] = field(default_factory=dict)
-    cached: list[Path] = field(default_factory=list)
+    cached: dict[Path, int] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
     used: float = field(default_factory=time.monotonic)
@@ -58,10 +59,11 @@ class Session:
         self.results.clear()
         self.scan = None
         shutil.rmtree(self.folder, ignore_errors=True)
-        for file in self.cached:  # each in a folder of its own
+        for file, inode in self.cached.items():  # each in a folder of its own
             with suppress(OSError):
-                file.unlink()
-                file.parent.rmdir()
+                if file.stat().st_ino == inode:
+                    file.unlink()
+                    file.parent.rmdir()
 
 
 class Sessions:

@@ -189,6 +189,8 @@ def continue_prompt(models: Models, request: TextRequest, watch: Watch) -> Itera
     def work() -> None:
         try:
             with models.in_use():
+                if stop.is_set():
+                    return
                 task = _learned(models, tokens, watch)[1] if request.adapt else None
                 with nullcontext() if task is None else task.applied(model):
                     generate_text(

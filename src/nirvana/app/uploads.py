@@ -28,7 +28,6 @@ def receive(session: Session, files: Sequence[str | Path], max_bytes: int) -> Pa
         InputError: there are others than these, a name is not possible, or they are too large.
     """
     paths = [Path(file) for file in files]
-    session.cached += paths
     names = [checked_name(path.name) for path in paths]
     suffixes = sorted(Path(name).suffix.lower() for name in names)
     stems = {Path(name).stem for name in names}
@@ -38,7 +37,9 @@ def receive(session: Session, files: Sequence[str | Path], max_bytes: int) -> Pa
         )
     if any(path.is_symlink() or not path.is_file() for path in paths):
         raise InputError(f"{names[0]} was not received; upload it again")
-    size = sum(path.stat().st_size for path in paths)
+    statuses = [path.stat() for path in paths]
+    session.cached |= {path: each.st_ino for path, each in zip(paths, statuses, strict=True)}
+    size = sum(each.st_size for each in statuses)
     if size > max_bytes:
         raise InputError(
             f"{names[0]} has {size / MIB:.1f} MiB; this page takes at most {max_bytes / MIB:g}"

@@ -67,12 +67,15 @@ def app(
             "time; it has no password",
             file=sys.stderr,
         )
-    signal.signal(signal.SIGTERM, _interrupt)
-    with served(config, host, port) as address:
-        print(f"{address}  (Ctrl-C ends it)", flush=True)
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with served(config, host, port) as address:
+            print(f"{address}  (Ctrl-C ends it)", flush=True)
+            with suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(3600)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(*_: object) -> None:
