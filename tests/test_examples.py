@@ -18,6 +18,7 @@ from nirvana.mri.physics.masks import sampling_mask
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "signal_specialist.py"
 NETWORK = ROOT / "examples" / "own_network.py"
+ADOPTION = ROOT / "examples" / "adopt.py"
 
 
 def load(path):
@@ -58,6 +59,14 @@ def test_a_network_of_ones_own_learns_to_recall():
     assert example.accuracy(network) < 0.2
     example.train(network, 120)
     assert example.accuracy(network) > 0.7
+
+
+def test_the_adoption_runs_and_learns():
+    command = [sys.executable, str(ADOPTION), "--steps", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.findall(r"^(attention|logits): loss ([\d.]+) -> ([\d.]+)$", done.stdout, flags=re.M)
+    assert [name for name, _, _ in found] == ["attention", "logits"]
+    assert all(float(last) < float(first) for _, first, last in found)
 
 
 def test_the_documentation_shows_that_network():
