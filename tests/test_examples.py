@@ -24,6 +24,10 @@ CHECKS = {
         few = {kind: decibels(train(kind, 1), TRAINED) for kind in kinds}
         assert all(results[kind][0] > few[kind] + 2 for kind in kinds), (few, results)
     """,
+    "language/adopt_a_transformer.py": """
+        assert untrained[:32].max() < 1e-4 < untrained[32:].mean()
+        assert all(sum(each[-3:]) < sum(each[:3]) for each in losses.values()), losses
+    """,
     "language/first_text.py": """
         assert second.sum() < 0.8 * first.sum()
         assert kept(64) < kept(256) == kept(512)

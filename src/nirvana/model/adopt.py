@@ -400,7 +400,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise InputError(f"{path}: reading it needs another package: {_first(error)}") from error
+        if path.suffix == ".gguf":
+            raise InputError(f"{path}: GGUF files need a package: pip install gguf") from error
+        raise
     except (SafetensorError, ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
         if isinstance(error, InputError):
             raise
