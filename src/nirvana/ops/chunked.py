@@ -1,18 +1,20 @@
 """The operations in PyTorch, in chunks, on any device: linear in T in time and memory.
 
-The functions of the Trigger and the loss, which this backend has too, are in `trigger` and
-`cross_entropy`. While `torch.export` traces, nothing depends on the value of T, so that a program
-exported for a dynamic length holds for every length.
+The functions of windows, the Trigger and the loss, which this backend has too, are in `window`,
+`trigger` and `cross_entropy`. While `torch.export` traces, nothing depends on the value of T, so
+that a program exported for a dynamic length holds for every length.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nirvana.ops.chunks import chunk_count, is_one, pad_segments
 from nirvana.ops.cross_entropy import linear_cross_entropy
 from nirvana.ops.precision import at_least_float32, no_autocast
 from nirvana.ops.reference import UNIT_EPS
 from nirvana.ops.trigger import trigger_apply, trigger_gradient
+from nirvana.ops.window import masked_attention, sink_attention, window_attention
 
 __all__ = [
     "add_low_rank",
@@ -57,18 +59,18 @@ def gated_delta_rule(
     if state is None:
         state = q.new_zeros(B, H, K, v.shape[-1])
     state = state.to(q.dtype)
-    if _is_one(T) and segments is None:
+    if is_one(T) and segments is None:
         return _delta_step(q * K**-0.5, k, v, log_alpha, beta, state)
 
     c = DELTA_CHUNK if torch.compiler.is_exporting() else min(DELTA_CHUNK, T)
-    N = _chunk_count(T, c)
+    N = chunk_count(T, c)
     # Padding writes nothing (beta = 0) and keeps the state (alpha = 1).
     q, k, v, beta, log_alpha = (_chunks(x, c) for x in (q, k, v, beta, log_alpha))
     G = log_alpha.cumsum(-1)
     same = torch.ones(c, c, dtype=torch.bool, device=q.device).tril()
     enter, leave, keep = G.exp(), (G[:, -1:] - G).exp(), G[:, -1:].exp()
     if segments is not None:
-        owner = _pad_segments(segments, c).unflatten(1, (N, c)).transpose(0, 1)
+        owner = pad_segments(segments, c).unflatten(1, (N, c)).transpose(0, 1)
         owner = owner.repeat_interleave(H, dim=1)  # [N, BH, c]
         last = owner[..., -1:]
         carried = F.pad(last, (0, 0, 0, 0, 1, 0))[:-1]  # owner of the state that enters the chunk
@@ -123,17 +125,6 @@ def _scan_chunks(
     return S, states.flatten(0, 1), writes.flatten(0, 1)
 
 
-def _chunk_count(T: int, c: int) -> int:
-    """The number of chunks of c tokens that T tokens are padded to. In an export it is one more,
-    and so never one, which PyTorch's tracer would take for a fixed size."""
-    return (T - 1) // c + (2 if torch.compiler.is_exporting() else 1)
-
-
-def _is_one(T: int) -> bool:
-    """T == 1, without a guard on a length that is dynamic in an export."""
-    return isinstance(T, int) and T == 1
-
-
 class _UnitInverse(torch.autograd.Function):
     """(I + L)^-1 for the strictly lower triangle L of each matrix `[..., n, n]`."""
 
@@ -177,17 +168,10 @@ def _delta_step(
 
 def _chunks(x: Tensor, c: int) -> Tensor:
     """`[B, T, H, ...]` to `[N B H, c, ...]`, N chunks of c tokens, padded with zeros."""
-    N = _chunk_count(x.shape[1], c)
+    N = chunk_count(x.shape[1], c)
     x = F.pad(x, (*[0, 0] * (x.ndim - 2), 0, N * c - x.shape[1]))
     x = x.unflatten(1, (N, c)).transpose(0, 1).transpose(2, 3)
     return x.flatten(0, 2).contiguous()
-
-
-def _pad_segments(segments: Tensor, c: int) -> Tensor:
-    """Padding belongs to the last sample, so that the final state is that sample's."""
-    T = segments.shape[1]
-    padding = _chunk_count(T, c) * c - T
-    return torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
 
 
 def causal_conv(
@@ -209,7 +193,7 @@ def causal_conv(
         inputs = F.pad(x, (0, 0, width - 1, 0))
     else:
         inputs = torch.cat([state.mT.to(x.dtype), x], dim=1)
-    if _is_one(T) and segments is None:
+    if is_one(T) and segments is None:
         return activate((inputs * weight.mT).sum(1, keepdim=True)), inputs[:, 1:].mT
     y = x * weight[:, -1]
     owner = None if segments is None else F.pad(segments, (width - 1, 0))
@@ -322,148 +306,10 @@ def window_branch(
     return window_attention(q, k, v, window, segments, cu_seqlens)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """See `nirvana.ops.masked_attention`."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-
-def sink_attention(
-    q: Tensor,
-    far: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink_k: Tensor,
-    sink_v: Tensor,
-    window: int,
-    index: Tensor,
-    segments: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """See `nirvana.ops.sink_attention`.
-
-    As `window_attention` in blocks of one window. A token reads sinks only if its sample began at
-    least a window before it, so that all those in a block belong to the sample of its first token:
-    each block has n further keys. In one softmax with two queries: `[q, far]` on keys `[k, 0]`
-    within the window and `[0, k]` for sinks.
-    """
-    (B, T, _, K), S, n = q.shape, k.shape[1], sink_k.shape[1] - q.shape[1]
-    index = index.expand(B, T)
-    q = torch.cat([q, far], dim=-1)
-    k, sink_k = F.pad(k, (0, K)), F.pad(sink_k, (K, 0))
-    if T == 1 or mask is not None:
-        if mask is None:
-            k, v = k[:, -window:], v[:, -window:]
-            mask = torch.ones(1, 1, 1, k.shape[1], dtype=torch.bool, device=q.device)
-        reads = _reads_sinks(index, n, window)[:, None]
-        mask = torch.cat([reads, mask.expand(B, 1, T, -1)], dim=-1)
-        k, v = torch.cat([sink_k, k], dim=1), torch.cat([sink_v, v], dim=1)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=K**-0.5)
-        return o.transpose(1, 2)
-    past = S - T
-    padding = -S % window
-    # Queries of zeros at the places of the earlier keys and of the padding; their rows are dropped.
-    q = F.pad(q, (0, 0, 0, 0, past, padding)).unflatten(1, (-1, window))
-    before = index[:, :1] + torch.arange(-past, 0, device=q.device)
-    index = F.pad(torch.cat([before, index], dim=1), (0, padding))
-    own_k, own_v = (F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, window)) for x in (k, v))
-    first = torch.arange(0, S + padding, window, device=q.device)
-    column = (first - past - index[:, first])[..., None] + torch.arange(n, device=q.device)
-    place = torch.where(column < 0, torch.arange(n, device=q.device), column + n)
-    place = place.clamp(max=n + T - 1).flatten(1)[..., None, None]  # [B, N n, 1, 1]
-    keys = [
-        torch.cat(
-            [
-                source.take_along_dim(place, dim=1).unflatten(1, (-1, n)),
-                F.pad(own, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1],
-                own,
-            ],
-            dim=2,
-        )
-        for source, own in ((sink_k, own_k), (sink_v, own_v))
-    ]
-    far_enough = index.unflatten(1, (-1, window))[..., None] - torch.arange(n, device=q.device)
-    near = _block_mask(q.shape[1], window, segments, B, q.device)
-    near = near.expand(B, q.shape[1], window, -1)
-    mask = torch.cat([far_enough >= window, near], dim=-1).flatten(0, 1)[:, None]
-    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, *keys))
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=K**-0.5)
-    return o.transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)[:, past:S]
-
-
-def _reads_sinks(index: Tensor, n: int, window: int) -> Tensor:
-    """Which sinks a token reads: `[B, T, n + T]`, of n of the past and of T new tokens."""
-    T = index.shape[1]
-    place = torch.arange(T, device=index.device)
-    began = (place - index)[..., None]  # the column in which the token's sample began
-    old = torch.arange(n, device=index.device)
-    stored = (began + old < 0) & (index[..., None] - old >= window)
-    new = (place >= began) & (place < began + n) & (place[:, None] - place >= window)
-    return torch.cat([stored, new], dim=-1)
-
-
-def _block_mask(
-    N: int, window: int, segments: Tensor | None, B: int, device: torch.device
-) -> Tensor:
-    """Where the queries of N blocks attend to the keys of the block before and of their own:
-    `[1, N, W, 2 W]`, or `[B, N, W, 2 W]` with segments."""
-    row = torch.arange(window, device=device)[:, None]
-    column = torch.arange(2 * window, device=device)
-    mask = (column > row) & (column <= row + window)
-    first = torch.arange(N, device=device)[:, None, None] == 0
-    mask = (mask & ~(first & (column < window)))[None]  # nothing before the first block
-    if segments is None:
-        return mask
-    own = _pad_segments(segments, window).unflatten(1, (N, window))  # [B, N, W]
-    before = torch.cat([F.pad(own, (0, 0, 1, 0))[:, :-1], own], dim=2)
-    return mask & (own[..., None] == before[:, :, None])
-
-
 def swiglu(x: Tensor) -> Tensor:
     """See `nirvana.ops.swiglu`."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    segments: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """See `nirvana.ops.window_attention`.
-
-    In blocks of one window: a block of queries attends to its own and the previous block of keys.
-    """
-    T, S = q.shape[1], k.shape[1]
-    if _is_one(T):
-        k, v = (x if window is None else x[:, -window:] for x in (k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    if T < S:  # queries of zeros at the places of the earlier keys; their rows are dropped
-        q = F.pad(q, (0, 0, 0, 0, S - T, 0))
-        return window_attention(q, k, v, window, segments, cu_seqlens)[:, S - T :]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is None or (not torch.compiler.is_exporting() and window >= T):
-        if segments is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        mask = segments[:, None, :, None] == segments[:, None, None, :]
-        mask = mask & torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-    B = q.shape[0]
-    N = _chunk_count(T, window)
-    padding = N * window - T
-    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (N, window)) for x in (q, k, v))
-    k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3) for x in (k, v))
-    mask = _block_mask(N, window, segments, B, q.device)
-    mask = mask.expand(B, -1, -1, -1).flatten(0, 1)[:, None]
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B N, H, ...]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return o.unflatten(0, (B, N)).transpose(2, 3).flatten(1, 2)[:, :T]
 
 
 def decayed_sum(
@@ -478,15 +324,15 @@ def decayed_sum(
         state = torch.zeros_like(g[:, 0])
     state = state.to(g.dtype)
     decay = torch.as_tensor(decay, dtype=g.dtype, device=g.device)
-    if _is_one(T) and segments is None:
+    if is_one(T) and segments is None:
         m = state * decay + g[:, 0]
         return m[:, None], m
     if segments is None:
         segments = torch.zeros(B, T, dtype=torch.long, device=g.device)
     c = SUM_CHUNK if torch.compiler.is_exporting() else min(SUM_CHUNK, T)
-    N = _chunk_count(T, c)
+    N = chunk_count(T, c)
     g = F.pad(g, (0, 0, 0, N * c - T)).unflatten(1, (N, c))
-    owner = _pad_segments(segments, c).unflatten(1, (N, c))
+    owner = pad_segments(segments, c).unflatten(1, (N, c))
     steps = torch.arange(c, device=g.device)
     age = (steps[:, None] - steps).clamp(min=0)
     same = (owner[..., :, None] == owner[..., None, :]).tril()
