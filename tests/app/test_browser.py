@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import pytest
 
 pytest.importorskip("gradio", reason="needs the extra app")
 
 from nirvana.app.config import AppConfig
 from nirvana.app.server import served
+from nirvana.mri.data.example import example_volume
 
 playwright: Any = pytest.importorskip(
     "playwright.sync_api", reason="needs playwright: pip install 'nirvana[dev]'"
@@ -147,22 +149,27 @@ def test_the_room_of_text_by_keyboard(page: Any) -> None:
     assert within_the_window(page)
 
 
-def test_the_room_of_reports(page: Any) -> None:
+def test_the_room_of_reports(page: Any, tmp_path: Path) -> None:
+    whole: Any = nibabel.load(example_volume())
+    nibabel.save(whole.slicer[:, :, 10:13, :1], tmp_path / "three.nii")  # all 24 take longer
     page.get_by_role("tab", name="Report").click()
+    page.locator("input[type=file]").nth(1).set_input_files(tmp_path / "three.nii")
+    page.locator(".note b:visible", has_text="three.nii").wait_for()
     page.get_by_label("Slices to read").fill("1")
     page.get_by_role("button", name="Write the report").click()
     page.get_by_text("Probability of a finding").wait_for()
     report = page.get_by_label("Report", exact=True)
-    assert "Slice 12: No focal lesion." in report.input_value()
+    assert "Slice 2: " in report.input_value()
     threshold = page.locator("input[type=range]:visible").first
     threshold.focus()
     page.keyboard.press("Home")
     page.wait_for_function(
         "[...document.querySelectorAll('textarea')].some(each => each.value.includes('lobe'))"
     )
-    page.get_by_role("button", name="Map the evidence").click()
-    page.get_by_text("log-odds of a finding").wait_for()
-    assert page.locator(".pictures img:visible").count() == 2
+    if page.viewport_size["width"] == SIZES["desktop"][0]:  # it takes half a minute
+        page.get_by_role("button", name="Map the evidence").click()
+        page.get_by_text("log-odds of a finding").wait_for()
+        assert page.locator(".pictures img:visible").count() == 2
     assert within_the_window(page)
 
 

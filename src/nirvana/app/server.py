@@ -13,7 +13,7 @@ from nirvana.app.config import AppConfig
 from nirvana.errors import InputError
 
 ADDRESS = re.compile(r"(file|proxy)=[a-z]+:", re.IGNORECASE)
-"""In a path: something elsewhere, which Gradio would fetch for whoever wants it."""
+"""In a path: something elsewhere, which Gradio would fetch for a visitor."""
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 THREADS = 40
 
