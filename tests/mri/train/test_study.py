@@ -10,7 +10,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.common.results import read_rows
-from experiments.mri import page
+from experiments.mri import measured_page, page
+from experiments.mri.methods import MEASURED, MEASURED_RECIPE, tiny
+from nirvana.config import load_config
+from nirvana.mri.data.simulate import simulate_scan
+from nirvana.mri.data.simulation.config import REALISTIC, Simulation
+from nirvana.mri.model.checkpoint import load_codec, save_codec
+from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.train.config import MriConfig
+from nirvana.packaged import config_file
 from nirvana.statistics import signed_rank_test
 
 ROOT = Path(__file__).parents[3]
@@ -94,3 +102,45 @@ def test_no_test_of_five_people_is_below_what_they_can_give():
 
 def test_the_committed_rows_give_the_committed_page():
     assert (page.HERE / "RESULTS.md").read_text(encoding="utf-8") == page.page(ROWS)
+
+
+def test_the_committed_measured_rows_give_their_page():
+    folder = measured_page.HERE
+    rows, discs = (read_rows(folder / name) for name in ("measured.jsonl", "phantom.jsonl"))
+    page_text = (folder / "RESULTS.md").read_text(encoding="utf-8")
+    assert page_text == measured_page.page(rows, discs).rstrip("\n") + "\n"
+
+
+def test_methods_are_scored_on_measured_scans(tmp_path: Path, head_slices: np.ndarray):
+    """A codec's folder and a classical method, in both directions; discs come back from all."""
+    scan = simulate_scan(head_slices[1:2, 8:72, 8:72], "head", 1, Simulation(noise=(1e-3, 1e-3)))
+    np.savez(tmp_path / "scans.npz", head=np.asarray(scan.kspace))
+    save_codec(CodecModel(tiny(MEASURED["codec"]), None), tmp_path / "codec")
+    places = ("--scans", tmp_path / "scans.npz", "--device", "cpu", "--results")
+    rows = tmp_path / "rows.jsonl"
+    run("measured", "--method", "codec", "--codec", tmp_path / "codec", *places, rows)
+    run("measured", "--method", "zero-filled", *places, rows)
+    scores = read_rows(rows)
+    assert len(scores) == 2 * 2 * 4 * 3  # methods, directions, samplings, seeds
+
+    def mean(method: str) -> float:
+        chosen = (r for r in scores if r["method"] == method and r["mask"] == "equispaced 4x")
+        return float(np.mean([row["psnr"] for row in chosen]))
+
+    assert mean("codec") > mean("zero-filled")
+    discs = tmp_path / "discs.jsonl"
+    run("phantom", "--method", "codec", "--codec", tmp_path / "codec", *places, discs)
+    found = read_rows(discs)
+    assert len(found) == 2 * 4
+    assert all(0 < row["recovered"] < 1.1 for row in found)
+    out = tmp_path / "MEASURED.md"
+    run("measured_page", "--results", rows, "--phantom", discs, "--out", out)
+    assert "| codec |" in out.read_text()
+
+
+def test_the_packaged_training_is_that_of_the_packaged_codec():
+    config = load_config(MriConfig, config_file("codec"))
+    assert config.simulation == REALISTIC
+    assert config.codec == load_codec("codec").config == MEASURED["codec"]
+    assert config.stage == MEASURED_RECIPE.stage
+    assert tuple(config.data.sizes) == MEASURED_RECIPE.sizes

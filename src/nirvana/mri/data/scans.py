@@ -178,7 +178,7 @@ def measure(
     if slice_patterns(pattern).shape[1] > 1 or along_readout:
         remarks.append(
             "single points are measured, not whole columns: the packaged codec was not trained on "
-            "such patterns, and on simulated scans L1-wavelet did better"
+            "such patterns"
         )
     if scan.calibration is not None:
         remarks.append("coil sensitivities come from the separate reference scan alone")
