@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nirvana.evaluate.likelihood import batches, token_log_likelihoods
 
@@ -21,6 +22,15 @@ def test_pieces_are_the_whole(small_model, piece):
     tokens = torch.randint(61, (42,)).tolist()
     ((nll, _),) = token_log_likelihoods(model, [tokens], piece=piece)
     assert nll.shape == (41,)
+    assert torch.allclose(nll, direct(model, tokens)[0], atol=1e-5)
+
+
+def test_other_models_are_read_in_pieces_too():
+    """Models of the library name their cache otherwise than its newest outputs."""
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    tokens = torch.randint(61, (42,)).tolist()
+    ((nll, _),) = token_log_likelihoods(model, [tokens], piece=7)
     assert torch.allclose(nll, direct(model, tokens)[0], atol=1e-5)
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nirvana.model.cache import CACHE_FIELD
+
 PIECE_TOKENS = 2048  # longer sequences are read in pieces; the cache carries the state
 BATCH_TOKENS = 2**16
 SHORTEST = 128  # padded length of a row on CUDA, at least
@@ -143,11 +145,11 @@ def _score_in_pieces(model: Any, tokens: Tensor, start: int, piece: int) -> Toke
         num_scored = min(stop + 1 - start, stop - begin)
         output = model(
             input_ids=tokens[None, begin:stop],
-            cache=cache,
             use_cache=True,
             logits_to_keep=max(num_scored, 1),
+            **{CACHE_FIELD: cache},
         )
-        cache = output.cache
+        cache = output[CACHE_FIELD]
         if num_scored > 0:
             logits = output.logits[0, -num_scored:].float()
             labels = tokens[stop + 1 - num_scored : stop + 1]

@@ -1,0 +1,1 @@
+"""The study of adopting a pretrained Transformer."""

@@ -1,0 +1,163 @@
+"""What the study measures of a model."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nirvana.data.documents import read_documents
+from nirvana.data.tokenizer import text_encoder
+from nirvana.device import peak_memory
+from nirvana.evaluate.niah import make_niah
+from nirvana.evaluate.perplexity import read_files
+from nirvana.evaluate.recall import answer_all
+from nirvana.model.cache import CACHE_FIELD
+from nirvana.model.nirvana import NirvanaForCausalLM
+
+WORDS = (
+    *("apple", "river", "stone", "cloud", "tiger", "lamp"),
+    *("garden", "paper", "silver", "bridge", "window", "horse"),
+)
+KINDS = ("copy", "add", "recall", "format")
+SHOTS = 4
+
+
+def bits_per_byte(
+    model: Any, tokenizer: Any, files: dict[str, Path], limit: int | None
+) -> dict[str, float]:
+    """Bits per byte of each file."""
+    scores = read_files(model, tokenizer, files, limit)
+    return {name: score.total.bits_per_byte for name, score in scores.items()}
+
+
+def needles(
+    model: Any, tokenizer: Any, lengths: Sequence[int], number: int, haystack: Path
+) -> dict[str, float]:
+    """Accuracy of S-NIAH 1 and 2 at each length."""
+    encode, found = text_encoder(tokenizer), {}
+    for length in lengths:
+        for task in (1, 2):
+            texts = read_documents(haystack)
+            problems = make_niah(task, encode, tokenizer.bos_token_id, length, number, texts)
+            found[f"{task} at {length}"] = answer_all(model, problems).accuracy
+    return found
+
+
+def problem(kind: str, dice: random.Random) -> tuple[str, str]:
+    """A question and the answer with which a right continuation begins."""
+    words = dice.sample(WORDS, 5)
+    if kind == "copy":
+        return f"Copy: {' '.join(words)}\nCopied:", f" {' '.join(words)}\n"
+    if kind == "add":
+        a, b = dice.randint(10, 99), dice.randint(10, 99)
+        return f"{a} + {b} =", f" {a + b}\n"
+    if kind == "recall":
+        values = [dice.randint(100, 999) for _ in words]
+        listed = ", ".join(f"{word} = {value}" for word, value in zip(words, values, strict=True))
+        at = dice.randrange(5)
+        return f"{listed}\nValue of {words[at]}:", f" {values[at]}\n"
+    return f"Name {words[0]}, number {len(words[1])}\nJSON:", (
+        f' {{"name": "{words[0]}", "number": {len(words[1])}}}\n'
+    )
+
+
+@torch.no_grad()
+def generated(model: Any, tokenizer: Any, number: int) -> dict[str, float]:
+    """The share of problems of each kind that greedy generation answers exactly, after `SHOTS`
+    examples."""
+    encode, found = text_encoder(tokenizer), {}
+    for kind in KINDS:
+        dice, right = random.Random(0), 0
+        for _ in range(number):
+            examples = [problem(kind, dice) for _ in range(SHOTS)]
+            question, answer = problem(kind, dice)
+            text = "".join(q + a for q, a in examples) + question
+            tokens = torch.tensor([[tokenizer.bos_token_id, *encode([text])[0]]])
+            room = len(encode([answer])[0]) + 2
+            out = model.generate(
+                tokens.to(model.device),
+                attention_mask=torch.ones_like(tokens).to(model.device),
+                max_new_tokens=room,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            )
+            right += tokenizer.decode(out[0, tokens.shape[1] :]).startswith(answer.rstrip("\n"))
+        found[kind] = right / number
+    return found
+
+
+@torch.no_grad()
+def linear_shares(model: NirvanaForCausalLM, tokens: Tensor) -> list[float]:
+    """Of every layer, |t' b| / (|t a| + |t' b|), norms over all tokens `[B, T]`; 0 is a bypassed
+    linear branch, 1 the only one. Empty for a model without both branches and a Trigger."""
+    if not model.config.has_trigger:
+        return []
+    outputs: list[dict[str, Tensor]] = [{} for _ in model.model.layers]
+    with _recorded(model, outputs):
+        traces = model(tokens, output_trigger=True, logits_to_keep=1).trigger
+    shares = []
+    for output, trace in zip(outputs, traces, strict=True):
+        t, other = trace.gates[..., :1], trace.gates[..., -1:]
+        if model.config.interpolation == "convex":
+            other = 1 - t
+        a, b = (t * output["a"].float()).norm(), (other * output["b"].float()).norm()
+        shares.append(float(b / (a + b)))
+    return shares
+
+
+@contextmanager
+def _recorded(model: NirvanaForCausalLM, outputs: list[dict[str, Tensor]]) -> Iterator[None]:
+    """Records the outputs of the window branch, "a", and the linear one, "b", of every layer."""
+
+    def record(into: dict[str, Tensor], name: str) -> Any:
+        def hook(part: nn.Module, given: Any, output: Tensor) -> None:
+            into[name] = output
+
+        return hook
+
+    hooks = []
+    for layer, into in zip(model.model.layers, outputs, strict=True):
+        updater: Any = layer.updater
+        hooks.append(updater.window_out.register_forward_hook(record(into, "a")))
+        hooks.append(updater.out_proj.register_forward_hook(record(into, "b")))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def generation_costs(model: Any, lengths: Sequence[int], steps: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a token and peak memory, after prompts of each length, with the library's
+    dynamic cache."""
+    found = {}
+    for length in lengths:
+        tokens = torch.randint(2, model.config.vocab_size, (1, length), device=model.device)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        cache = None
+        for piece in tokens.split(2048, dim=1):
+            out = model(piece, use_cache=True, logits_to_keep=1, **{CACHE_FIELD: cache})
+            cache = out[CACHE_FIELD]
+        token, given = tokens[:, -1:], {"use_cache": True, CACHE_FIELD: cache}
+        model(token, **given)  # the first call is slower
+        _wait(model)
+        began = time.perf_counter()
+        for _ in range(steps):
+            model(token, **given)
+        _wait(model)
+        milliseconds = 1000 * (time.perf_counter() - began) / steps
+        memory = peak_memory(model.device) / 2**20
+        found[str(length)] = {"ms": milliseconds, "MiB": memory}
+    return found
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,94 @@
+"""The study of adopting a Transformer, at toy size, and what it measures."""
+
+import json
+import lzma
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from experiments.adopt import measure, prepare, study
+from experiments.common.results import read_rows
+from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
+from nirvana.model.adopt import adopt
+from nirvana.model.assets import load_language_model
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "see", "one", "bird"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Text of one domain, and a random teacher that knows its tokens."""
+    place = tmp_path_factory.mktemp("adoption")
+    folder = place / "data" / "text" / "law"
+    folder.mkdir(parents=True)
+    dice = random.Random(0)
+    for split, count in (("train", 30), ("test", 3)):
+        with lzma.open(folder / f"{split}.jsonl.xz", "wt") as file:
+            for _ in range(count):
+                sentences = [" ".join(dice.choices(WORDS, k=9)) + "." for _ in range(20)]
+                file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
+    train_tokenizer([folder / "train.jsonl.xz"], place / "teacher", 300)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(load_tokenizer(place / "teacher")),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        initializer_range=0.2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(place / "teacher")
+    return place
+
+
+def test_the_study_runs(place, monkeypatch):
+    given = ["--teacher", str(place / "teacher"), "--data", str(place / "data")]
+    given += ["--domains", "law"]
+    prepared = place / "prepared"
+    prepare.main([*given, "--out", str(prepared), "--window", "16", "--workers", "1"])
+    sizes = "--tokens 1500 --context 64 --rows 2 --documents 2 --lengths 140 --costs 8 48"
+    sizes += " --problems 2 --device cpu"
+    arguments = [*given, "--prepared", str(prepared), "--runs", str(place / "runs")]
+    arguments += ["--out", str(place / "rows.jsonl"), *sizes.split()]
+    study.main(arguments)
+    rows = {row["model"]: row for row in read_rows(place / "rows.jsonl")}
+    distilled = {"both, 1,500 tokens", "linear, 1,500 tokens"}
+    assert set(rows) == {"teacher", "window", "both"} | distilled
+    for row in rows.values():
+        assert row["bits per byte"]["law"] > 0
+        assert set(row["niah"]) == {"1 at 140", "2 at 140"}
+        assert set(row["generated"]) == set(measure.KINDS)
+        assert set(row["generation"]) == {"8", "48"}
+    assert rows["both"]["linear shares"] == [0.0, 0.0]
+    assert all(share > 0 for share in rows["both, 1,500 tokens"]["linear shares"])
+    # Untrained, both branches are the teacher with the same window.
+    untrained, window = (rows[name]["bits per byte"]["law"] for name in ("both", "window"))
+    assert untrained == pytest.approx(window, abs=1e-5)
+    monkeypatch.setattr(study, "_distilled", None)  # nothing is left to be done
+    study.main(arguments)
+    assert len(read_rows(place / "rows.jsonl")) == 5
+
+
+def test_problems_are_solvable():
+    dice = random.Random(3)
+    for kind in measure.KINDS:
+        question, answer = measure.problem(kind, dice)
+        assert answer.endswith("\n")
+        assert answer.startswith(" ")
+    question, answer = measure.problem("add", dice)
+    a, b = (int(x) for x in question.removesuffix(" =").split(" + "))
+    assert answer == f" {a + b}\n"
+    question, answer = measure.problem("recall", dice)
+    word = question.splitlines()[1].removeprefix("Value of ").removesuffix(":")
+    assert f"{word} ={answer.rstrip()}" in question
+
+
+def test_right_answers_are_found(place, tmp_path):
+    """A model that copies the answer from its question would score; this one, random, does not."""
+    adopt(place / "teacher", tmp_path / "out", "both", window=16)
+    model, tokenizer = load_language_model(tmp_path / "out")
+    assert measure.generated(model, tokenizer, 2) == dict.fromkeys(measure.KINDS, 0.0)
