@@ -208,6 +208,8 @@ def test_only_regular_files_are_replaced(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(InputError, match="circle cannot be resolved"):
         writable_file(tmp_path / "circle")
+    with pytest.raises(InputError, match="circle/below cannot be resolved"):
+        writable_file(tmp_path / "circle" / "below")
     assert names(tmp_path) == ["circle", "link", "pipe"]
 
 

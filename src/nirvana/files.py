@@ -248,9 +248,13 @@ def replaceable_file(
 def _resolved(path: str | Path) -> Path:
     """The absolute path without symbolic links."""
     try:
-        return Path(path).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        resolved = Path(os.path.realpath(path))
+    except OSError as error:
         raise InputError(f"{path} cannot be resolved: {error}") from None
+    # `Path.resolve` raises for links in a circle before Python 3.13 alone.
+    if any(part.is_symlink() for part in (resolved, *resolved.parents)):
+        raise InputError(f"{path} cannot be resolved: its symbolic links form a circle")
+    return resolved
 
 
 def _place(path: str | Path) -> tuple[Any, set[Any]]:
