@@ -133,7 +133,7 @@ CASES: dict[str, Case] = {
         "{scan} --out {out} --codec {codec} --json {json} --noise-covariance {noise_covariance}",
         {"scan": "scan.cfl", "noise_covariance": "noise.npy", **CODEC},
         {"out": "out/", "json": "out.json"},
-        {"kind", "method", "formats", "slices", "device", *READING},
+        {"kind", "method", "adapt_parameters", "formats", "slices", "device", *READING},
     ),
     "mri evaluate": (
         "{scans} --codec {codec} --json {json} --noise-covariance {noise_covariance}",

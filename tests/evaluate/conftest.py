@@ -1,12 +1,12 @@
 """A tokenizer and stand-in models whose behaviour is known exactly."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
+from nirvana.model.cache import CACHE_FIELD, in_output
 
 VOCABULARY = 280
 
@@ -37,8 +37,8 @@ class Inductor(nn.Module):
                     return seen[at + size]
         return 0
 
-    def forward(self, input_ids, cache=None, use_cache=True, logits_to_keep=0):
-        past = cache or []
+    def forward(self, input_ids, use_cache=True, logits_to_keep=0, **cache):
+        past = cache.get(CACHE_FIELD) or []
         new = input_ids[0].tolist()
         seen = past + new
         kept = min(logits_to_keep, len(new)) or len(new)
@@ -46,7 +46,7 @@ class Inductor(nn.Module):
         for place in range(kept):
             stop = len(seen) - kept + place + 1
             logits[0, place, self.next(seen[:stop])] = 50.0
-        return SimpleNamespace(logits=logits, cache=seen)
+        return CausalLMOutputWithPast(logits=logits, **in_output(seen))
 
 
 class Guesser(nn.Module):
@@ -57,11 +57,11 @@ class Guesser(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.choices = torch.tensor(choices)
 
-    def forward(self, input_ids, cache=None, use_cache=True, logits_to_keep=0):
+    def forward(self, input_ids, use_cache=True, logits_to_keep=0, **cache):
         kept = min(logits_to_keep, input_ids.shape[1]) or input_ids.shape[1]
         logits = torch.full((1, kept, VOCABULARY), -100.0)
         logits[0, :, self.choices] = torch.rand(kept, len(self.choices))
-        return SimpleNamespace(logits=logits, cache=None)
+        return CausalLMOutputWithPast(logits=logits, **in_output([]))
 
 
 @pytest.fixture

@@ -107,8 +107,10 @@ def rotate(x: Tensor, positions: Tensor | None, rotary: Rotary) -> Tensor:
         frequency = rotary.theta**powers
     else:
         frequency = _frequency(rotary.scaling, x.shape[-1], str(x.device))
-    angle = (positions[..., None].float() * frequency)[:, :, None]
-    first, second = at_least_float32(x).split(half, dim=-1)
+    # In float64 the angles, too: only their differences matter, which float32 rounds.
+    precise = at_least_float32(x)
+    angle = (positions[..., None].to(precise.dtype) * frequency.to(precise.dtype))[:, :, None]
+    first, second = precise.split(half, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     if rotary.factor != 1:
         cos, sin = cos * rotary.factor, sin * rotary.factor
