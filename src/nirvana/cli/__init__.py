@@ -19,11 +19,11 @@ from nirvana.cli import (
     distill,
     evaluate,
     language,
+    local_page,
     mri,
     reconstruct,
     report,
 )
-from nirvana.cli import app as app_command
 from nirvana.errors import InputError
 
 
@@ -102,7 +102,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(language.generate)
 app.command("adapt")(adapt.adapt)
 app.add_typer(adapt.task_app, name="task", cls=CommandGroup)
-app.command("app")(app_command.app)
+app.command("app")(local_page.app)
 app.command("bench")(bench.bench)
 app.command("config")(config.config)
 
