@@ -27,6 +27,8 @@ from nirvana.app.text_room import ADAPTED, FROZEN, ROOM
 from nirvana.errors import InputError
 from nirvana.generate.text import generate_text, prompt_tokens
 from nirvana.model.assets import load_language_model
+from nirvana.mri.adapt.adaptation import ADAPTED as ADAPTED_CODEC
+from nirvana.mri.adapt.config import ScanAdaptConfig
 from nirvana.mri.io import read_scan
 from nirvana.mri.methods import NIRVANA
 from nirvana.mri.physics.masks import Sampling
@@ -58,6 +60,22 @@ def test_a_scan_is_reconstructed_as_by_the_package(rooms, scan_file, small_codec
     shares = [share for share, _ in rooms.shown]
     assert shares == sorted(shares)
     assert any("Nirvana, slices: 2 of 2" in text for _, text in rooms.shown)
+
+
+def test_a_codec_adapts_to_the_scan(rooms, scan_file, small_codec):
+    rooms.upload("a", scan_file)
+    html, *_ = rooms.reconstruct("a", ADAPTED_CODEC, slices="2")
+    result = result_of(rooms, "a")
+    assert list(result.shown) == [TARGET, "zero-filled", ADAPTED_CODEC]
+    mask = Sampling("equispaced", 4.0, 0.08).mask(48, 0).numpy()
+    scan = read_scan(scan_file)
+    kspace = scan.kspace[1:3] * mask
+    expected = reconstruct(kspace, mask, codec=small_codec, adapt=ScanAdaptConfig())
+    np.testing.assert_allclose(result.shown[ADAPTED_CODEC], expected, rtol=1e-3, atol=1e-5)
+    assert html.count("<img") == 5
+    shares = [share for share, _ in rooms.shown]
+    assert shares == sorted(shares)
+    assert any("Nirvana, adapted, steps: " in text for _, text in rooms.shown)
 
 
 def test_a_scan_as_measured_needs_no_method(rooms, scan_file):

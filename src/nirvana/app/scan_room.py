@@ -8,10 +8,11 @@ from nirvana.app import scan_work
 from nirvana.app.page import PROGRESS, VIEW_EVENT, WORK_EVENT, Page
 from nirvana.app.picker import lines_html, name_of, parse, picker, table_html
 from nirvana.app.pictures import Window
+from nirvana.mri.adapt.adaptation import ADAPTED
 from nirvana.mri.io.options import parse_slices
 from nirvana.mri.methods import GRAPPA, NIRVANA, SENSE, WAVELET
 
-METHODS = [NIRVANA, WAVELET, SENSE, GRAPPA]
+METHODS = [NIRVANA, ADAPTED, WAVELET, SENSE, GRAPPA]
 FORMATS = {"NIfTI": "nifti", "HDF5": "hdf5", "DICOM": "dicom", "PNG": "png"}
 
 

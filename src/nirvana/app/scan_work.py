@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from nirvana.app.sessions import Session
 from nirvana.app.work import Models, Watch
 from nirvana.errors import InputError
 from nirvana.files import write_json
+from nirvana.mri.adapt.adaptation import ADAPTED, AdaptedMethod
+from nirvana.mri.adapt.config import ScanAdaptConfig
 from nirvana.mri.data.example import SIMULATION, example_volume
 from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import centre_crop
@@ -36,6 +39,7 @@ from nirvana.mri.pipeline import Preparation, PreparedScan, prepare
 from nirvana.mri.results import TARGET, Comparison, compare_methods, write_results
 
 ROOM = "scan"
+BATCH_SIZE = 4  # slices that a codec reconstructs at once
 BYTES_PER_POINT = 8  # of complex64 k-space
 SCORES = {"ssim": "SSIM {:.3f}", "psnr": "PSNR {:.1f} dB", "nmse": "NMSE {:.4f}"}
 
@@ -153,18 +157,33 @@ def reconstruct(session: Session, models: Models, request: ScanRequest, watch: W
     )
     chosen = request.methods
     codecs = {}
-    if NIRVANA in chosen and prepared.measurement.acquisition.has_gaps:
+    if {NIRVANA, ADAPTED} & set(chosen) and prepared.measurement.acquisition.has_gaps:
         watch.show("loading the codec")
-        codecs[NIRVANA] = models.codec()
+        codecs = {name: models.codec() for name in (NIRVANA, ADAPTED) if name in chosen}
     methods = comparison_methods(
-        codecs, wavelet=WAVELET in chosen, sense=SENSE in chosen, grappa=GRAPPA in chosen
+        codecs,
+        wavelet=WAVELET in chosen,
+        sense=SENSE in chosen,
+        grappa=GRAPPA in chosen,
+        batch_size=BATCH_SIZE,
     )
     names = list(methods)
+    adapt = ScanAdaptConfig(seed=request.seed)
+    if ADAPTED in methods:
+        adapted = AdaptedMethod(codecs[ADAPTED], BATCH_SIZE, adapt)
+        methods[ADAPTED] = adapted
 
     def progress(name: str):
         number = names.index(name) if name in names else 0
         share = (number / len(names), (number + 1) / len(names))
-        return watch.counter(f"{name}, slices", prepared.num_slices, *share)
+        if name != ADAPTED:
+            return watch.counter(f"{name}, slices", prepared.num_slices, *share)
+        half = sum(share) / 2
+        adapted.progress = watch.counter(f"{name}, steps", adapt.steps, share[0], half)
+        slices = cache(
+            lambda: watch.counter(f"{name}, slices", prepared.num_slices, half, share[1])
+        )
+        return lambda done: slices()(done)  # whose line is shown when the steps are done
 
     found = compare_methods(prepared, methods, progress)
     shown = found.shown

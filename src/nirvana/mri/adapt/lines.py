@@ -5,7 +5,7 @@ import numpy as np
 from nirvana.errors import InputError
 from nirvana.mri.physics.pattern import central_block
 
-LEAST_LINES = 8
+LEAST_LINES = 4
 """Lines, or points, outside of the middle that an adaptation needs."""
 
 
