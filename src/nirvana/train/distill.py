@@ -23,17 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from nirvana.config import load_config, to_dict
+from nirvana.config import load_config
 from nirvana.errors import InputError
 from nirvana.model.adopt import load_teacher
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.updater import Updater
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import DistillConfig, ModelSection
-from nirvana.train.distributed import ProcessContext, init_distributed
-from nirvana.train.estimate import warn_of_repetition
-from nirvana.train.language import LanguageTask, document_borders
-from nirvana.train.loop import Outcome, check_run, fit
+from nirvana.train.distributed import ProcessContext
+from nirvana.train.language import LanguageTask, document_borders, train_task
+from nirvana.train.loop import Outcome, check_run
 from nirvana.train.saved_model import NOT_COMPARED, find_model
 
 WINDOW_DROPOUT = {"attention": (1.0, 0.5), "logits": (0.5, 0.0), "context": (0.0, 0.0)}
@@ -278,17 +277,4 @@ def distill(
     shards = [*config.data.train.values(), *config.data.valid.values()]
     check_run(config.run.out, config_path, [*shards, config.run.initial, config.distill.teacher])
     config = with_initial_model(config)
-    with init_distributed(config.run.device) as processes:
-        torch.manual_seed(config.run.seed)
-        task = DistillTask(config, processes.device)
-        if processes.is_main:
-            warn_of_repetition(task.loader, config.run.steps)
-        return fit(
-            task,
-            config.optim,
-            config.run,
-            to_dict(config),
-            resume,
-            processes,
-            accept_changes=accept_changes,
-        )
+    return train_task(config, DistillTask, resume, accept_changes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from nirvana.train.loop import Outcome, check_run, fit
 from nirvana.train.parallel import parallelize
 from nirvana.train.saved_model import find_model, model_config
 from nirvana.train.task import Task
+
+C = TypeVar("C", bound=LanguageConfig)
 
 
 class LanguageTask(Task):
@@ -265,6 +267,20 @@ def train(
     config = load_config(LanguageConfig, config_path, overrides)
     shards = [*config.data.train.values(), *config.data.valid.values()]
     check_run(config.run.out, config_path, [*shards, config.run.initial or None])
+    return train_task(config, make_task, resume, accept_changes)
+
+
+def train_task(
+    config: C, make_task: Callable[[C, torch.device], LanguageTask], resume: bool, accept: bool
+) -> Outcome:
+    """Trains what a checked configuration describes.
+
+    Args:
+        config: the settings.
+        make_task: builds the task on the device of this process.
+        resume: continue from the newest checkpoint in `run.out`.
+        accept: resume even if settings or data differ from those of the checkpoint.
+    """
     with init_distributed(config.run.device) as processes:
         torch.manual_seed(config.run.seed)
         task = make_task(config, processes.device)
@@ -277,5 +293,5 @@ def train(
             to_dict(config),
             resume,
             processes,
-            accept_changes=accept_changes,
+            accept_changes=accept,
         )

@@ -29,7 +29,7 @@ from nirvana.mri.physics.fourier import fft2c
 ADAPTED = "Nirvana, adapted"
 """The name of the method in tables."""
 
-Progress = Callable[[int], None]
+StepCounter = Callable[[int], None]
 """Called with the number of steps just taken."""
 
 
@@ -53,7 +53,7 @@ def adapt_to_scan(
     codec: CodecModel,
     acquisition: Acquisition,
     config: ScanAdaptConfig | None = None,
-    progress: Progress | None = None,
+    progress: StepCounter | None = None,
 ) -> ScanAdaptation:
     """Adapts a codec to a scan; the given codec stays as it is.
 
@@ -61,7 +61,7 @@ def adapt_to_scan(
         codec: the codec.
         acquisition: undersampled k-space.
         config: how; the defaults of `ScanAdaptConfig` when None.
-        progress: see `Progress`.
+        progress: see `StepCounter`.
 
     Raises:
         InputError: the coils cannot be calibrated, too few samples lie outside of the middle, or
@@ -114,7 +114,7 @@ class AdaptedMethod:
         codec: the codec, which stays as it is.
         batch_size: slices that it reconstructs at once.
         config: of the adaptation.
-        progress: see `Progress`.
+        progress: see `StepCounter`.
 
     Attributes:
         record: of the last scan, see `ScanAdaptation`; empty before.
@@ -125,7 +125,7 @@ class AdaptedMethod:
         codec: CodecModel,
         batch_size: int,
         config: ScanAdaptConfig,
-        progress: Progress | None = None,
+        progress: StepCounter | None = None,
     ) -> None:
         self.codec, self.batch_size, self.config = codec, batch_size, config
         self.progress = progress
