@@ -212,8 +212,8 @@ def test_settings_without_kernels_are_logged_once(monkeypatch, caplog):
 )
 def test_the_fused_step_refuses_what_it_does_not_compute(monkeypatch, fields):
     monkeypatch.setattr("nirvana.generate.fused_step.suits_kernels", lambda x: True)
-    assert FusedStep.fits(NirvanaForCausalLM(preset("tiny")), 1)
-    assert not FusedStep.fits(NirvanaForCausalLM(preset("tiny", **fields)), 1)
+    assert FusedStep.refusal(NirvanaForCausalLM(preset("tiny"))) is None
+    assert FusedStep.refusal(NirvanaForCausalLM(preset("tiny", **fields)))
 
 
 @pytest.mark.parametrize("variant", ADOPTED, ids=range(len(ADOPTED)))

@@ -1,17 +1,17 @@
 """Decoding with a CUDA graph: states at fixed addresses, a whole step replayed by the device.
 
     decoder = Decoder(model)
-    logits = decoder.prefill(prompt)              # [B, vocab_size], any length, bounded memory
+    logits = decoder.prefill(prompts)             # [B, vocab_size], any length, bounded memory
     for _ in range(100):
         logits = decoder.step(logits.argmax(-1, keepdim=True))
 
-A `Decoder` is also a cache of the library:
+A `Decoder` is also a cache of the library, for prompts of different lengths, too:
 
-    model.generate(prompt, past_key_values=Decoder(model))
+    model.generate(prompts, attention_mask=mask, past_key_values=Decoder(model))
 """
 
+import logging
 from collections.abc import Callable
-from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -19,101 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from nirvana.cuda_graphs import record
+from nirvana.generate.decode_states import DecodeStates, Place
 from nirvana.generate.fused_step import FusedStep
 from nirvana.model.cache import StepDecoder
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.masks import Masks
-from nirvana.model.state import SLOTS
+from nirvana.model.masks import Masks, create_state_masks
+from nirvana.model.state import LayerState, State
+
+logger = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 32768
-"""Tokens of a piece of the prompt; the memory of a prefill grows with it, not with the prompt."""
-
-
-class _States:
-    """One layer's states, with the methods of the library's cache that a layer calls."""
-
-    def __init__(self, window: int | None) -> None:
-        self.window = window
-        self.conv: Tensor | None = None  # [B, (H + 2 G) K, width - 1]
-        self.delta: Tensor | None = None  # [B, H, K, K]
-        self.memory: Tensor | None = None  # [B, 4, R]
-        self.sinks: Tensor | None = None  # [B, 2 G K, num_sinks]
-        self.keys: Tensor | None = None  # [B, G, slots, K]
-        self.values: Tensor | None = None
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return getattr(self, SLOTS[state_idx])
-
-    def get_recurrent_state(self, layer_idx: int) -> Tensor | None:
-        return self.delta
-
-
-class _PrefillStates(_States):
-    """States of a text that is read in pieces; each update replaces them, with keys in order."""
-
-    def update_conv_state(self, x: Tensor, layer_idx: int, state_idx: int = 0) -> None:
-        # A view of inputs would keep the piece's projections alive.
-        setattr(self, SLOTS[state_idx], x.clone())
-
-    def update_recurrent_state(self, x: Tensor, layer_idx: int) -> None:
-        self.delta = x
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if self.keys is not None and self.values is not None:
-            keys = torch.cat([self.keys, keys], dim=2)
-            values = torch.cat([self.values, values], dim=2)
-        kept = slice(None) if self.window is None else slice(1 - self.window, None)
-        self.keys, self.values = keys[:, :, kept].clone(), values[:, :, kept].clone()
-        return keys, values
-
-
-class _DecodeStates(_States):
-    """States of tokens that are read one by one, updated in place. Keys are in a ring buffer, token
-    t in slot t modulo its length; attention is invariant to that order (rotary keys are rotated
-    before they are stored)."""
-
-    def __init__(self, read: _PrefillStates, length: int, slots: int, slot: Tensor) -> None:
-        super().__init__(read.window)
-        assert read.conv is not None
-        assert read.delta is not None
-        self.slot = slot  # of the next token, [1]
-        self.conv, self.delta = read.conv.contiguous(), read.delta.contiguous()
-        self.memory = None if read.memory is None else read.memory.contiguous()
-        self.sinks = None if read.sinks is None else read.sinks.contiguous()
-        if read.keys is not None and read.values is not None:
-            kept = read.keys.shape[2]
-            filled = torch.arange(length - kept, length, device=slot.device) % slots
-            self.keys, self.values = (
-                x.new_zeros(*x.shape[:2], slots, x.shape[3]).index_copy_(2, filled, x)
-                for x in (read.keys, read.values)
-            )
-
-    def refill(self, other: "_DecodeStates") -> None:
-        """Copies the values of `other` to the addresses that a graph reads."""
-        for name in (*SLOTS, "delta", "keys", "values"):
-            mine = getattr(self, name)
-            if mine is not None:
-                mine.copy_(getattr(other, name))
-
-    def update_conv_state(self, x: Tensor, layer_idx: int, state_idx: int = 0) -> None:
-        mine = getattr(self, SLOTS[state_idx])
-        assert mine is not None
-        mine.copy_(x)
-
-    def update_recurrent_state(self, x: Tensor, layer_idx: int) -> None:
-        assert self.delta is not None
-        self.delta.copy_(x)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(2, self.slot, keys)
-        self.values.index_copy_(2, self.slot, values)
-        return self.keys, self.values
+"""Tokens of a piece of the prompts, of all rows together; the memory of a prefill grows with it, not
+with the prompts."""
 
 
 def _block(
-    block: nn.Module, h: Tensor, fast: Tensor, bank: nn.Module, masks: Masks, states: _States
+    block: nn.Module, h: Tensor, fast: Tensor, bank: nn.Module, masks: Masks, states: DecodeStates
 ) -> tuple[Tensor, Tensor]:
     # block(...) may be compiled for training.
     return block.forward(h, fast, bank, masks, states)
@@ -124,15 +45,16 @@ def _head(model: Any, h: Tensor) -> Tensor:
 
 
 class Decoder(StepDecoder):
-    """Reads a prompt, then token after token, each step one replayed CUDA graph: of the kernels of
-    `FusedStep` where they fit, else of the compiled blocks.
+    """Reads prompts, then token after token of each, each step one replayed CUDA graph: of the
+    kernels of `FusedStep` where they fit, else of the compiled blocks.
 
     On a CPU, and with `compiled=False`, it computes the same without graph and compilation.
 
     Args:
         model: a `NirvanaForCausalLM` with a linear branch in every layer; its weights may change
             between texts, in place.
-        max_length: for a model without a window, the largest length of prompt and continuation.
+        max_length: the largest length of prompt and continuation. A model without a window needs
+            it; with a window, a smaller number saves the memory of the keys beyond it.
         compiled: compile the steps, and the pieces of a prompt that are `PREFILL_CHUNK` long.
 
     Raises:
@@ -147,28 +69,33 @@ class Decoder(StepDecoder):
                 "generate with the library's cache"
             )
         config: NirvanaConfig = model.config
-        slots = config.sliding_window or max_length
-        if slots is None:
+        limits = [size for size in (config.sliding_window, max_length) if size is not None]
+        if not limits:
             raise ValueError("a model without a window needs max_length: room for all its keys")
-        self.model, self.config, self.slots = model, config, slots
+        self.model, self.config, self.slots = model, config, min(limits)
+        self.max_length = max_length
         self.compiled = compiled and model.device.type == "cuda"
         self.length = 0
         self.kind: tuple[int, ...] = ()  # batch size and enabled Triggers of states and graph
-        self.states: list[_DecodeStates] = []
+        self.states: list[DecodeStates] = []
         self.fused: FusedStep | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of tokens read so far; `layer_idx` has no effect."""
+        """The number of tokens of the longest text read so far; `layer_idx` has no effect."""
         return self.length
 
+    @torch.no_grad()
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Not supported: a `Decoder` does not move rows.
+        """Replaces the texts by those of other rows, as a search with beams does.
 
-        Raises:
-            ValueError: always.
+        Args:
+            beam_idx: int64 `[B]`, the row whose text each row goes on with.
         """
-        raise ValueError("a Decoder has one continuation a row: search beams with another cache")
+        for state in self.states:
+            state.reorder(beam_idx)
+        for numbers in (self.count, self.place.slot):
+            numbers.copy_(numbers[beam_idx])
 
     def crop(self, tokens: int) -> None:
         """Not supported: a recurrent state cannot be rolled back.
@@ -179,33 +106,47 @@ class Decoder(StepDecoder):
         raise ValueError("a Decoder cannot forget its last tokens: read the text again")
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """Discards the states and reads a prompt.
+    def prefill(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Discards the states and reads a prompt of each row.
 
         Args:
             tokens: `[B, T]`, int64.
+            attention_mask: `[B, T]`, 0 at padding before a row's prompt, else 1; None means ones.
 
         Returns:
-            logits of the last token, `[B, vocab_size]`.
+            logits of the last token of each row, `[B, vocab_size]`.
 
         Raises:
-            ValueError: for a model without a window, if the prompt leaves no room for a token.
+            ValueError: if the prompt leaves no room for a token within `max_length`; for padding
+                that is not before the prompt, and for a row of padding alone.
         """
-        length = tokens.shape[1]
-        if self.config.sliding_window is None and length >= self.slots:
-            raise ValueError(f"a text of {length} tokens needs a max_length above {length}")
-        blocks = self.model.model.layers
-        states = [_PrefillStates(self.config.sliding_window) for _ in blocks]
-        h = None
-        for first in range(0, length, PREFILL_CHUNK):
-            piece = tokens[:, first : first + PREFILL_CHUNK]
-            whole = self.compiled and piece.shape[1] == PREFILL_CHUNK
-            positions = torch.arange(first, first + piece.shape[1], device=tokens.device)
-            masks = _no_masks(positions[None])
-            h = self._run(piece, masks, states, _compiled_block() if whole else _block)
-        self._keep(states, length, tokens.shape[0])
-        assert h is not None
-        return _head(self.model, h)
+        B, T = tokens.shape
+        if self.max_length is not None and self.max_length <= T:
+            raise ValueError(f"a text of {T} tokens needs a max_length above {T}")
+        tokens, lengths = _shifted(tokens, attention_mask)
+        self._begin(B)
+        size = max(1, PREFILL_CHUNK // B)
+        last = None
+        for first in range(0, T, size):
+            piece = tokens[:, first : first + size]
+            new = torch.full_like(self.count, piece.shape[1])
+            if lengths is not None:
+                new = (lengths - first).clamp(min=0, max=piece.shape[1])
+            window = self.config.sliding_window
+            past = first if window is None else min(first, window - 1)
+            masks = self._piece_masks(piece, first, past, None if lengths is None else new)
+            self.place.piece(self.count, new, past, self.slots)
+            whole = self.compiled and lengths is None and piece.shape[1] == size
+            h = self._run(piece, masks, _compiled_block() if whole else _block)
+            end = h.take_along_dim((new - 1).clamp(min=0)[:, None, None], dim=1)
+            last = end if last is None else torch.where((new > 0)[:, None, None], end, last)
+            self.place.empty = False
+            self.count += new
+        self.place.step()
+        self.place.slot.copy_(self.count % self.slots)
+        self.length = T
+        assert last is not None
+        return _head(self.model, last)
 
     @torch.no_grad()
     def step(self, token: Tensor) -> Tensor:
@@ -224,96 +165,139 @@ class Decoder(StepDecoder):
         if self.length == 0 or token.shape != self.token.shape:
             rows = self.token.shape[0] if self.length else "a text that was read:"
             raise ValueError(f"a step reads one token for {rows} rows, not {tuple(token.shape)}")
-        if self.config.sliding_window is None and self.length >= self.slots:
-            raise ValueError(f"all of max_length = {self.slots} tokens are read")
+        if self.max_length is not None and self.length >= self.max_length:
+            raise ValueError(f"all of max_length = {self.max_length} tokens are read")
         self.token.copy_(token)
         self.length += 1
-        if not self.compiled:
-            return self._step()
         if self.graph is None:
-            self._capture()
-        assert self.graph is not None
+            return self._step()
         self.graph.replay()
         return self.logits
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Reads tokens: with `prefill` if nothing was read, else with a `step` each.
 
         Args:
             tokens: `[B, T]`, int64.
+            attention_mask: of `prefill`; of tokens that follow, all ones.
 
         Returns:
             logits of the last token, `[B, vocab_size]`, which the next step overwrites.
 
         Raises:
-            ValueError: for T = 0.
+            ValueError: for T = 0, and for padding between or behind tokens.
         """
         if tokens.shape[1] == 0:
             raise ValueError("a Decoder that has read all of this text needs a new token")
         if self.length == 0:
-            return self.prefill(tokens)
+            return self.prefill(tokens, attention_mask)
+        # Behind a prompt the library hands in one token a call, and a look would wait for the GPU.
+        if attention_mask is not None and tokens.shape[1] > 1:
+            _require_no_padding(attention_mask[:, -tokens.shape[1] :])
         for token in tokens.split(1, dim=1):
             logits = self.step(token)
         return logits
 
-    def _run(
-        self, tokens: Tensor, masks: Masks, states: list[Any], block: Callable[..., Any]
-    ) -> Tensor:
+    def _run(self, tokens: Tensor, masks: Masks, block: Callable[..., Any]) -> Tensor:
         trunk = self.model.model
         h = trunk.embed_tokens(tokens)
         fast = trunk.bank.start(h)
         # Blocks of both kinds, with and without a past, of any number of models share this code.
         with torch._dynamo.config.patch(recompile_limit=256):
-            for layer, state in zip(trunk.layers, states, strict=True):
+            for layer, state in zip(trunk.layers, self.states, strict=True):
                 h, fast = block(layer, h, fast, trunk.bank, masks, state)
         return h
 
-    def _keep(self, read: list[_PrefillStates], length: int, batch: int) -> None:
-        """Copies the states of the prompt to the addresses that the steps update."""
+    def _begin(self, batch: int) -> None:
+        """Forgets all texts. For another kind of batch it allocates the states, and records a step
+        on them while they hold nothing that this could spoil."""
         device = self.model.device
         triggers = [layer.updater for layer in self.model.model.layers if layer.updater.has_trigger]
         kind = (batch, *(updater.trigger.enabled for updater in triggers))
-        if self.kind != kind:  # a recorded graph is for one kind
-            self.kind = kind
-            self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-            self.slot = torch.zeros(1, dtype=torch.long, device=device)
-            self.count = torch.zeros(1, dtype=torch.long, device=device)
+        if self.kind != kind:
             self.states, self.fused, self.graph = [], None, None
-        self.count.fill_(length)
-        self.slot.fill_(length % self.slots)
-        new = [_DecodeStates(state, length, self.slots, self.slot) for state in read]
-        if self.states:
-            for mine, other in zip(self.states, new, strict=True):
-                mine.refill(other)
-        else:
-            self.states = new
-            if self.compiled and FusedStep.fits(self.model, batch):
-                self.fused = FusedStep(self.model, new, self.count)
+            self.kind = ()  # until all of it is there
+            numbers = torch.zeros(3, batch, dtype=torch.long, device=device)
+            self.token, self.count = numbers[0, :, None], numbers[1]
+            self.place = Place(slot=numbers[2])
+            self.states = [
+                DecodeStates(self.config, index, self.slots, self.place, self._like())
+                for index in range(self.config.num_hidden_layers)
+            ]
+            if self.compiled:
+                self._record()
+            self.kind = kind
         if self.fused is not None:
             self.fused.refresh()
-        self.length = length
+        self.length = 0
+        self.count.zero_()
+        self.place.empty = True
+
+    def _record(self) -> None:
+        """Records a step as a graph."""
+        refusal = FusedStep.refusal(self.model)
+        if refusal is None:
+            self.fused = FusedStep(self.model, self.states, self.count)
+        else:
+            logger.warning(
+                "this model is decoded by its compiled blocks, not by the faster kernels: %s",
+                refusal,
+            )
+        self.place.step()
+        self.graph, self.logits = record(self._step, self.model.device, warmups=3)
+
+    def _like(self) -> Tensor:
+        return self.model.model.norm.weight
+
+    def _piece_masks(self, piece: Tensor, first: int, past: int, new: Tensor | None) -> Masks:
+        """The masks of a piece that begins at column `first` and sees `past` tokens before it."""
+        columns = torch.arange(piece.shape[1], device=piece.device)
+        if new is None:
+            return _no_masks(first + columns[None])
+        # Masks depend on the number of keys, not on their values.
+        like = self._like()
+        keys = like.new_empty(1, 1, past, 1, device="meta")
+        layers = (LayerState(keys=keys),) * self.config.num_hidden_layers
+        state = State(layers, self.count, ragged=True)
+        return create_state_masks(
+            self.config, piece[..., None], (columns < new[:, None]).long(), state, None
+        )
 
     def _step(self) -> Tensor:
         if self.fused is not None:
             logits = self.fused(self.token)
         else:
-            masks = _no_masks(self.count[None])
+            masks = _no_masks(self.count[:, None])
             slots = torch.arange(self.slots, device=self.count.device)
-            masks["window"] = (slots <= self.count)[None, None, None]
+            masks["window"] = (slots <= self.count[:, None])[:, None, None]
             block = _compiled_block() if self.compiled else _block
-            logits = _head(self.model, self._run(self.token, masks, self.states, block))
+            logits = _head(self.model, self._run(self.token, masks, block))
         self.count += 1
-        self.slot.copy_(self.count % self.slots)
+        self.place.slot.copy_(self.count % self.slots)
         return logits
 
-    def _capture(self) -> None:
-        """Compiles and records a step, and restores the states that this changed."""
-        count, slot, states = deepcopy((self.count, self.slot, self.states))
-        self.graph, self.logits = record(self._step, self.model.device, warmups=3)
-        for state, old in zip(self.states, states, strict=True):
-            state.refill(old)
-        self.count.copy_(count)
-        self.slot.copy_(slot)
+
+def _shifted(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Prompts from the first column on, and their lengths `[B]`; None if they have the same."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return tokens, None
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}, the prompts {list(tokens.shape)}: "
+            "a Decoder takes a mask of 1 at tokens and 0 at padding"
+        )
+    real = attention_mask != 0
+    if not real[:, -1].all() or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError("a Decoder takes prompts that are padded on the left, or not at all")
+    lengths = real.sum(1)
+    T = tokens.shape[1]
+    order = (torch.arange(T, device=tokens.device) + (T - lengths)[:, None]) % T
+    return tokens.gather(1, order), lengths
+
+
+def _require_no_padding(mask: Tensor) -> None:
+    if not mask.all():
+        raise ValueError("the tokens that follow a prompt in a Decoder are without padding")
 
 
 def _no_masks(positions: Tensor) -> Masks:

@@ -37,11 +37,13 @@ class StepDecoder(Cache, ABC):
     length: int
 
     @abstractmethod
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Reads tokens that follow those read so far.
 
         Args:
             tokens: `[B, T]`, int64.
+            attention_mask: of all tokens so far, 0 at padding, which is only before a row's first
+                token; None means ones.
 
         Returns:
             logits of the last token, `[B, vocab_size]`, which the next call may overwrite.

@@ -296,7 +296,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if isinstance(decoder, StepDecoder):
             refuse_in_export(decoder)
             unread = [cu_seqlens, cu_seq_lens_q, seq_idx, state, labels]
-            _require_decodable(unread, position_ids, return_state)
+            _require_decodable(unread, position_ids, attention_mask, return_state)
             return self._decode(decoder, input_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
@@ -409,10 +409,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("a Decoder reads input_ids, not inputs_embeds")
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
-        new_text = decoder.length == 0 or input_ids.shape[1] > 1
-        if mask is not None and new_text and not mask.all():
-            raise ValueError("a Decoder takes rows of one length, without padding")
-        logits = decoder.read(input_ids)[:, None]
+        logits = decoder.read(input_ids, mask)[:, None]
         return NirvanaCausalLMOutputWithPast(logits=logits, **in_output(decoder))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -441,11 +438,20 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         return create_masks(config, inputs_embeds, attention_mask, cache, position_ids)
 
 
-def _require_decodable(unread: list[Any], position_ids: Tensor | None, return_state: bool) -> None:
+def _require_decodable(
+    unread: list[Any],
+    position_ids: Tensor | None,
+    attention_mask: Tensor | Masks | None,
+    return_state: bool,
+) -> None:
     """Raises for arguments that a `StepDecoder` does not read."""
     several = return_state or any(argument is not None for argument in unread)
     if position_ids is not None and position_ids.shape[-1] > 1:
-        several = several or bool((position_ids.diff(dim=-1) != 1).any())
+        jump = position_ids.diff(dim=-1) != 1
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            # Positions of padding are any.
+            jump = jump & (attention_mask[:, -jump.shape[-1] - 1 : -1] != 0)
+        several = several or bool(jump.any())
     if several:
         raise ValueError(
             "a Decoder reads one sample a row, and gives logits, not a loss and not a state"

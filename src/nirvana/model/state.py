@@ -119,7 +119,7 @@ class State:
                         dtype=high if name in ("delta", "memory") else dtype,
                         device=device,
                     )
-                    for name, shape in _shapes(config, layer_idx, rows).items()
+                    for name, shape in state_shapes(config, layer_idx, rows).items()
                 }
             )
             for layer_idx in range(config.num_hidden_layers)
@@ -179,7 +179,7 @@ class State:
                 "it is another model's"
             )
         for layer_idx, layer in enumerate(self.layers):
-            shapes = _shapes(config, layer_idx, rows)
+            shapes = state_shapes(config, layer_idx, rows)
             for field in fields(layer):
                 x, shape = getattr(layer, field.name), shapes.get(field.name)
                 if x is not None and (shape is None or not _has_shape(x, shape)):
@@ -234,8 +234,17 @@ class State:
         return pytree.tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, self)
 
 
-def _shapes(config: NirvanaConfig, layer_idx: int, rows: int) -> dict[str, list[int | None]]:
-    """The shapes of the parts that a layer has, by name; None is the number of keys."""
+def state_shapes(config: NirvanaConfig, layer_idx: int, rows: int) -> dict[str, list[int | None]]:
+    """The shapes of the parts of a layer's state.
+
+    Args:
+        config: of the model.
+        layer_idx: of the layer.
+        rows: B.
+
+    Returns:
+        the shapes by the names of `LayerState`; None is the number of keys.
+    """
     H, G, K = config.head_sizes
     later = layer_idx >= config.num_prelude_layers
     shapes: dict[str, list[int | None]] = {}

@@ -1,9 +1,10 @@
-"""One token of one text through a layer, for CUDA tensors.
+"""One token of each text of a batch through a layer, for CUDA tensors.
 
 The cost of a decoded token is that of reading the weights once, plus the launches of short kernels
 in sequence. States are updated in place; a barrier separates the reads of a value by several lanes
-from the write. Vectors have no batch dimension; the output of a token's in_proj has the layout of
-`Updater.sections`: q k v | gate | beta | alpha | low rank of q k v | task.
+from the write. The output of in_proj, a row of X numbers a text, has the layout of
+`Updater.sections`: q k v | gate | beta | alpha | low rank of q k v | task. Every text has its own
+number of tokens, `count`.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nirvana.ops.cuda.decode_products import gated_product
 from nirvana.ops.cuda.launch import blocks, launch, padded
 
 UNIT_EPS = tl.constexpr(1e-6)
@@ -22,72 +24,11 @@ NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _rows(
-    weight, x, norm, row, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr
-):  # fmt: skip
-    """Rows of weight `[N, K]` times x, or times x of unit root mean square, scaled by norm."""
-    sums = tl.zeros((row.shape[0], COLUMNS), tl.float32)
-    squares = tl.zeros((COLUMNS,), tl.float32)
-    start = weight + row[:, None].to(tl.int64) * K
-    for first in tl.static_range(0, K, COLUMNS):
-        k = first + tl.arange(0, COLUMNS)
-        w = tl.load(start + k[None, :], (row < N)[:, None] & (k < K)[None, :], 0.0)
-        v = tl.load(x + k, k < K, 0.0).to(tl.float32)
-        if HAS_NORM:
-            squares += v * v
-            v *= tl.load(norm + k, k < K, 0.0).to(tl.float32)
-        sums += w.to(tl.float32) * v[None, :]
-    y = tl.sum(sums, 1)
-    if HAS_NORM:
-        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    return y
-
-
-@triton.jit
-def rows_kernel(
-    weight, x, norm, added, out, N, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_ADDED: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y = _rows(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM)
-    if SILU:
-        y *= tl.sigmoid(y)
-    if HAS_ADDED:
-        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
-    tl.store(out + row, y, row < N)
-
-
-@triton.jit
-def swiglu_rows_kernel(
-    weight, x, norm, out, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gate = _rows(weight, x, norm, row, N, eps, K, COLUMNS, True)
-    up = _rows(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True)
-    tl.store(out + row, gate * tl.sigmoid(gate) * up, row < N)
-
-
-@triton.jit
-def blend_kernel(
-    weight, x, together, gates, h, N,
-    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CONVEX: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    zeta = _rows(weight, x, x, row, N, 0.0, K, COLUMNS, False)
-    b = tl.load(together + row, row < N, 0.0).to(tl.float32)
-    a = tl.load(together + N + row, row < N, 0.0).to(tl.float32)
-    old = tl.load(h + row, row < N, 0.0).to(tl.float32)
-    t = tl.load(gates)
-    other = 1 - t if CONVEX else tl.load(gates + 1)
-    tl.store(h + row, old + t * (a + other * zeta) + other * b, row < N)
-
-
-@triton.jit
-def mix_kernel(x, state, weight, mixed, H, K: tl.constexpr):
+def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr):
     """The convolution of one head of q, k or v, SiLU, unit length of q (over sqrt(K)) and k."""
-    head = tl.program_id(0)
+    head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = head * K + tl.arange(0, K)
+    x, state, mixed = x + b * X, state + b * 9 * H * K, mixed + b * 3 * H * K
     x0, x1 = tl.load(x + c), tl.load(state + c * 3 + 2)
     x2, x3 = tl.load(state + c * 3 + 1), tl.load(state + c * 3)
     a = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
@@ -106,10 +47,11 @@ def mix_kernel(x, state, weight, mixed, H, K: tl.constexpr):
 
 @triton.jit
 def delta_kernel(
-    x, mixed, A_log, dt_bias, state, o, H, K: tl.constexpr, COLUMNS: tl.constexpr
+    x, mixed, A_log, dt_bias, state, o, H, X, K: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """The gated delta rule for some columns of one head's state; columns are independent."""
-    head = tl.program_id(0)
+    head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    x, mixed, o, state = x + b * X, mixed + b * 3 * H * K, o + b * H * K, state + b * H * K * K
     D, i, j = H * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     places = state + head * K * K + i[:, None] * K + j[None, :]
     S = tl.load(places)
@@ -128,34 +70,13 @@ def delta_kernel(
 
 
 @triton.jit
-def gated_rows_kernel(
-    weight, o, norm, gate, added, out, N, eps,
-    D: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    HAS_ADDED: tl.constexpr,
-):  # fmt: skip
-    """Rows of weight `[N, D]` times o, every head of unit root mean square, scaled and gated."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    start = weight + row[:, None].to(tl.int64) * D
-    for first in tl.static_range(0, D, COLUMNS):
-        c = first + tl.arange(0, COLUMNS)
-        w = tl.load(start + c[None, :], (row < N)[:, None] & (c < D)[None, :], 0.0)
-        heads = tl.reshape(tl.load(o + c, c < D, 0.0), (COLUMNS // K, K))
-        heads *= tl.rsqrt(tl.sum(heads * heads, 1) / K + eps)[:, None]
-        g = tl.load(gate + c, c < D, 0.0).to(tl.float32)
-        v = tl.reshape(heads, (COLUMNS,)) * tl.load(norm + c % K).to(tl.float32)
-        sums += w.to(tl.float32) * (v * g * tl.sigmoid(g))[None, :]
-    y = tl.sum(sums, 1)
-    if HAS_ADDED:
-        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
-    tl.store(out + row, y, row < N)
-
-
-@triton.jit
 def low_rank_kernel(
-    x, factors, up, q, keys, values, count, SLOTS, D, RANK,
+    x, factors, up, q, keys, values, count, SLOTS, D, RANK, X,
     K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    b = tl.program_id(2).to(tl.int64)
+    x, factors, q, count = x + b * X, factors + b * X, q + b * D, count + b
+    keys, values = keys + b * SLOTS * D, values + b * SLOTS * D
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part, r = tl.program_id(1), tl.arange(0, PADDED)
     tile = up + (part * RANK + r)[:, None] * D + c[None, :]
@@ -176,9 +97,10 @@ def low_rank_kernel(
 def attention_kernel(
     q, keys, values, count, o, most, total, SLOTS, scale, K: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    head, split = b * tl.num_programs(0) + tl.program_id(0), tl.program_id(1)
     n, i = split * KEYS + tl.arange(0, KEYS), tl.arange(0, K)
-    real = (n < SLOTS) & (n <= tl.load(count))
+    real = (n < SLOTS) & (n <= tl.load(count + b))
     near = (head * SLOTS + n)[:, None] * K + i[None, :]
     k = tl.load(keys + near, real[:, None], 0.0).to(tl.float32)
     v = tl.load(values + near, real[:, None], 0.0).to(tl.float32)
@@ -194,7 +116,8 @@ def attention_kernel(
 
 @triton.jit
 def combine_kernel(o, most, total, out, SPLITS, K: tl.constexpr, PADDED: tl.constexpr):
-    head, s, i = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED), tl.arange(0, K)
+    head = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    s, i = tl.arange(0, PADDED), tl.arange(0, K)
     largest = tl.max(tl.load(most + head * SPLITS + s, s < SPLITS, NEVER), 0)
     for first in range(PADDED, SPLITS, PADDED):
         at = first + s
@@ -214,8 +137,10 @@ def combine_kernel(o, most, total, out, SPLITS, K: tl.constexpr, PADDED: tl.cons
 
 @triton.jit
 def project_kernel(
-    task, bank, U, C, CR, PADDED: tl.constexpr, COLUMNS: tl.constexpr
+    task, bank, U, C, CR, X, PADDED: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    task, U = task + b * X, U + b * 2 * CR
     c, i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, PADDED)
     tile = bank + i[:, None] * CR + c[None, :]
     tile = tl.load(tile, (i < C)[:, None] & (c < CR)[None, :], 0.0).to(tl.float32)
@@ -235,10 +160,15 @@ def _normalised(z, C, real):
 
 @triton.jit
 def trigger_kernel(
-    task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R,
+    task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R, X, H_TASK,
     PC: tl.constexpr, PR: tl.constexpr, START: tl.constexpr, EXACT: tl.constexpr,
     HAS_MEMORY: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    task, U, fast = task + b * X, U + b * 2 * C * R, fast + b * 4 * R
+    h_task, gates = h_task + b * H_TASK, gates + b * 2
+    if HAS_MEMORY:
+        memory += b * 4 * R
     c, r = tl.arange(0, PC), tl.arange(0, PR)
     real, some = c < C, r < R
     cr = c[:, None] * R + r[None, :]
@@ -291,70 +221,6 @@ def trigger_kernel(
         tl.store(memory + 3 * R + r, g_s, some)
 
 
-def product(
-    weight: Tensor,
-    x: Tensor,
-    out: Tensor,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    added: Tensor | None = None,
-    silu: bool = False,
-) -> None:
-    """out = silu(weight norm(x)) + added, where norm, SiLU and sum are optional.
-
-    Args:
-        weight: `[N, K]`.
-        x: `[K]`.
-        out: `[N]`, written.
-        norm: `[K]`, the scale of an RMSNorm of x; None means none.
-        eps: of that norm.
-        added: `[N]`, may be `out`; None means zero.
-        silu: whether to apply SiLU.
-    """
-    N, K = weight.shape
-    columns, rows, warps = _tile(N, K)
-    flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None, "SILU": silu}
-    sizes = {"K": K, "COLUMNS": columns, "ROWS": rows, "num_warps": warps}
-    given = (weight, x, norm, added, out, N, eps)
-    launch(rows_kernel, (blocks(N, rows),), *given, **sizes, **flags)
-
-
-def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
-    """out = silu(gate) * up, for gate and up = weight norm(x).
-
-    Args:
-        weight: `[2 F, K]`.
-        x: `[K]`.
-        norm: `[K]`, the scale of the RMSNorm of x.
-        eps: of that norm.
-        out: `[F]`, written.
-    """
-    N, K = out.numel(), weight.shape[1]
-    columns = min(2048, padded(K))
-    given = (weight, x, norm, out, N, eps)
-    launch(swiglu_rows_kernel, (N,), *given, K=K, COLUMNS=columns, ROWS=1, num_warps=4)
-
-
-def blend(
-    weight: Tensor, x: Tensor, together: Tensor, gates: Tensor, h: Tensor, convex: bool
-) -> None:
-    """h += the interpolation of both branches, with zeta = weight x.
-
-    Args:
-        weight: `[D, rank]`.
-        x: `[rank]`.
-        together: `[2 D + C]`: b, a and h_task side by side.
-        gates: `[1]` t (convex), or `[2]` t and t'.
-        h: `[D]`, the residual stream, updated in place.
-        convex: whether the interpolation is convex.
-    """
-    N, K = weight.shape
-    columns, rows, warps = _tile(N, K)
-    sizes = {"K": K, "COLUMNS": columns, "ROWS": rows, "num_warps": warps}
-    given = (weight, x, together, gates, h, N)
-    launch(blend_kernel, (blocks(N, rows),), *given, CONVEX=convex, **sizes)
-
-
 def linear(
     x: Tensor,
     conv_state: Tensor,
@@ -365,36 +231,32 @@ def linear(
     norm: Tensor,
     eps: float,
     weight: Tensor,
-    scratch: Tensor,
+    scratch: tuple[Tensor, Tensor],
     out: Tensor,
     added: Tensor | None = None,
 ) -> None:
     """out = the linear branch for one token + added; updates both states in place.
 
     Args:
-        x: the output of in_proj; q k v, gate, beta and alpha are read.
-        conv_state: `[3 D, 3]`, the last inputs of the convolution.
+        x: `[B, X]`, the output of in_proj; q k v, gate, beta and alpha are read.
+        conv_state: `[B, 3 D, 3]`, the last inputs of the convolution.
         conv_weight: `[3 D, 4]`.
         A_log: `[H]`.
         dt_bias: `[H]`.
-        state: `[H, K, K]`, float32.
+        state: `[B, H, K, K]`, float32.
         norm: `[K]`, the scale of the norm of a head.
         eps: of that norm.
         weight: `[D, D]`, of the output projection.
-        scratch: `[4 D]`, float32, overwritten.
-        out: `[D]`, written.
-        added: `[D]`, may be `out`; None means zero.
+        scratch: `[B, 3 D]` and `[B, D]`, float32, overwritten.
+        out: `[B, D]`, written.
+        added: `[B, D]`, may be `out`; None means zero.
     """
-    H, K, _ = state.shape
-    D = H * K
-    mixed, o = scratch[: 3 * D], scratch[3 * D :]
-    launch(mix_kernel, (3 * H,), x, conv_state, conv_weight, mixed, H, K=K, num_warps=1)
-    given, columns = (x, mixed, A_log, dt_bias, state, o, H), min(K, 32)
-    launch(delta_kernel, (H, K // columns), *given, K=K, COLUMNS=columns, num_warps=4)
-    columns, rows, warps = _tile(D, D)
-    sizes = {"D": D, "K": K, "COLUMNS": max(K, columns), "ROWS": rows, "num_warps": warps}
-    given = (weight, o, norm, x[3 * D :], added, out, D, eps)
-    launch(gated_rows_kernel, (blocks(D, rows),), *given, **sizes, HAS_ADDED=added is not None)
+    B, H, K, _ = state.shape
+    D, (mixed, o), X = H * K, scratch, x.stride(0)
+    launch(mix_kernel, (3 * H, B), x, conv_state, conv_weight, mixed, H, X, K=K, num_warps=1)
+    given, columns = (x, mixed, A_log, dt_bias, state, o, H, X), min(K, 32)
+    launch(delta_kernel, (H, K // columns, B), *given, K=K, COLUMNS=columns, num_warps=4)
+    gated_product(weight, o, norm, x[:, 3 * D :], eps, out, added)
 
 
 def window(
@@ -412,35 +274,36 @@ def window(
     The token's key and value are written to slot `count` modulo the number of slots.
 
     Args:
-        x: the output of in_proj; q k v are read.
-        factors: `[3 r]`, the low-rank factors of q, k and v.
+        x: `[B, X]`, the output of in_proj; q k v are read.
+        factors: `[B, 3 r]`, the low-rank factors of q, k and v, within the rows of x.
         up: `[3, r, D]`.
-        keys: `[H, slots, K]`, a ring buffer.
-        values: `[H, slots, K]`, a ring buffer.
-        count: `[1]`, int64, tokens read before this one.
+        keys: `[B, H, slots, K]`, a ring buffer.
+        values: `[B, H, slots, K]`, a ring buffer.
+        count: `[B]`, int64, tokens of each text read before this one.
         scratch: of `window_scratch`, overwritten.
-        out: `[D]`, written.
+        out: `[B, D]`, written.
     """
-    H, slots, K = keys.shape
+    B, H, slots, K = keys.shape
     _, rank, D = up.shape
     columns = 64
     sizes = {"K": K, "PADDED": padded(rank), "COLUMNS": columns}
     given = (x, factors, up, scratch["q"], keys, values, count, slots, D, rank)
-    launch(low_rank_kernel, (blocks(D, columns), 3), *given, **sizes)
+    given = (*given, x.stride(0))
+    launch(low_rank_kernel, (blocks(D, columns), 3, B), *given, **sizes)
     parts = (scratch["o"], scratch["most"], scratch["total"])
     splits = blocks(slots, KEYS)
     given = (scratch["q"], keys, values, count, *parts, slots, K**-0.5)
-    launch(attention_kernel, (H, splits), *given, K=K, KEYS=KEYS)
+    launch(attention_kernel, (H, splits, B), *given, K=K, KEYS=KEYS)
     given = (*parts, out, splits)
-    launch(combine_kernel, (H,), *given, K=K, PADDED=min(64, padded(splits)))
+    launch(combine_kernel, (H, B), *given, K=K, PADDED=min(64, padded(splits)))
 
 
 def window_scratch(keys: Tensor) -> dict[str, Tensor]:
-    """Allocates the scratch memory of `window`, for keys `[H, slots, K]`."""
-    H, slots, K = keys.shape
-    parts = torch.empty(H * blocks(slots, KEYS), K + 2, dtype=torch.float32, device=keys.device)
-    o, most, total = parts.flatten().split([parts.shape[0] * n for n in (K, 1, 1)])
-    return {"q": keys.new_empty(H * K), "o": o, "most": most, "total": total}
+    """Allocates the scratch memory of `window`, for keys `[B, H, slots, K]`."""
+    B, H, slots, K = keys.shape
+    parts = B * H * blocks(slots, KEYS)
+    o, most, total = (keys.new_empty(parts * n, dtype=torch.float32) for n in (K, 1, 1))
+    return {"q": keys.new_empty(B, H * K), "o": o, "most": most, "total": total}
 
 
 def trigger(
@@ -459,40 +322,29 @@ def trigger(
     """The Trigger's step for one token.
 
     Args:
-        task: `[3 C]`, task query, key and value.
+        task: `[B, 3 C]`, task query, key and value.
         bank: weight `[C, C, R]`, gain, bias and shift `[C, R]`.
-        fast: `[4, R]`, float32, updated in place.
-        memory: `[4, R]`, float32, updated in place; None without memory.
+        fast: `[B, 4, R]`, float32, updated in place.
+        memory: `[B, 4, R]`, float32, updated in place; None without memory.
         rates: `[2]`, float32, step size and decay.
         gate_weight: `[1 or 2, C]`.
-        U: `[2, C R]`, float32, overwritten.
-        h_task: `[C]`, written.
-        gates: `[2]`, float32, written: t, or t and t'.
+        U: `[B, 2, C R]`, float32, overwritten.
+        h_task: `[B, C]`, written.
+        gates: `[B, 2]`, float32, written: t, or t and t'.
         start: whether this is the first layer with a Trigger, whose fast parameters are ones.
         exact: as of `nirvana.ops.trigger_gradient`.
     """
     weight, gain, bias, shift = bank
-    C, R = gain.shape
+    (C, R), B, X = gain.shape, task.shape[0], task.stride(0)
     pads, columns = {"PC": padded(C), "PR": padded(R)}, 64
     launch(
         project_kernel,
-        (blocks(C * R, columns),),
-        *(task, weight, U, C, C * R),
+        (blocks(C * R, columns), B),
+        *(task, weight, U, C, C * R, X),
         PADDED=pads["PC"],
         COLUMNS=columns,
     )
     flags = {"START": start, "EXACT": exact, "HAS_MEMORY": memory is not None}
     given = (task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R)
-    launch(trigger_kernel, (1,), *given, **pads, **flags, GATES=gate_weight.shape[0])
-
-
-def _tile(N: int, K: int) -> tuple[int, int, int]:
-    """Columns, rows and warps of a program of a product: the fastest of a few settings on an H200
-    for the sizes of the 1.3b preset."""
-    if K <= 512:
-        return padded(K), 8, 4
-    if N <= 512:
-        return min(2048, padded(K)), 1, 4
-    if K > 4096:
-        return 1024, 1, 2
-    return 1024, 4 if N > 4096 else 2, 4
+    given = (*given, X, h_task.stride(0))
+    launch(trigger_kernel, (B,), *given, **pads, **flags, GATES=gate_weight.shape[0])
