@@ -8,7 +8,18 @@ import pytest
 from nirvana.cli import main
 
 SMALL = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--eager", "--steps", 1)
-SIZES = ("--train", "2x24", "--train", "1x16", "--context", 40, "--decode-contexts", "8,20")
+SIZES = (
+    "--train",
+    "2x24",
+    "--train",
+    "1x16",
+    "--context",
+    40,
+    "--decode",
+    "1x8",
+    "--decode",
+    "3x20",
+)
 
 
 @pytest.fixture
@@ -42,11 +53,12 @@ def test_every_part_has_its_figures(run, tmp_path):
         (r["part"], r["model"], r.get("how"), r["batch"], r["tokens"]) for r in results["rows"]
     }
     expected = {("train", "llama_compiled", None, 2, 24), ("train", "llama_compiled", None, 1, 16)}
+    expected |= {("decode", "llama_compiled", None, *size) for size in ((1, 8), (3, 20))}
     for model in ("nirvana", "llama"):
         expected |= {("train", model, None, 2, 24), ("train", model, None, 1, 16)}
         expected |= {("prefill", model, None, 1, 40)}
-        expected |= {("decode", model, "generate", 1, length) for length in (8, 20)}
-    expected |= {("decode", "nirvana", "Decoder", 1, length) for length in (8, 20)}
+        expected |= {("decode", model, "generate", *size) for size in ((1, 8), (3, 20))}
+    expected |= {("decode", "nirvana", "Decoder", *size) for size in ((1, 8), (3, 20))}
     expected |= {("trigger", "nirvana", how, 2, 24) for how in ("on", "step off", "no trigger")}
     assert sizes == expected
     for row in results["rows"]:
@@ -55,7 +67,7 @@ def test_every_part_has_its_figures(run, tmp_path):
             continue
         assert "failed" not in row
         assert row["parameters"] > 1e6
-        tokens = 1 if row["part"] == "decode" else row["batch"] * row["tokens"]
+        tokens = row["batch"] * (1 if row["part"] == "decode" else row["tokens"])
         assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["ms"])
         off = row.get("how") in ("step off", "no trigger")
         assert ("time_share_of_trigger" in row) == off
@@ -133,7 +145,7 @@ def test_the_trigger_is_back_after_its_absence():
         (("--train", "4096"), "4x4096"),
         (("--train", "0x64"), "4x4096"),
         (("--context", "0"), "--context = 0"),
-        (("--decode-contexts", "1k"), "1024,65536"),
+        (("--decode", "1k"), "--decode '1k'"),
         (("--steps", "0"), "--steps = 0"),
         (("--peers", "gpt"), "--peers 'gpt'"),
         (("--dtype", "int8"), "bfloat16, float32"),

@@ -113,7 +113,7 @@ CASES: dict[str, Case] = {
         "--json {json}",
         {},
         {"json": "out.json"},
-        {"preset", "parts", "train", "decode_contexts", "peers", "dtype", "device"},
+        {"preset", "parts", "train", "decode", "peers", "dtype", "device"},
     ),
     "app": (
         "--codec {codec} --reporter {reporter} --model {model}",

@@ -53,7 +53,9 @@ def test_adapters_are_not_for_the_kernels(small_model, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_by_kernels(small_model, kind, rows, length):
     if rows == 70 and (length > 1 or kind == "each token alone"):
-        pytest.skip("two blocks of rows are slow in the interpreter: once with memory, once without")
+        pytest.skip(
+            "two blocks of rows are slow in the interpreter: once with memory, once without"
+        )
     model = small_model(**{**SIZES, **KINDS[kind]}).float()
     tokens = torch.randint(61, (rows, length + 3))
     # Texts of different lengths have their token in different slots of the ring buffers.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from nirvana.bench.measure import Cost, measure_costs, milliseconds
 from nirvana.bench.peers import OURS
@@ -23,8 +23,8 @@ Row = dict[str, Any]
 
 FLOOR_TRAIN = 95_000
 """Tokens/s that no 1.3b model exceeds on one H200 (its FLOPs at the measured peak)."""
-FLOOR_DECODE_MS = 0.66
-"""Milliseconds a token there at batch 1, in which the weights are read once."""
+BANDWIDTH = 4.2e12
+"""Bytes/s of a copy there: decoding reads the weights and keys, and reads and writes the states."""
 
 TRIGGER_OFF = {
     "step off": "without gradient, memory and step; the task vector, from fast parameters of "
@@ -74,7 +74,10 @@ def prefill(model: nn.Module, name: str, options: "Options", batch: int, length:
 
 
 def decode(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
-    """Greedy decoding after a context: plain `generate`, and for our model also `Decoder`."""
+    """Greedy decoding after a context: plain `generate`, and for our model also `Decoder`.
+
+    The compiled Llama has the library's static cache, with which `generate` compiles the step.
+    """
     tokens, rows = options.tokens(batch, length), []
     model.eval()
     with torch.no_grad():
@@ -151,54 +154,85 @@ def _prefill(model: nn.Module, name: str, options: "Options") -> Callable[[Tenso
 def _decoder_row(model: nn.Module, tokens: Tensor, options: "Options") -> Row:
     from nirvana.generate.graph_decoder import Decoder
 
-    decoder = Decoder(model, compiled=options.compiled)
-    logits = decoder.prefill(tokens)
+    takes = 4  # the first one is not counted
+    room = tokens.shape[1] + takes * options.new_tokens
+    decoder = Decoder(model, max_length=room, compiled=options.compiled)
+    with _peak(options) as peak:
+        logits = decoder.prefill(tokens)
 
-    def write() -> None:
-        nonlocal logits
-        for _ in range(options.new_tokens):
-            logits = decoder.step(logits.argmax(-1, keepdim=True))
+        def write() -> None:
+            nonlocal logits
+            for _ in range(options.new_tokens):
+                logits = decoder.step(logits.argmax(-1, keepdim=True))
 
-    write()  # compiles
-    takes = [milliseconds(write, options.device) for _ in range(3)]
-    return _decode_row(median(takes) / options.new_tokens, options)
+        times = [milliseconds(write, options.device) for _ in range(takes)]
+    row = _decode_row(median(times[1:]) / options.new_tokens, tokens.shape[0])
+    if options.has_floor:
+        row["share_of_floor"] = _floor_ms(decoder) / row["ms"]
+    return row | peak
+
+
+def _floor_ms(decoder: Any) -> float:
+    """Milliseconds of a step that reads weights, keys and states once and writes the states."""
+    weights = sum(x.numel() * x.element_size() for x in decoder.model.parameters())
+    moved = float(weights)
+    for state in decoder.states:
+        for name, times in (("conv", 2), ("delta", 2), ("memory", 2), ("keys", 1), ("values", 1)):
+            x = getattr(state, name)
+            if x is not None:
+                read = min(1.0, decoder.length / decoder.slots) if times == 1 else 1.0
+                moved += times * read * x.numel() * x.element_size()
+    return 1e3 * moved / BANDWIDTH
 
 
 def _generate_row(model: Any, name: str, tokens: Tensor, options: "Options") -> Row:
-    """Time per token from the second on; the first includes the prefill."""
+    """Time per step from the second token on; the first includes the prefill."""
     clock = _Clock()
-    how = {}
+    how: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([clock])}
     if name == OURS:
         from nirvana.generate.graph_decoder import Decoder
 
-        how["past_key_values"] = Decoder(model, compiled=options.compiled)
-    model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        do_sample=False,
-        min_new_tokens=options.new_tokens + 1,
-        max_new_tokens=options.new_tokens + 1,
-        pad_token_id=0,
-        streamer=clock,
-        **how,
-    )
-    ticks = clock.ticks[1:]  # the first tick is the prompt's
-    taken = [1e3 * (after - before) for before, after in pairwise(ticks)]
-    return _decode_row(median(taken), options)
+        room = tokens.shape[1] + options.new_tokens + 1
+        how["past_key_values"] = Decoder(model, max_length=room, compiled=options.compiled)
+    elif name == "llama_compiled":
+        how["cache_implementation"] = "static"
+    with _peak(options) as peak:
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            min_new_tokens=options.new_tokens + 1,
+            max_new_tokens=options.new_tokens + 1,
+            pad_token_id=0,
+            **how,
+        )
+    taken = [1e3 * (after - before) for before, after in pairwise(clock.ticks)]
+    return _decode_row(median(taken), tokens.shape[0]) | peak
 
 
-class _Clock(BaseStreamer):
-    """Records when each token was generated. `generate` copies it to the CPU first, which waits for
-    the device."""
+class _Clock(StoppingCriteria):
+    """Records when each token was generated; the criteria are asked after every token, in batches,
+    too (which a streamer refuses)."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
 
-    def put(self, value: Tensor) -> None:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
         self.ticks.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def end(self) -> None:
-        pass
+
+@contextmanager
+def _peak(options: "Options") -> Iterator[Row]:
+    """Fills the dictionary that it gives with the peak memory of the block, where it is counted."""
+    row: Row = {}
+    if options.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(options.device)
+    yield row
+    if options.device.type == "cuda":
+        row["peak_bytes"] = torch.cuda.max_memory_allocated(options.device)
 
 
 def _row(cost: Cost, tokens: int) -> Row:
@@ -213,6 +247,6 @@ def _training_row(cost: Cost, options: "Options", tokens: int) -> Row:
     return row
 
 
-def _decode_row(ms: float, options: "Options") -> Row:
-    row: Row = {"tokens_per_second": 1e3 / ms, "ms": ms}
-    return row | ({"share_of_floor": FLOOR_DECODE_MS / ms} if options.has_floor else {})
+def _decode_row(ms: float, batch: int) -> Row:
+    """Of a step, which writes a token of every text of the batch."""
+    return {"tokens_per_second": 1e3 * batch / ms, "ms": ms}

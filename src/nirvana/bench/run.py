@@ -22,7 +22,7 @@ class Options:
     parts: tuple[str, ...]
     train: tuple[tuple[int, int], ...]
     context: int
-    decode_contexts: tuple[int, ...]
+    decode: tuple[tuple[int, int], ...]
     new_tokens: int
     steps: int
     peers: tuple[str, ...]
@@ -77,18 +77,18 @@ def measure(options: Options) -> Iterator[Row]:
 
 
 def _applies(part: str, name: str) -> bool:
-    """Whether a part is measured of a model. Compiled blocks are specific to a shape, so they are
-    compared in training alone."""
+    """Whether a part is measured of a model. A compiled prefill is specific to a length, so that
+    Llama's is not compared."""
     if part == "trigger":
         return name == OURS
-    return part == "train" or name != "llama_compiled"
+    return part != "prefill" or name != "llama_compiled"
 
 
 def _sizes(part: str, options: Options) -> list[tuple[int, int]]:
     if part == "prefill":
         return [(1, options.context)]
     if part == "decode":
-        return [(1, context) for context in options.decode_contexts]
+        return list(options.decode)
     return list(options.train[:1] if part == "trigger" else options.train)
 
 
@@ -100,7 +100,8 @@ def _attempt(
         return [{"failed": "not compiled on request"}]
     with clean_room():
         try:
-            model = build(name, options.config, options.device, options.dtype, options.compiled)
+            blocks = options.compiled and part is PARTS["train"]
+            model = build(name, options.config, options.device, options.dtype, blocks)
             rows = part(model, name, options, batch, length)
             return [{"parameters": parameters(model)} | row for row in rows]
         except torch.OutOfMemoryError:

@@ -13,6 +13,7 @@ from nirvana.progress import ProgressLines
 PARTS = ("train", "prefill", "decode", "trigger")
 PEERS = ("gated_deltanet", "llama", "llama_compiled")
 DTYPES = ("bfloat16", "float32")
+DECODE = ("1x1024", "8x1024", "32x1024", "64x1024", "1x65536", "8x65536")
 
 
 def bench(
@@ -23,7 +24,13 @@ def bench(
         typer.Option(help="Batch x tokens of a training step; again for more.  [4x4096, 1x16384]"),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 65536,
-    decode_contexts: Annotated[str, typer.Option(help="Tokens before decoding.")] = "1024,65536",
+    decode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Batch x tokens before decoding; again for more.  "
+            "[1, 8, 32 and 64 x 1024, 1 and 8 x 65536]"
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 128,
     steps: Annotated[int, typer.Option(help="Repetitions that count, after the warm-up.")] = 10,
     peers: Annotated[
@@ -45,8 +52,8 @@ def bench(
     chosen = {"installed": list(PEERS), "none": []}.get(peers)
     selected_peers = _some_of(peers, PEERS, "peers") if chosen is None else chosen
     selected_parts = _some_of(parts, PARTS, "parts")
-    sizes = tuple(_size(text) for text in train or ("4x4096", "1x16384"))
-    contexts = tuple(_count(text) for text in decode_contexts.split(","))
+    sizes = tuple(_size(text, "train") for text in train or ("4x4096", "1x16384"))
+    contexts = tuple(_size(text, "decode") for text in decode or DECODE)
     dtypes = _some_of(dtype, DTYPES, "dtype")
     if len(dtypes) > 1:
         raise InputError(f"--dtype {dtype}: give one of {', '.join(DTYPES)}")
@@ -66,7 +73,7 @@ def bench(
         parts=tuple(selected_parts),
         train=sizes,
         context=context,
-        decode_contexts=contexts,
+        decode=contexts,
         new_tokens=new_tokens,
         steps=steps,
         peers=tuple(selected_peers),
@@ -117,14 +124,8 @@ def _some_of(text: str, known: tuple[str, ...], option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(text: str, option: str) -> tuple[int, int]:
     batch, _, length = text.partition("x")
     if not (batch.isdecimal() and length.isdecimal() and int(batch) > 0 and int(length) > 1):
-        raise InputError(f"--train {text!r} must be batch x tokens, as 4x4096")
+        raise InputError(f"--{option} {text!r} must be batch x tokens, as 4x4096")
     return int(batch), int(length)
-
-
-def _count(text: str) -> int:
-    if not (text.strip().isdecimal() and int(text) > 0):
-        raise InputError(f"--decode-contexts {text!r} must be numbers of tokens, as 1024,65536")
-    return int(text)

@@ -125,7 +125,7 @@ class DecodeStates:
                 state.copy_(state.index_select(0, rows))
 
     def _extended(self, ring: Tensor, new: Tensor) -> Tensor:
-        """Writes new keys or values `[B, G, T, K]` to a ring buffer; returns what they attend to."""
+        """Writes new keys or values `[B, G, T, K]` to a ring buffer; gives what they attend to."""
         place, shape = self.place, new.shape
         if place.past is None or place.source is None or place.filled is None:
             slot = place.slot[:, None, None, None].expand(*shape[:2], 1, shape[3])

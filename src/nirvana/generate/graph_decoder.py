@@ -29,8 +29,8 @@ from nirvana.model.state import LayerState, State
 logger = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 32768
-"""Tokens of a piece of the prompts, of all rows together; the memory of a prefill grows with it, not
-with the prompts."""
+"""Tokens of a piece of the prompts, in all rows together; the memory of a prefill grows with it,
+not with the prompts."""
 
 
 def _block(
