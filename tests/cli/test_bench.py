@@ -137,6 +137,17 @@ def test_the_trigger_is_back_after_its_absence():
     assert [module for module in model.modules() if isinstance(module, Trigger)] == before
 
 
+def test_warm_names_the_caches_and_measures_nothing(run, tmp_path):
+    how = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--warm")
+    code, out, err = run(*how, "--parts", "prefill,decode", *SIZES)
+    assert code == 0, err
+    lines = out.splitlines()
+    sizes = [line.partition(":")[0] for line in lines[1:-2]]
+    assert sizes == ["prefill, 1 x 40", *["decode, 1 x 8"] * 2, *["decode, 3 x 20"] * 2]
+    assert lines[-2].startswith("PyTorch keeps its kernels in ")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -152,6 +163,7 @@ def test_the_trigger_is_back_after_its_absence():
         (("--layers", "2"), "num_prelude_layers"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--json", "."), "is a folder"),
+        (("--warm", "--eager"), "--warm"),
     ],
 )
 def test_wrong_options_get_one_line(run, wrong, told):

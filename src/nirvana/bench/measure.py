@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 WARM_UP = 3
 """Rounds before the first measured one, for compilation and autotuning."""
@@ -115,6 +117,21 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def kernel_caches() -> dict[str, Path]:
+    """The folders in which compiled kernels are kept from one process to the next, by compiler.
+
+    A copy of them serves other machines with the same versions and kind of GPU.
+    """
+    folders = {"PyTorch": Path(cache_dir())}
+    if find_spec("triton"):
+        from triton import knobs
+
+        folders["Triton"] = Path(knobs.cache.dir)
+    if find_spec("tilelang"):
+        folders["TileLang"] = Path.home() / ".tilelang"
+    return folders
 
 
 def commit() -> str | None:

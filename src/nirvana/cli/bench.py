@@ -1,7 +1,9 @@
 """`nirvana bench`: speed and memory, beside the peers that are installed."""
 
 import sys
-from typing import Annotated, Any
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +11,9 @@ from nirvana.cli.console import DeviceOption, JsonOption, output
 from nirvana.errors import InputError
 from nirvana.files import write_json
 from nirvana.progress import ProgressLines
+
+if TYPE_CHECKING:
+    from nirvana.bench.run import Options
 
 PARTS = ("train", "prefill", "decode", "trigger")
 PEERS = ("gated_deltanet", "llama", "llama_compiled")
@@ -40,6 +45,9 @@ def bench(
     device: DeviceOption = "auto",
     layers: Annotated[int | None, typer.Option(help="Depth instead of the preset's.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Fill the caches of compiled kernels, measure nothing.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Measures training, prefill, decoding and the Trigger's share, beside peers.
@@ -49,6 +57,8 @@ def bench(
     for name, value in (("context", context), ("new-tokens", new_tokens), ("steps", steps)):
         if value < 1:
             raise InputError(f"--{name} = {value} must be at least 1")
+    if warm and (eager or json is not None):
+        raise InputError("--warm compiles and measures nothing: leave out --eager and --json")
     chosen = {"installed": list(PEERS), "none": []}.get(peers)
     selected_peers = _some_of(peers, PEERS, "peers") if chosen is None else chosen
     selected_parts = _some_of(parts, PARTS, "parts")
@@ -87,6 +97,9 @@ def bench(
     machine = environment(options.device)
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
     console.print(f"{machine['device']}; {versions}; commit {machine['commit']}", soft_wrap=True)
+    if warm:
+        _warm(options)
+        return
     with ProgressLines("{task.description}") as progress:
         progress.add_task("checking values and gradients")
         checked = gate.check(preset, options.device, options.dtype, options.compiled)
@@ -113,6 +126,26 @@ def bench(
         rows_table(sorted(results["rows"], key=lambda row: options.parts.index(row["part"])))
     )
     if any("failed" in row and row["model"] == OURS for row in results["rows"]):
+        raise typer.Exit(1)
+
+
+def _warm(options: "Options") -> None:
+    """Runs our model once for every size, which compiles its kernels into their caches."""
+    from nirvana.bench.measure import kernel_caches
+    from nirvana.bench.run import measure
+
+    console = output()
+    once = replace(options, peers=(), steps=1, new_tokens=1)
+    began, failed = time.perf_counter(), False
+    for row in measure(once):
+        now = time.perf_counter()
+        size = f"{row['part']}, {row['batch']} x {row['tokens']:,}"
+        told = row.get("failed", f"{now - began:.0f} s")
+        console.print(f"{size}: {told}", soft_wrap=True)
+        began, failed = now, failed or "failed" in row
+    for name, folder in kernel_caches().items():
+        console.print(f"{name} keeps its kernels in {folder}", soft_wrap=True)
+    if failed:
         raise typer.Exit(1)
 
 
