@@ -245,6 +245,28 @@ def replaceable_file(
     return path
 
 
+def require_file(path: str | Path) -> None:
+    """Raises unless a path is a regular file that can be read from its start, more than once.
+
+    Raises:
+        InputError: for a missing file, a folder, a pipe or a device, and links in a circle.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character, before Python 3.13
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{str(path)[:200]}: cannot be read: {reason}") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder; give a file")
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{path}: is a pipe or a device, which cannot be read twice; save it as a file"
+        )
+
+
 def _resolved(path: str | Path) -> Path:
     """The absolute path without symbolic links."""
     try:
