@@ -8,6 +8,7 @@ it, which other threads would notice, and a folder's default access list may ove
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -369,6 +370,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The same data with None for numbers that are not finite, fit for JSON."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flush(path: Path) -> None:

@@ -65,6 +65,18 @@ def test_a_byte_order_mark_is_no_text(tmp_path, kind):
         assert list(read_documents(path)) == ["caf\u00e9\r\n"]
 
 
+def test_half_a_pair_of_surrogates_is_refused(tmp_path):
+    """In any field of any record: questions of a benchmark, too."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"query": "a", "choices": ["b", "\\ud83d\\ude00"]}\n{"choices": ["\\uD83D"]}\n'
+    )
+    records = read_records(path)
+    assert next(records)[1]["choices"][1] == "\N{GRINNING FACE}"
+    with pytest.raises(InputError, match="line 2: not valid Unicode"):
+        next(records)
+
+
 def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "circle.txt").symlink_to("circle.txt")

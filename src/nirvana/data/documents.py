@@ -94,10 +94,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
         if not text.strip():
             empty.append(where)
             continue
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: not valid Unicode: {error}") from None
+        _require_unicode(where, text)
         found += 1
         yield text
     if empty and found:  # a file without any text is an error, raised by the caller
@@ -116,7 +113,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         File and line number for error messages, and the JSON object of the line.
 
     Raises:
-        InputError: for a damaged file, or a line that is not a JSON object.
+        InputError: for a damaged file, or a line that is not a JSON object of valid Unicode.
     """
     with _open(Path(path)) as lines:
         for number, line in enumerate(lines, start=1):
@@ -129,6 +126,8 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise InputError(f"{where}: not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise InputError(f"{where}: must be a JSON object")
+            if "\\ud" in line.lower():
+                _require_unicode(where, json.dumps(record, ensure_ascii=False))
             yield where, record
 
 
@@ -176,6 +175,14 @@ def count_documents(sources: Iterable[str]) -> dict[str, Counts]:
             raise InputError(f"{source}: holds no document")
         counts[source] = Counts(documents, size)
     return counts
+
+
+def _require_unicode(where: str, text: str) -> None:
+    """Refuses half of a pair of surrogates, which an escape in JSON can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: not valid Unicode: {error}") from None
 
 
 def _txt(path: Path) -> Iterator[tuple[str, Any]]:

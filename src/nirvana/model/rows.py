@@ -76,7 +76,7 @@ def row_layout(
     ended = False
     numbers = attention_mask
     if numbers is not None:
-        numbers = _sample_numbers(numbers.to(device), B, T, past)
+        numbers = sample_numbers(numbers.to(device), B, T, past)
     if position_ids is not None:
         position_ids = _per_token("position_ids", position_ids, B, T)
     starts = _starts(cu_seqlens, seq_idx, B, T, past, device)
@@ -180,7 +180,7 @@ def _chunk_numbers(mask: Tensor, B: int, T: int, past: int) -> Tensor:
             f"attention_mask has the shape {list(mask.shape)}; behind a state it must be "
             f"[{B}, {T}] (the new tokens)"
         )
-    return _from_blocks(mask, B, T, past) if mask.ndim == 4 else _sample_numbers(mask, B, T, 0)
+    return _from_blocks(mask, B, T, past) if mask.ndim == 4 else sample_numbers(mask, B, T, 0)
 
 
 def _chunk_facts(numbers: Tensor) -> list[bool]:
@@ -241,8 +241,21 @@ def may_branch() -> bool:
     return not torch.is_grad_enabled() and may_sync()
 
 
-def _sample_numbers(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
-    """The attention mask as numbers of samples, 0 at padding: `[B, past + T]`."""
+def sample_numbers(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
+    """The attention mask as numbers of samples.
+
+    Args:
+        mask: see `row_layout`.
+        B: rows.
+        T: new tokens of a row.
+        past: cached tokens of a row.
+
+    Returns:
+        integers, 0 at padding, `[B, past + T]`.
+
+    Raises:
+        ValueError: see `row_layout`.
+    """
     if mask.ndim == 4:
         return _from_blocks(mask, B, T, past)
     total = past + T if isinstance(past, int) else mask.shape[-1]
