@@ -8,6 +8,7 @@ it, which other threads would notice, and a folder's default access list may ove
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -245,6 +246,28 @@ def replaceable_file(
     return path
 
 
+def require_file(path: str | Path) -> None:
+    """Raises unless a path is a regular file that can be read from its start, more than once.
+
+    Raises:
+        InputError: for a missing file, a folder, a pipe or a device, and links in a circle.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character, before Python 3.13
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{str(path)[:200]}: cannot be read: {reason}") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder; give a file")
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{path}: is a pipe or a device, which cannot be read twice; save it as a file"
+        )
+
+
 def _resolved(path: str | Path) -> Path:
     """The absolute path without symbolic links."""
     try:
@@ -347,6 +370,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The same data with None for numbers that are not finite, fit for JSON."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flush(path: Path) -> None:

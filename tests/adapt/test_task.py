@@ -1,6 +1,7 @@
 """Task files: saved and loaded = never saved; refused for another model; merged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,8 +89,22 @@ def test_merged(learned, small_model):
     other = adapt(small_model().float(), tokens, config=CONFIG).task.row(0)
     with pytest.raises(InputError, match="different models"):
         merge_tasks([first, other])
-    with pytest.raises(InputError, match="2 tasks need as many weights"):
+    with pytest.raises(InputError, match="2 tasks need as many finite weights"):
         merge_tasks([first, second], [1, -1])
+    with pytest.raises(InputError, match="2 tasks need as many finite weights"):
+        merge_tasks([first, second], [1, float("nan")])
+
+
+def test_what_diverged_is_neither_saved_nor_applied(learned, tmp_path):
+    model, _, task = learned
+    diverged = replace(task.row(0), values=task.row(0).values / 0)
+    with pytest.raises(InputError, match="the adaptation diverged"):
+        save_task(diverged, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="the adaptation diverged"), diverged.applied(model):
+        pass
+    with pytest.raises(InputError, match="must be a finite number"):
+        AdaptConfig(lr={"norm": float("nan")})
 
 
 @pytest.mark.parametrize("damage", ["none", "text", "cut", "other", "nan", "config", "missing"])

@@ -160,3 +160,25 @@ def test_wrong_input(run, tmp_path, texts, arguments, message):
     assert message in err
     assert err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_figures_that_are_not_finite_are_null(run, tmp_path, texts):
+    """An adaptation with too large steps ends in no traceback, after the work."""
+    steps = ["--adapt", "--lr", "1e30", "--chunk", 64, "--device", "cpu"]
+    code, out, _ = run("eval", "tiny", "--data", "code.jsonl", *steps, "--json", "r.json")
+    assert code == 0
+    assert "nan" in out
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["files"]["code.jsonl"]["bits_per_byte"] is None
+    assert results["files"]["code.jsonl"]["each"]["bits"] == [None, None]
+    code, _, said = run("generate", "tiny", "--prompt", texts[0], *steps)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "the adaptation diverged" in said
+
+
+def test_one_document_has_no_halves(run, tmp_path):
+    (tmp_path / "one.txt").write_text("a text of one document")
+    code, out, _ = run("adapt", "tiny", "one.txt", "--out", "a.safetensors", "--device", "cpu")
+    assert code == 0
+    assert "nan" not in out
+    assert "half" not in out

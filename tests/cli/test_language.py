@@ -1,7 +1,9 @@
 """The commands about text, as a user calls them: output, files and exit codes."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -170,6 +172,8 @@ def test_generate_repeats_itself_for_the_same_seed(run, model):
         ("generate MODEL --prompt=a --top-p 0", "--top-p = 0.0 must be"),
         ("generate MODEL --prompt=a --seed 99999999999999999999", "'--seed'"),
         ("generate MODEL --prompt=a --temperature -1", "--temperature = -1.0 must be"),
+        ("generate MODEL --prompt=a --temperature 1e-40", "must be 0, or 1e-6 or more"),
+        ("generate MODEL --prompt=a\udcff", "'a\\udcff' is not valid Unicode"),
         ("generate MODEL --prompt=a --max-new-tokens 0", "--max-new-tokens = 0 must be"),
         ("generate MODEL --prompt=a --device gpu", "'gpu' cannot be used"),
         ("generate nowhere --prompt a", "nowhere"),
@@ -246,6 +250,38 @@ def test_results_are_asked_for_before_the_work(run, model, tmp_path):
     code, _, said = run("eval", model, "--data", "text.txt", "--json", tmp_path)
     assert (code, said.count("\n")) == (2, 1)
     assert "is a folder; give a file to write" in said
+
+
+def test_a_prompt_that_cannot_be_read(run, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, said = run("generate", model, "--prompt", "-")
+    assert (code, said) == (2, "nirvana: --prompt -: the standard input is closed\n")
+
+
+def _called(*arguments, **options):
+    """The program in a process of its own, whose streams are the operating system's."""
+    command = [sys.executable, "-m", "nirvana", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
+
+
+def test_characters_that_the_output_lacks_are_escaped(tmp_path):
+    (tmp_path / "t\u00e4st").mkdir()
+    file = tmp_path / "t\u00e4st" / "a.txt"
+    file.write_text(TEXT * 9, encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    options = {"stdout": subprocess.PIPE, "env": environment}
+    out = file.with_name("tokenizer")
+    done = _called("data", "tokenizer", file, "--out", out, "--vocab-size", 280, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "t\\xe4st/tokenizer: a tokenizer from 1 documents" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = _called("config", stdout=full)
+    assert done.returncode == 2
+    assert done.stderr == "nirvana: the output cannot be written: No space left on device\n"
 
 
 def test_an_interruption_is_told(run, model, monkeypatch):

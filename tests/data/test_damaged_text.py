@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
 
 import numpy as np
@@ -49,6 +50,48 @@ PACK = {
     "xz": lzma.compress,
 }
 EVERY_KIND = pytest.mark.parametrize("kind", PACK)
+
+
+@pytest.mark.parametrize("kind", [None, *PACK])
+def test_a_byte_order_mark_is_no_text(tmp_path, kind):
+    """Editors, mostly of Windows, put one in front of a file of UTF-8."""
+    for name, content in (
+        ("a.txt", "caf\u00e9\r\n"),
+        ("a.jsonl", '{"text": "caf\u00e9\\r\\n"}\r\n'),
+    ):
+        data = content.encode("utf-8-sig")
+        path = tmp_path / (name if kind is None else f"{name}.{kind.rpartition('.')[2]}")
+        path.write_bytes(data if kind is None else PACK[kind](data))
+        assert list(read_documents(path)) == ["caf\u00e9\r\n"]
+
+
+def test_half_a_pair_of_surrogates_is_refused(tmp_path):
+    """In any field of any record: questions of a benchmark, too."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"query": "a", "choices": ["b", "\\ud83d\\ude00"]}\n{"choices": ["\\uD83D"]}\n'
+    )
+    records = read_records(path)
+    assert next(records)[1]["choices"][1] == "\N{GRINNING FACE}"
+    with pytest.raises(InputError, match="line 2: not valid Unicode"):
+        next(records)
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "circle.txt").symlink_to("circle.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, message in (
+        ("folder.txt", "is a folder; give a file"),
+        ("circle.txt", "cannot be read: "),
+        ("pipe.txt", "is a pipe or a device, which cannot be read twice"),
+        ("none.txt", "no such file"),
+        ("none.txt/a.txt", "no such file"),
+        ("a" * 300 + ".txt", "cannot be read: File name too long"),
+        ("a\0.txt", "cannot be read: embedded null"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(read_documents(tmp_path / name))
 
 
 def path_of(folder, kind, suffix):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -248,3 +249,38 @@ def test_smollm2(tmp_path):
     for each in (teacher, model):
         answer = each.generate(**prompt, max_new_tokens=12, do_sample=False)
         assert "Paris" in tokenizer.decode(answer[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_the_precision_is_the_teachers(tmp_path, dtype):
+    """float16 has another range than bfloat16, so it becomes float32."""
+    save_teacher(tmp_path / "teacher", "llama").to(dtype).save_pretrained(tmp_path / "teacher")
+    adopt(tmp_path / "teacher", tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        found = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert found == {torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
+
+
+@torch.no_grad()
+def test_a_head_beside_a_configuration_that_ties_it(tmp_path):
+    """The library loads a head that is in the file, and so computes with it."""
+    save_teacher(tmp_path / "teacher", "llama")
+    path = tmp_path / "teacher" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    tokens = tokens_of(2, 20)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.float32)(tokens)
+    report = adopt(tmp_path / "teacher", tmp_path / "out", "window")
+    model, _ = load_language_model(tmp_path / "out")
+    torch.testing.assert_close(model(tokens).logits, expected.logits, rtol=0, atol=1e-4)
+    assert "lm_head.weight" in report["mapped"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "other"])
+def test_quantised_weights_are_refused(tmp_path, method):
+    save_teacher(tmp_path / "teacher", "llama")
+    path = tmp_path / "teacher" / "config.json"
+    quantized = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantized}))
+    with pytest.raises(InputError, match=r"quantised weights .* cannot be adopted"):
+        adopt(tmp_path / "teacher", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -90,13 +90,37 @@ def test_without_a_mask_the_padding_token_tells(make):
         {"cu_seqlens": [0, 4, 10]},
         {"seq_idx": torch.tensor([[0] * 4 + [1] * 6])},
         {"position_ids": torch.tensor([[*range(4), *range(6)]])},
+        {"position_ids": torch.tensor([[*range(1, 5), *range(1, 7)]])},
+        {"attention_mask": torch.tensor([[1] * 4 + [2] * 6])},
+        {"attention_mask": torch.tensor([[0] + [1] * 3 + [0] + [2] * 4 + [0]])},
+        {"attention_mask": torch.block_diag(torch.ones(4, 4), torch.ones(6, 6)).tril().bool()},
     ],
-    ids=lambda given: next(iter(given)),
+    ids=range(7),
 )
 def test_packed_samples_need_rows(make, given):
     model = make(NirvanaForSequenceClassification)
+    given = {name: x[None, None] if len(x) == 10 == x.shape[-1] else x for name, x in given.items()}
     with pytest.raises(ValueError, match="packed samples have a label each"):
         model(torch.randint(3, 61, (1, 10)), **given)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+@torch.no_grad()
+def test_padding_is_found_in_every_mask(make, side):
+    """Of numbers, floats and blocks, with embeddings, which show no padding."""
+    model, tokens = make(NirvanaForSequenceClassification), torch.randint(3, 61, (1, 12))
+    hidden = {"left": [0, 1, 2], "right": [9, 10, 11], "inside": [4, 5, 6]}[side]
+    real = torch.ones(12, dtype=torch.bool)
+    real[hidden] = False
+    expected = model(tokens[:, real]).logits
+    embeds = model.get_input_embeddings()(tokens)
+    mask = real[None].long()
+    masks = [mask, mask.float(), 5 * mask]
+    if side != "inside":
+        masks.append((real & real[:, None] & torch.ones(12, 12).bool().tril())[None, None])
+    for each in masks:
+        found = model(inputs_embeds=embeds, attention_mask=each)
+        torch.testing.assert_close(found.logits, expected)
 
 
 def test_states_go_in_but_not_out(make):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, pipeline
 
 from nirvana import NirvanaForCausalLM
@@ -208,3 +209,32 @@ def test_the_bank_cannot_be_offloaded(saved, tmp_path):
     )
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         loaded(saved[2])
+
+
+@pytest.mark.parametrize("variant", [{}, {"branches": "linear"}, {"branches": "window"}], ids=str)
+def test_a_forward_on_meta_counts_the_work(small_model, variant):
+    """Shapes, memory and FLOPs of a model without its weights, forward and backward."""
+    model, counts = small_model(**variant), []
+    with torch.device("meta"):
+        empty = NirvanaForCausalLM(model.config).to(model.dtype)
+    for each, where in ((model, "cpu"), (empty, "meta")):
+        tokens = torch.zeros(2, 20, dtype=torch.long, device=where)
+        with FlopCounterMode(display=False) as counter:
+            out = each(tokens, labels=tokens)
+            out.loss.backward()
+        assert out.logits.shape == (2, 20, 61)
+        counts.append(counter.get_flop_counts()["Global"])
+    assert counts[0][torch.ops.aten.mm] == counts[1][torch.ops.aten.mm] > 0
+
+
+@pytest.mark.parametrize("variant", [{}, {"branches": "linear"}, {"branches": "window"}], ids=str)
+def test_a_batch_without_rows(small_model, variant):
+    """As a filter leaves behind: empty results, and gradients of zero."""
+    model, none = small_model(**variant), torch.zeros(0, 20, dtype=torch.long)
+    out = model(none, attention_mask=none, use_cache=True)
+    assert out.logits.shape == (0, 20, 61)
+    assert model(none, past_key_values=out.past_key_values).logits.shape == (0, 20, 61)
+    state = model(none, return_state=True).state
+    assert model(none, state=state).logits.shape == (0, 20, 61)
+    model(none).logits.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)

@@ -22,6 +22,8 @@ FORMS = {
     "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor(BORDERS), "cu_seq_lens_k": None},
     "seq_idx": {"seq_idx": NUMBERS.int()},
     "numbers": {"attention_mask": NUMBERS + 1},
+    "float numbers": {"attention_mask": (NUMBERS + 1).float()},
+    "bfloat16 numbers": {"attention_mask": (NUMBERS + 1).bfloat16()},
     "numbers that come back": {"attention_mask": torch.tensor([1, 2, 1, 2])[NUMBERS]},
     "blocks": {"attention_mask": BLOCKS},
     "additive blocks": {"attention_mask": ADDITIVE},
@@ -177,6 +179,12 @@ def test_a_piece_of_padding_alone_reaches_nothing(small_model, variant):
 
 
 REFUSED = {
+    "an additive mask of rows": (
+        {"attention_mask": torch.where(NUMBERS > 0, 0.0, float("-inf"))},
+        "must be 0 at padding",
+    ),
+    "numbers between two": ({"attention_mask": NUMBERS + 0.5}, "must be 0 at padding"),
+    "numbers that bfloat16 rounds": ({"attention_mask": (NUMBERS + 256).bfloat16()}, "below 256"),
     "shape": ({"attention_mask": torch.ones(2, 9)}, r"shape \[2, 9\]; it must be \[1, 33\]"),
     "positions": ({"position_ids": torch.arange(9)[None]}, r"position_ids has the shape"),
     "descending": ({"cu_seqlens": [0, 27, 10, 33]}, "must ascend"),

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
+    DynamicCache,
     Trainer,
     TrainingArguments,
 )
@@ -57,6 +61,59 @@ def test_checkpointing_changes_nothing(small_model, reentrant, positions):
     assert torch.equal(again, loss)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_checkpointing_refuses_a_cache_that_holds_tokens(small_model):
+    """It leaves caches out, and the tokens would be computed without those before them."""
+    model, tokens = small_model().train(), torch.randint(61, (2, 30))
+    with torch.no_grad():
+        cache = model(tokens[:, :9], use_cache=True).past_key_values
+    model.gradient_checkpointing_enable()
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(ValueError, match="this one holds 9 tokens: continue from a state"):
+            model(tokens[:, 9:], **{name: cache})
+    empty = DynamicCache(config=model.config)
+    assert torch.equal(model(tokens, past_key_values=empty).logits, model(tokens).logits)
+    assert empty.get_seq_length(2) == 0
+
+
+@pytest.mark.parametrize("variant", [{}, {"branches": "linear"}, {"branches": "window"}], ids=str)
+def test_gradients_of_single_rows(small_model, variant):
+    """`torch.func`: per-sample gradients, as of Opacus and of influence functions."""
+    model, tokens = small_model(**variant), torch.randint(61, (3, 20))
+
+    def loss(parameters, row):
+        inputs = {"input_ids": row[None], "labels": row[None], "use_cache": False}
+        return functional_call(model, parameters, (), inputs).loss
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    together = vmap(grad(loss), (None, 0))(parameters, tokens)
+    for i in range(3):
+        _, alone = gradients(model, tokens[i : i + 1])
+        for name, gradient in alone.items():
+            torch.testing.assert_close(together[name][i], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", [{}, {"branches": "linear"}], ids=str)
+def test_second_derivatives(small_model, variant):
+    """A gradient penalty: the derivative of a gradient's square is its difference quotient."""
+    model, tokens = small_model(**variant).double(), torch.randint(61, (2, 20))
+    given = model.get_input_embeddings()(tokens).detach()
+    direction = torch.randn_like(given)
+
+    def penalty(embeds):
+        embeds = embeds.detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        (gradient,) = torch.autograd.grad(loss, embeds, create_graph=True)
+        return embeds, gradient.square().sum()
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only one whose gradient PyTorch differentiates
+        embeds, value = penalty(given)
+        value.backward()
+        step = 1e-6 * direction
+        quotient = (penalty(given + step)[1] - penalty(given - step)[1]) / 2e-6
+    torch.testing.assert_close((embeds.grad * direction).sum(), quotient, rtol=1e-4, atol=0.0)
 
 
 @packing

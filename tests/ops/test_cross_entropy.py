@@ -66,3 +66,16 @@ def test_makes_products_in_the_dtype_of_autocast():
     loss.backward()
     assert loss.dtype == h.grad.dtype == weight.grad.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_second_derivative_is_refused():
+    """The gradients of the forward pass are constants, so it would lack most of its terms."""
+    h, weight, labels = inputs()
+    loss, _ = linear_cross_entropy(h, weight, labels)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, h, create_graph=True)
+
+
+def test_no_rows_are_no_loss():
+    loss, squares = linear_cross_entropy(*inputs(N=0))
+    assert loss == squares == 0

@@ -1,5 +1,6 @@
 """How a frozen model adapts to a sample: which parameters, how often, and by which steps."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,6 +65,7 @@ class AdaptConfig:
         for name in self.lr:
             group = name.partition("/")[0]
             require(group in names, "lr", name, f"of an adapted group: {', '.join(names)}")
+            require(math.isfinite(self.lr[name]), "lr", self.lr[name], "a finite number")
 
     def step_size(self, name: str) -> float:
         """The step size of a tensor.

@@ -92,12 +92,25 @@ class Task:
             the hooks.
 
         Raises:
-            InputError: for another model.
+            InputError: for another model, and for values that are not finite.
         """
         self.require(model)
+        self.require_finite()
         hooks = TaskHooks(model, self.layout)
         hooks.set(self.values)
         return hooks
+
+    def require_finite(self) -> None:
+        """Refuses what an adaptation with too large steps leaves behind.
+
+        Raises:
+            InputError: for values that are not finite.
+        """
+        if not self.values.isfinite().all():
+            raise InputError(
+                "the task parameters are not finite: the adaptation diverged; give a smaller "
+                "step size (lr)"
+            )
 
     def require(self, model: PreTrainedModel) -> None:
         """Refuses another model.
@@ -170,11 +183,12 @@ def save_task(task: Task, path: str | Path) -> None:
         path: file to write.
 
     Raises:
-        InputError: where no file can be made.
+        InputError: where no file can be made, and for values that are not finite.
         ValueError: for a task of several rows.
     """
     if len(task) != 1:
         raise ValueError(f"a task file holds one row, not {len(task)}: save task.row(i)")
+    task.require_finite()
     parts = task.layout.split(task.values.float().cpu())
     tensors = {
         each.name: part[0].contiguous()
@@ -235,7 +249,7 @@ def merge_tasks(tasks: Sequence[Task], weights: Sequence[float] | None = None) -
 
     Args:
         tasks: at least one, of one row each, with the same tensors.
-        weights: of the tasks, with a sum other than 0; None: equal ones.
+        weights: of the tasks, finite, with a sum other than 0; None: equal ones.
 
     Returns:
         a task of one row.
@@ -250,8 +264,8 @@ def merge_tasks(tasks: Sequence[Task], weights: Sequence[float] | None = None) -
         if other.layout != first.layout:
             raise InputError("the tasks have different task parameters")
     shares = torch.tensor(weights or [1.0] * len(tasks), dtype=torch.float64)
-    if len(shares) != len(tasks) or shares.sum() == 0:
-        raise InputError(f"{len(tasks)} tasks need as many weights, whose sum is not 0")
+    if len(shares) != len(tasks) or shares.sum() == 0 or not shares.isfinite().all():
+        raise InputError(f"{len(tasks)} tasks need as many finite weights, whose sum is not 0")
     shares = shares / shares.sum()
     values = torch.einsum("n,nrk->rk", shares, torch.stack([t.values.double() for t in tasks]))
     about = {

@@ -1,5 +1,7 @@
 """The command line: `nirvana COMMAND`."""
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -67,6 +69,10 @@ UsageError: type[Exception] = next(
 )
 
 
+# What the operating system answers where nothing more can be written.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def _print_version(requested: bool) -> None:
     if requested:
         print(f"nirvana {__version__}")
@@ -110,10 +116,18 @@ app.command("config")(config.config)
 def main() -> None:
     """Runs the program. Exit codes: 0 done, 2 wrong input, 130 interrupted, 1 a fault of ours."""
     warnings.showwarning = _note(warnings.showwarning)
+    _print_any_character()
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         code = _refuse(str(error))
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        code = _refuse(f"{error.filename or 'the output'} cannot be written: {error.strerror}")
+        _drop_output()
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
@@ -131,6 +145,24 @@ def main() -> None:
     if code == 130:  # typer turns Ctrl-C into this code itself
         print("interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_any_character() -> None:
+    """Escapes characters that the encoding of the output lacks, where print would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not None, and not replaced by a program that calls us
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Leads the standard output nowhere, so that what could not be written is not tried again when
+    the interpreter ends."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (AttributeError, OSError, ValueError):  # closed, or no file of the system
+        pass
 
 
 def _note(show: Callable[..., None]) -> Callable[..., None]:

@@ -122,11 +122,15 @@ def adapt(
     learned, halves = learn_domain(loaded, tokenizer, files, config, start, limit, batch_size)
     save_task(learned, out)
     first, second = halves
+    both = first + second
+    each = (
+        f"{first.bits_per_byte:.4f} in the first half, {second.bits_per_byte:.4f} in the second"
+        if first.documents > 0
+        else f"{both.bits_per_byte:.4f}"
+    )
     print(
-        f"{out}: {learned.values.shape[1]:,} numbers, learned from "
-        f"{first.documents + second.documents:,} documents, {first.tokens + second.tokens:,} "
-        f"tokens; bits per byte as they were read: {first.bits_per_byte:.4f} in the first half, "
-        f"{second.bits_per_byte:.4f} in the second"
+        f"{out}: {learned.values.shape[1]:,} numbers, learned from {both.documents:,} documents, "
+        f"{both.tokens:,} tokens; bits per byte as they were read: {each}"
     )
     if json is not None:
         figures = {"first_half": first.to_dict(), "second_half": second.to_dict()}

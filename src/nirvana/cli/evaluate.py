@@ -24,7 +24,7 @@ from nirvana.cli.adapt import (
 from nirvana.cli.console import DeviceOption, JsonOption, output
 from nirvana.data.hub import local_path
 from nirvana.errors import InputError
-from nirvana.files import check_outputs, replaceable_file, writable_json, write_json
+from nirvana.files import check_outputs, finite, replaceable_file, writable_json, write_json
 from nirvana.packaged import folder_of, resolve
 from nirvana.progress import ProgressLines
 
@@ -163,7 +163,7 @@ def evaluate(
             _show_tasks(found)
             results["tasks"] = found
     if json is not None:
-        write_json(json, results)
+        write_json(json, finite(results))
 
 
 def _reader(config: Any, task: Any, batch_size: int, traced: Path | None) -> tuple[Any, list[Any]]:
@@ -188,7 +188,7 @@ def _write_traces(
         documents = [
             {"file": name, **each.to_dict()} for name, each in zip(names, traces, strict=True)
         ]
-        write_json(trace, {"adapt": results["adapt"], "documents": documents})
+        write_json(trace, finite({"adapt": results["adapt"], "documents": documents}))
     if picture is not None:
         from nirvana.adapt.trace import draw_trace
 

@@ -175,7 +175,8 @@ def generate(
         raise InputError("--prompt is empty: give some text to continue")
     for name, value, right, good in (
         ("max-new-tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
-        ("temperature", temperature, "0 or more", temperature >= 0),
+        # Less would divide logits beyond the range of float32.
+        ("temperature", temperature, "0, or 1e-6 or more", temperature == 0 or temperature >= 1e-6),
         ("top-p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
     ):
         if not good:
@@ -201,10 +202,15 @@ def generate(
 
 def _standard_input() -> str:
     """The text on the standard input, without the line breaks at its end."""
+    if sys.stdin is None:
+        raise InputError("--prompt -: the standard input is closed")
     try:
         return sys.stdin.buffer.read().decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt -: the standard input is not UTF-8: {error}") from None
+    except OSError as error:
+        reason = error.strerror
+        raise InputError(f"--prompt -: the standard input cannot be read: {reason}") from None
 
 
 def continue_text(

@@ -20,7 +20,7 @@ from nirvana.cli.reading import (
     read_options,
 )
 from nirvana.errors import InputError
-from nirvana.files import check_outputs, write_json
+from nirvana.files import check_outputs, finite, write_json
 from nirvana.progress import ProgressLines
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def evaluate(
     """
     from nirvana.mri.classical.bart import program
     from nirvana.mri.data.scans import measure
-    from nirvana.mri.evaluate.compare import evaluate_volume, finite, summarise
+    from nirvana.mri.evaluate.compare import evaluate_volume, summarise
     from nirvana.mri.evaluate.tables import rows_table, summary_table
     from nirvana.mri.io import files_of, find_scans
     from nirvana.mri.io.options import parse_slices

@@ -39,7 +39,7 @@ from nirvana.cli.reading import (
     read_options,
 )
 from nirvana.errors import InputError
-from nirvana.files import check_outputs, replaceable_folder, sha256, write_json
+from nirvana.files import check_outputs, finite, replaceable_folder, sha256, write_json
 
 if TYPE_CHECKING:
     from nirvana.mri.batch_run import BatchResult
@@ -283,7 +283,7 @@ def _folders(images: list[_Image], out: Path, several: bool, every: bool) -> lis
 
 def _summary(found: "BatchResult") -> dict[str, Any]:
     """The contents of a folder's `metrics.json`."""
-    from nirvana.mri.evaluate.compare import finite, summarise
+    from nirvana.mri.evaluate.compare import summarise
 
     rows, written = _rows(found), {one["method"] for one in found.scans}
     scored = len(written) == 1 and all("ssim" in row for row in rows)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TextIO
 
 from nirvana.data.hub import is_hub, read_hub, split_source
 from nirvana.errors import InputError
+from nirvana.files import require_file
 
 KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
 _COMPRESSED = (".xz", ".gz", ".zst")
@@ -50,8 +51,7 @@ def kind_of(path: str | Path) -> str:
     if is_hub(path):
         return "hub"
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    require_file(path)
     compressed = path.suffix in _COMPRESSED
     suffix = Path(path.stem).suffix if compressed else path.suffix
     kinds = (
@@ -69,7 +69,8 @@ def read_documents(path: str | Path) -> Iterator[str]:
 
     A .txt file is one document; a .jsonl file has one on each line, in the field "text"; a
     .parquet file has a column "text", as has a data set of the hub (`nirvana.data.hub`). Documents
-    of white space alone are skipped; a warning states their number at the end of the file.
+    of white space alone are skipped; a warning states their number at the end of the file. A byte
+    order mark at the start of a file is no part of its text.
 
     Args:
         path: a file, or a data set of the hub.
@@ -93,10 +94,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
         if not text.strip():
             empty.append(where)
             continue
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: not valid Unicode: {error}") from None
+        _require_unicode(where, text)
         found += 1
         yield text
     if empty and found:  # a file without any text is an error, raised by the caller
@@ -115,7 +113,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         File and line number for error messages, and the JSON object of the line.
 
     Raises:
-        InputError: for a damaged file, or a line that is not a JSON object.
+        InputError: for a damaged file, or a line that is not a JSON object of valid Unicode.
     """
     with _open(Path(path)) as lines:
         for number, line in enumerate(lines, start=1):
@@ -128,6 +126,8 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise InputError(f"{where}: not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise InputError(f"{where}: must be a JSON object")
+            if "\\ud" in line.lower():
+                _require_unicode(where, json.dumps(record, ensure_ascii=False))
             yield where, record
 
 
@@ -175,6 +175,14 @@ def count_documents(sources: Iterable[str]) -> dict[str, Counts]:
             raise InputError(f"{source}: holds no document")
         counts[source] = Counts(documents, size)
     return counts
+
+
+def _require_unicode(where: str, text: str) -> None:
+    """Refuses half of a pair of surrogates, which an escape in JSON can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: not valid Unicode: {error}") from None
 
 
 def _txt(path: Path) -> Iterator[tuple[str, Any]]:
@@ -288,6 +296,8 @@ def _open(path: Path) -> Iterator[TextIO]:
                 make, padding, error_of_format = _decompressor(path)
                 damaged += (error_of_format,)
                 stream = io.BufferedReader(_Decompressed(stream, make, padding), TEXT_BYTES)
-            yield opened.enter_context(io.TextIOWrapper(stream, encoding="utf-8", newline="\n"))
+            # A byte order mark, which some editors put in front, is not part of the text.
+            encoding = "utf-8-sig"
+            yield opened.enter_context(io.TextIOWrapper(stream, encoding=encoding, newline="\n"))
     except damaged as error:
         raise InputError(f"{path}: not a readable UTF-8 text file: {error}") from None

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,16 @@ def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
         tokenizer: a fast transformers tokenizer; it is not changed.
 
     Returns:
-        A function from texts to the tokens of each.
+        A function from texts to the tokens of each; `InputError` for one that is not valid
+        Unicode.
     """
     backend, size = _plain_backend(tokenizer)
 
     def encode(texts: list[str]) -> list[list[int]]:
         pieces = [list(split_text(text, size)) for text in texts]
         flat = [piece for each in pieces for piece in each]
-        encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
+        with _unicode_alone(texts):
+            encoded = iter(backend.encode_batch_fast(flat, add_special_tokens=False))
         return [[token for _ in each for token in next(encoded).ids] for each in pieces]
 
     return encode
@@ -161,7 +164,8 @@ def aligned_encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[int
         sizes: list[int] = []
         left = 0  # bytes that no token covers so far
         for piece in split_text(text, size):
-            encoding = backend.encode(piece, add_special_tokens=False)
+            with _unicode_alone([text]):
+                encoding = backend.encode(piece, add_special_tokens=False)
             done = 0  # characters of this piece counted so far
             for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
                 end = max(end, done)
@@ -174,6 +178,22 @@ def aligned_encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[int
         return ids, sizes
 
     return encode
+
+
+@contextmanager
+def _unicode_alone(texts: list[str]) -> Iterator[None]:
+    """Names the text that is not valid Unicode, of which the tokenizers library says nothing: such
+    as an argument of a program that is not UTF-8, or half of a pair of surrogates in JSON."""
+    try:
+        yield
+    except TypeError:
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                start = ascii(text[:40])
+                raise InputError(f"the text {start} is not valid Unicode: {error}") from None
+        raise
 
 
 def _plain_backend(tokenizer: Any) -> tuple[Tokenizer, int]:

@@ -59,11 +59,13 @@ class Teacher:
         model: in eval mode.
         path: its folder or GGUF file.
         gguf: the name of that file in its folder, or None.
+        dtype: in which its weights are stored, as its configuration has it; None if it does not.
     """
 
     model: PreTrainedModel
     path: Path
     gguf: str | None
+    dtype: torch.dtype | None
 
 
 def adopt(
@@ -105,9 +107,8 @@ def adopt(
         torch.manual_seed(seed)
         model = NirvanaForCausalLM(config)
     sources = copy_weights(given.model, model)
-    own = given.model.config.dtype
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "": torch.float32}[precision]
-    if not precision and own == torch.bfloat16:
+    if not precision and given.dtype == torch.bfloat16:
         dtype = torch.bfloat16
     nn.Module.to(model, dtype)
     model.generation_config = copy.deepcopy(given.model.generation_config)
@@ -147,6 +148,13 @@ def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32) -> Teache
     with _readable(path), without_progress_bars():
         config = AutoConfig.from_pretrained(folder, **options)
         _require_family(config, path)
+        quantized = getattr(config, "quantization_config", None)
+        if quantized is not None and gguf is None:
+            raise InputError(
+                f"{path}: quantised weights ({_method(quantized)}) cannot be adopted: save the "
+                "model dequantised"
+            )
+        stored = config.dtype  # which loading replaces
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -159,7 +167,11 @@ def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32) -> Teache
     wrong = [f"{what}: {name}" for what, names in info.items() for name in sorted(map(str, names))]
     if wrong:
         raise InputError(f"the weights of {path} do not fit its configuration: {wrong[0]}")
-    return Teacher(model.eval(), path, gguf)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if head is not embedding and not torch.equal(head, embedding):
+        # A file that has both weights is loaded with both, whatever its configuration says.
+        model.config.tie_word_embeddings = False
+    return Teacher(model.eval(), path, gguf, stored)
 
 
 def adopted_config(
@@ -288,6 +300,12 @@ def _require_expressible(teacher: Any, where: str) -> None:
             )
     if teacher.hidden_act != "silu":
         raise InputError(f"{where}: hidden_act = {teacher.hidden_act!r} must be 'silu'")
+
+
+def _method(quantized: Any) -> str:
+    """The name of a quantisation, as a configuration gives it: a dictionary or an object."""
+    values = quantized if isinstance(quantized, dict) else vars(quantized)
+    return str(values.get("quant_method", "of an unknown method"))
 
 
 def _own_window(teacher: Any, where: str) -> int | None:

@@ -122,6 +122,26 @@ def usable_cache(
     return cache
 
 
+def refuse_contents(config: NirvanaConfig, *caches: Cache | None) -> None:
+    """Raises for a cache that holds tokens, where gradient checkpointing leaves caches out.
+
+    Args:
+        config: of the model.
+        caches: under each of the library's names.
+
+    Raises:
+        ValueError: if the tokens would be computed as if those in the cache did not exist.
+    """
+    for cache in caches:
+        if isinstance(cache, Cache) and cache.layers:
+            past = cache.get_seq_length(config.counting_layer)
+            if int(past) > 0:
+                raise ValueError(
+                    f"gradient checkpointing cannot read a cache, and this one holds {int(past)} "
+                    "tokens: continue from a state (state=..., return_state=True)"
+                )
+
+
 def require_room(config: NirvanaConfig, cache: Cache, past: int, new: int) -> None:
     """Raises if a static cache has no room for new tokens.
 

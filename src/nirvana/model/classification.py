@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from nirvana.model.cache import CACHE_FIELD, in_output
 from nirvana.model.nirvana import NirvanaPreTrainedModel
+from nirvana.model.rows import may_sync, row_layout, sample_numbers
 
 
 class NirvanaForSequenceClassification(GenericForSequenceClassification, NirvanaPreTrainedModel):
@@ -66,10 +67,12 @@ class NirvanaForSequenceClassification(GenericForSequenceClassification, Nirvana
             **kwargs,
         )
         h = outputs.last_hidden_state
-        real = self._real(h, input_ids, attention_mask)
-        starts = None if position_ids is None else real & (position_ids == 0)
+        continued = any(kwargs.get(n) is not None for n in ("cache", "past_key_values", "state"))
+        real = self._real(h, input_ids, attention_mask, continued)
         borders = [kwargs.get(name) for name in ("cu_seqlens", "cu_seq_lens_q", "seq_idx")]
-        if any(x is not None for x in borders) or (starts is not None and starts.sum(1).max() > 1):
+        packed = any(each is not None for each in borders)
+        read = may_sync() and not continued
+        if packed or (read and _several(real, attention_mask, position_ids)):
             raise ValueError("packed samples have a label each: put every sample into a row")
         place = torch.arange(h.shape[1], device=h.device)
         rows = torch.arange(h.shape[0], device=h.device)
@@ -86,11 +89,14 @@ class NirvanaForSequenceClassification(GenericForSequenceClassification, Nirvana
             **in_output(outputs.get(CACHE_FIELD)),
         )
 
-    def _real(self, h: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def _real(
+        self, h: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, continued: bool
+    ) -> Tensor:
         """Where the tokens are not padding, `[B, T]`."""
         B, T = h.shape[:2]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return attention_mask[:, -T:].to(h.device) != 0
+        if attention_mask is not None:
+            mask = attention_mask.to(h.device)
+            return (mask[:, -T:] if continued else sample_numbers(mask, B, T, 0)) != 0
         if input_ids is not None and self.config.pad_token_id is not None:
             return input_ids != self.config.pad_token_id
         if input_ids is not None and B > 1:
@@ -98,6 +104,25 @@ class NirvanaForSequenceClassification(GenericForSequenceClassification, Nirvana
                 "several rows need an attention_mask, or a pad_token_id to find padding"
             )
         return torch.ones(B, T, dtype=torch.bool, device=h.device)
+
+
+def _several(real: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether a row holds several samples, by the rules of `row_layout`.
+
+    Args:
+        real: `[B, T]`, where the tokens are not padding.
+        attention_mask: see `row_layout`.
+        position_ids: see `row_layout`.
+    """
+    given = attention_mask, position_ids, None, None
+    row = row_layout(*given, *real.shape, past=0, device=real.device, cached=False)
+    if row.border is None:
+        return False
+    if row.order is not None:
+        real = real.gather(1, row.order)
+    begun = row.border & real
+    begun[:, 0] = real[:, 0]
+    return bool((begun.sum(1) > 1).any())
 
 
 class NirvanaForTokenClassification(GenericForTokenClassification, NirvanaPreTrainedModel):

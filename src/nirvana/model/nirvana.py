@@ -18,6 +18,7 @@ from nirvana.model.cache import (
     CACHE_FIELD,
     StepDecoder,
     in_output,
+    refuse_contents,
     refuse_in_export,
     usable_cache,
 )
@@ -144,7 +145,8 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
             TypeError: for an unknown argument, and for a cache that is not a `Cache`.
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; for masks
                 and borders that `row_layout` rejects, and caches that `usable_cache` rejects; for a
-                cache beside a state, and a state that is not one of this model and batch.
+                cache beside a state, and a state that is not one of this model and batch; for a
+                cache that holds tokens in gradient checkpointing.
         """
         check_arguments(type(self).forward, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -155,6 +157,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
         if functional and not (cache is None and past_key_values is None):
             raise ValueError("state and cache are two ways to continue a text: give one")
         if self.training and self.gradient_checkpointing:
+            refuse_contents(self.config, cache, past_key_values)
             cache = past_key_values = None  # the second forward would write to it again
             if functional and self._checkpoints_reentrantly():
                 raise ValueError(

@@ -51,9 +51,9 @@ def row_layout(
     so is padding at the end of rows whose states a cache stores, unless gradients are on.
 
     Args:
-        attention_mask: `[B, past + T]`, 0 at padding; other values number the samples (equal
-            numbers side by side are one sample). Or `[B, 1, T, T]`, boolean or additive, if it
-            is block-diagonal and causal within each block.
+        attention_mask: `[B, past + T]`, of any dtype, 0 at padding; other values number the samples
+            (equal numbers side by side are one sample). Or `[B, 1, T, T]`, boolean or additive, if
+            it is block-diagonal and causal within each block.
         position_ids: `[B, T]` or `[1, T]`; a sample starts where they do not increase by one, or
             by the number of columns in between.
         cu_seqlens: int `[samples + 1]`, ascending from 0 to B T, samples in the batch laid out as
@@ -76,7 +76,7 @@ def row_layout(
     ended = False
     numbers = attention_mask
     if numbers is not None:
-        numbers = _sample_numbers(numbers.to(device), B, T, past)
+        numbers = sample_numbers(numbers.to(device), B, T, past)
     if position_ids is not None:
         position_ids = _per_token("position_ids", position_ids, B, T)
     starts = _starts(cu_seqlens, seq_idx, B, T, past, device)
@@ -180,7 +180,7 @@ def _chunk_numbers(mask: Tensor, B: int, T: int, past: int) -> Tensor:
             f"attention_mask has the shape {list(mask.shape)}; behind a state it must be "
             f"[{B}, {T}] (the new tokens)"
         )
-    return _from_blocks(mask, B, T, past) if mask.ndim == 4 else _sample_numbers(mask, B, T, 0)
+    return _from_blocks(mask, B, T, past) if mask.ndim == 4 else sample_numbers(mask, B, T, 0)
 
 
 def _chunk_facts(numbers: Tensor) -> list[bool]:
@@ -241,8 +241,21 @@ def may_branch() -> bool:
     return not torch.is_grad_enabled() and may_sync()
 
 
-def _sample_numbers(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
-    """The attention mask as numbers of samples, 0 at padding: `[B, past + T]`."""
+def sample_numbers(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
+    """The attention mask as numbers of samples.
+
+    Args:
+        mask: see `row_layout`.
+        B: rows.
+        T: new tokens of a row.
+        past: cached tokens of a row.
+
+    Returns:
+        integers, 0 at padding, `[B, past + T]`.
+
+    Raises:
+        ValueError: see `row_layout`.
+    """
     if mask.ndim == 4:
         return _from_blocks(mask, B, T, past)
     total = past + T if isinstance(past, int) else mask.shape[-1]
@@ -251,8 +264,21 @@ def _sample_numbers(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:
             f"attention_mask has the shape {list(mask.shape)}; it must be [{B}, {total}] "
             "(cached and new tokens), or [B, 1, T, T] without cached tokens"
         )
-    mask = mask.expand(B, -1)
-    return mask if not (mask.is_floating_point() or mask.dtype == torch.bool) else (mask != 0).int()
+    return _whole_numbers(mask).expand(B, -1)
+
+
+def _whole_numbers(mask: Tensor) -> Tensor:
+    """A mask of any dtype as integers of the same values."""
+    if not mask.is_floating_point():
+        return mask.int() if mask.dtype == torch.bool else mask
+    # Beyond this neighbouring numbers of samples round to one.
+    limit = 2 / torch.finfo(mask.dtype).eps
+    if may_sync() and not ((mask >= 0) & (mask < limit) & (mask == mask.floor())).all():
+        raise ValueError(
+            f"attention_mask of {mask.dtype} must be 0 at padding, else 1 or the number of the "
+            f"sample, below {limit:.0f}: additive masks are [B, 1, T, T]"
+        )
+    return mask.long()
 
 
 def _from_blocks(mask: Tensor, B: int, T: int, past: int | Tensor) -> Tensor:

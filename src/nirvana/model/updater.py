@@ -132,7 +132,7 @@ class Updater(nn.Module):
             y `[B, T, D]`, and the fast parameters for the layer above, `[B, T, 4, R]`.
         """
         before = self._before(states)
-        qkv, gate, beta, alpha, *rest = _Split.apply(self.in_proj(x), self.sections)
+        qkv, gate, beta, alpha, *rest = _split(self.in_proj(x), self.sections)
         qkv = self.qkv(qkv)
         b = self.linear(qkv, gate, beta, alpha, masks, before, states)
         if not self.has_window:
@@ -276,6 +276,11 @@ class Updater(nn.Module):
         return t * (a + other * zeta) + other * b
 
 
+def _split(x: Tensor, sections: list[int]) -> tuple[Tensor, ...]:
+    """x.split(sections, dim=-1), with the gradient of `_Split` where there may be one."""
+    return _Split.apply(x, sections) if torch.is_grad_enabled() else x.split(sections, dim=-1)
+
+
 class _Split(torch.autograd.Function):
     """x.split(sections, dim=-1), whose gradient concatenates more than eight pieces.
 
@@ -284,9 +289,15 @@ class _Split(torch.autograd.Function):
     for each piece.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sections: list[int]) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, sections: list[int]) -> tuple[Tensor, ...]:
         return x.split(sections, dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from nirvana.mri.evaluate.compare import Result, Row, finite, run_methods, score_rows
+from nirvana.files import finite
+from nirvana.mri.evaluate.compare import Result, Row, run_methods, score_rows
 from nirvana.mri.evaluate.figure import panel, slice_geometry
 from nirvana.mri.evaluate.metrics import centre_crop, score
 from nirvana.mri.io import Scan, files_of, in_file_axes

@@ -91,7 +91,7 @@ def gated_delta_rule(
     read = (q * enter[..., None]) @ states
     scores = (q @ k.mT).mul_(decay)
     o = torch.baddbmm(read, scores, writes, alpha=K**-0.5, beta=K**-0.5)
-    o = o.view(N, B, H, c, -1).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    o = o.view(N, B, H, c, v.shape[-1]).permute(1, 0, 3, 2, 4).flatten(1, 2)
     return o[:, :T], S.view(B, H, *S.shape[1:])
 
 
@@ -128,12 +128,17 @@ def _scan_chunks(
 class _UnitInverse(torch.autograd.Function):
     """(I + L)^-1 for the strictly lower triangle L of each matrix `[..., n, n]`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, L: Tensor) -> Tensor:
+    def forward(L: Tensor) -> Tensor:
         X = torch.zeros_like(L)
         _invert(L, X)
-        ctx.save_for_backward(X)
         return X
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         sums = []
         with torch.autocast(h.device.type, enabled=False):
-            for first in range(0, len(h), CHUNK):
+            for first in range(0, max(1, len(h)), CHUNK):
                 rows = slice(first, first + CHUNK)
                 loss, squares, dlogits = of_logits(h[rows] @ weight.mT, labels[rows], z_loss)
                 sums.append(torch.stack([loss, squares]))
@@ -63,7 +63,16 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _dsquares: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradients of the forward pass by dloss."""
+        """Scales the gradients of the forward pass by dloss.
+
+        Raises:
+            RuntimeError: with `create_graph`. The gradients of the forward pass are constants here,
+                so that a second derivative would miss what they depend on.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss without logits has no second derivative: leave out skip_logits"
+            )
         grads = (x if x is None else x * dloss.to(x.dtype) for x in ctx.saved_tensors)
         return *grads, None, None, None
 

@@ -27,7 +27,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     Returns:
         a context manager.
     """
-    if torch.is_autocast_enabled(device.type):
+    if _autocasts(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -42,4 +42,9 @@ def in_autocast(x: Tensor) -> Tensor:
         x in autocast's dtype for its device, or x itself where autocast is off.
     """
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(kind)) if _autocasts(kind) else x
+
+
+def _autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from scipy.stats import wilcoxon
 
+from nirvana.files import finite
 from nirvana.mri.classical.common import zero_filled
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import measure
@@ -101,7 +102,7 @@ def test_tables_show_every_row() -> None:
 
 def test_infinite_scores_become_null_in_json() -> None:
     value = {"rows": [{"psnr": float("inf"), "ssim": 1.0}], "n": 3}
-    assert json.loads(json.dumps(ev.finite(value), allow_nan=False)) == {
+    assert json.loads(json.dumps(finite(value), allow_nan=False)) == {
         "rows": [{"psnr": None, "ssim": 1.0}],
         "n": 3,
     }

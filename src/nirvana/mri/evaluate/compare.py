@@ -1,6 +1,5 @@
 """Compares methods on fully sampled scans: undersample, reconstruct, score, summarise."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -144,12 +143,3 @@ def summarise(rows: Sequence[Row], reference: str) -> list[Row]:
             }
         summary.append(line)
     return summary
-
-
-def finite(value: Any) -> Any:
-    """The same data with None for infinite numbers (the PSNR of equal images), fit for JSON."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
