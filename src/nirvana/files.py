@@ -187,6 +187,27 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
     return path
 
 
+def existing_file(path: str | Path) -> Path:
+    """The same path, if it is that of a file.
+
+    Raises:
+        InputError: there is none, it is a folder, or a link that leads nowhere or in a circle.
+    """
+    path = Path(path)
+    try:
+        found, file, folder = path.exists(), path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be opened: {error}") from error
+    if not found and path.is_symlink():
+        raise InputError(f"{path} is a link that leads nowhere or in a circle; give a file")
+    if not found:
+        raise InputError(f"{path}: no such file")
+    if not file:
+        kind = "a folder" if folder else "not a regular file"
+        raise InputError(f"{path} is {kind}; give a file")
+    return path
+
+
 def writable_file(path: str | Path) -> Path:
     """The same path, if a file may be written there: checked before the work that ends in it.
 
