@@ -36,6 +36,14 @@ PROMPT = (
     "and the second group was treated with placebo. After six months the patients of the first "
     "group had fewer seizures than the patients of the second group."
 )
+WRITTEN = """() => {
+    const label = [...document.querySelectorAll("label")].find(
+        each => each.innerText.includes("the model adapted to the prompt"));
+    const before = window.written;
+    window.written = label?.querySelector("textarea")?.value;
+    return window.written && window.written === before;
+}"""
+"""In the browser: whether the last continuation is the one of the poll before."""
 
 
 def program() -> str | None:
@@ -98,12 +106,7 @@ def show_text(page: Any, _: Path) -> None:
     page.get_by_role("radio", name="step").check()
     page.get_by_text("the Trigger's step, mean over").first.wait_for()
     page.get_by_role("button", name="Continue the text").click()
-    page.wait_for_function(
-        "[...document.querySelectorAll('label')].some(each => each.innerText.includes("
-        "'adapted to the prompt') && each.querySelector('textarea')?.value)"
-    )
-    page.get_by_role("button", name="Continue the text").wait_for()
-    page.wait_for_function("!document.querySelector('.generating, .progress-text')")
+    page.wait_for_function(WRITTEN, polling=5000)
 
 
 ROOMS: dict[str, Callable[[Any, Path], None]] = {
