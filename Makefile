@@ -60,10 +60,12 @@ links: $(VENV)/.test
 	$(BIN)/python -m sphinx -q -b linkcheck -D sphinx_gallery_conf.plot_gallery=0 -c docs -d build/doctrees . build/links
 
 # Every drawing and picture in docs/images, and the numbers that the tutorials show, anew. The picture
-# of a measured scan needs the folder DATA and BART's program, see docs/figures/readme.py.
+# of a measured scan needs the folder DATA and BART's program, see docs/figures/readme.py, and those of
+# the page need a browser.
 figures: $(VENV)/.test
 	$(BIN)/python docs/figures/concepts.py
 	$(BIN)/python docs/figures/readme.py $(DATA)
+	$(BIN)/python docs/figures/app.py
 	$(BIN)/python docs/figures/tutorials.py
 
 # Source distribution, and the wheel that is built from it, as a release has them.

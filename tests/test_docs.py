@@ -32,6 +32,8 @@ PAGES = sorted(
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PROGRAM = re.compile(r"(?:^\s*(?:\$ )?nirvana|\$\(which nirvana\)\"?) (?=[a-z-])(.*)")
+TEST = re.compile(r"`((?:[\w-]+/)*test_\w+(?:\.py)?)(?:::(\w+))?`")
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PLANNED = {"--processes": 1, "--device-name": 1}
 """Options of a dry run, and the number of their values."""
 NAMES = {page.relative_to(ROOT).as_posix(): page for page in PAGES}
@@ -105,6 +107,20 @@ def test_commands_exist(name):
         assert reason is None, f"nirvana {line}: {reason}"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_named_tests_exist(name):
+    """As `tests/.../test_file.py::test_name`, `room/test_file`, `test_file` or `test_name`."""
+    for file, test in TEST.findall(NAMES[name].read_text(encoding="utf-8")):
+        found = [
+            path
+            for path in TESTS
+            if f"/{file.removesuffix('.py')}.py" in f"/{path.relative_to(ROOT).as_posix()}"
+        ]
+        texts = [path.read_text(encoding="utf-8") for path in found or TESTS]
+        wanted = test or ("" if found else file)
+        assert not wanted or any(f"def {wanted}(" in text for text in texts), f"{file}::{test}"
+
+
 def test_named_configurations_and_settings_exist():
     """`nirvana train NAME --section.key value` in the documentation is accepted as written."""
     checked = 0
@@ -147,6 +163,12 @@ def test_the_drawings_are_those_of_their_program(tmp_path):
         text = (committed / path.name).read_text("utf-8")
         if f"v{matplotlib.__version__}," in text:
             assert path.read_text("utf-8") == text, f"{path.name}: run make figures"
+
+
+def test_every_picture_is_shown():
+    shown = "".join(page.read_text("utf-8") for page in NAMES.values())
+    for picture in sorted((ROOT / "docs" / "images").iterdir()):
+        assert f"images/{picture.name})" in shown, f"no page shows {picture.name}"
 
 
 def test_wrong_commands_are_found():

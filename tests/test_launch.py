@@ -257,7 +257,7 @@ def test_a_task_of_another_model_is_refused(tmp_path, environment, task):
     config = NirvanaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2)
     NirvanaForCausalLM(config).save_pretrained(tmp_path / "other")
     arguments = [str(tmp_path / "script.py"), str(tmp_path / "other")]
-    for file, message in ((task[0], "another model"), ("none.safetensors", "no such file")):
+    for file, message in ((task[0], "another model"), ("none.safetensors", "no such task file")):
         command = [*LAUNCH, "--task", file, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2

@@ -1,7 +1,10 @@
 """What a release is made of: one version, complete cards, workflows and recipes that fit."""
 
+import os
 import re
 import runpy
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import nirvana
+from nirvana.cli import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -89,6 +94,8 @@ def test_the_recipe_has_the_ranges_of_the_package():
         if each.marker is None or each.marker.evaluate({"sys_platform": "linux"})
     }
     assert stated == ranges
+    (builder,) = map(Requirement, PROJECT["build-system"]["requires"])
+    assert f"{builder.name} {builder.specifier}" in recipe["requirements"]["host"]
     script = recipe["build"]["python"]["entry_points"]
     assert script == [f"nirvana = {PROJECT['project']['scripts']['nirvana']}"]
 
@@ -102,9 +109,20 @@ def test_an_image_copies_what_exists(name):
         for source in line.split():
             assert (ROOT / source).exists(), source
             assert f"!{source}" in ignored, source
-    for extras in re.findall(r"'\.\[(.*)\]'", text):
-        assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"])
+    (installed,) = re.findall(r"'\.\[(.*)\]'", text)
+    extras = set(installed.split(","))
+    assert extras <= set(PROJECT["project"]["optional-dependencies"])
+    assert extras >= set(EXTRAS.values()), "a command of the image would ask for an extra"
+    for python in re.findall(r"^FROM python:([\d.]+)", text, flags=re.M):
+        assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(python)
     assert "\nUSER nirvana\n" in text
+
+
+def test_the_page_of_installation_names_every_extra():
+    page = (ROOT / "docs" / "install.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`[^|]*`) \|", page, flags=re.M)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(PROJECT["project"]["optional-dependencies"])
 
 
 @pytest.mark.parametrize("name", ["tiny", "codec", "reporter"])
@@ -124,3 +142,22 @@ def test_the_citation_is_complete():
     for key in ("cff-version", "message", "title", "version", "date-released", "license"):
         assert citation[key], key
     assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2510.26083"
+
+
+def test_without_a_browser_ci_ends_with_one_line(tmp_path):
+    """Otherwise the page's tests would be skipped, and nobody would see it."""
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    unnamed = {key: value for key, value in os.environ.items() if key != "NIRVANA_CHROMIUM"}
+    done = subprocess.run(
+        [ROOT / ".ci" / "run"],
+        env={**unnamed, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "the page's tests need a browser" in line
+    assert "NIRVANA_CHROMIUM" in line

@@ -15,7 +15,7 @@ COPY constraints.txt ./
 RUN pip install -c constraints.txt torch ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install -c constraints.txt '.[mri,train,eval]'
+RUN pip install -c constraints.txt '.[mri,train,eval,app]'
 
 FROM python:3.11-slim
 # The runtime of OpenMP, which PyTorch and scikit-image load.

@@ -18,7 +18,7 @@ ENV PATH=/opt/nirvana/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install -c constraints.txt '.[mri,train,eval,cuda]'
+RUN pip install -c constraints.txt '.[mri,train,eval,app,cuda]'
 USER nirvana
 WORKDIR /work
 ENTRYPOINT ["nirvana"]

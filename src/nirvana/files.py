@@ -188,6 +188,41 @@ def replaceable_folder(path: str | Path, results: Iterable[str]) -> Path:
     return path
 
 
+def existing_file(path: str | Path) -> Path:
+    """The same path, if it is that of a regular file, which can be read more than once.
+
+    Raises:
+        InputError: there is none, it is a folder, a pipe or a device, or a link that leads nowhere
+            or in a circle.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null character, before Python 3.13
+        if _is_link(path):
+            message = f"{path} is a link that leads nowhere or in a circle; give a file"
+        elif isinstance(error, FileNotFoundError | NotADirectoryError):
+            message = f"{path}: no such file"
+        else:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            message = f"{str(path)[:200]} cannot be opened: {reason}"
+        raise InputError(message) from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path} is a folder; give a file")
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{path} is a pipe or a device, which cannot be read twice; save it as a file"
+        )
+    return path
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return path.is_symlink()
+    except (OSError, ValueError):
+        return False
+
+
 def writable_file(path: str | Path) -> Path:
     """The same path, if a file may be written there: checked before the work that ends in it.
 
@@ -244,28 +279,6 @@ def replaceable_file(
         if head and not recognised(head):
             raise InputError(f"{path} holds something else than {kind}; give another file")
     return path
-
-
-def require_file(path: str | Path) -> None:
-    """Raises unless a path is a regular file that can be read from its start, more than once.
-
-    Raises:
-        InputError: for a missing file, a folder, a pipe or a device, and links in a circle.
-    """
-    path = Path(path)
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a null character, before Python 3.13
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{str(path)[:200]}: cannot be read: {reason}") from None
-    if stat.S_ISDIR(mode):
-        raise InputError(f"{path}: is a folder; give a file")
-    if not stat.S_ISREG(mode):
-        raise InputError(
-            f"{path}: is a pipe or a device, which cannot be read twice; save it as a file"
-        )
 
 
 def _resolved(path: str | Path) -> Path:

@@ -45,7 +45,7 @@ def _run(arguments: list[str]) -> None:
     own: list[str] = []
     if arguments[:1] == ["--task"]:
         if len(arguments) < 2 or not Path(arguments[1]).is_file():
-            _refuse(f"--task {arguments[1] if len(arguments) > 1 else ''}: no such file")
+            _refuse(f"--task {arguments[1] if len(arguments) > 1 else ''}: no such task file")
         own, arguments = arguments[:2], arguments[2:]
         after_import(MODEL_MODULE, lambda: _load_with_task(Path(own[1]).resolve()))
     after_import(ACCELERATE, lambda: _launch_through_this_module(own))

@@ -8,7 +8,7 @@ pytest.importorskip("gradio", reason="needs the page's server: pip install 'nirv
 from helpers.app_rooms import CHOICE
 from nirvana.app import text_work
 from nirvana.app.picker import parse
-from nirvana.app.pictures import Window, coloured, side_letters
+from nirvana.app.pictures import Window, coloured, error_scale, side_letters
 from nirvana.app.tokens_html import tokens_html
 from nirvana.app.uploads import checked_name
 from nirvana.errors import InputError
@@ -79,3 +79,10 @@ def test_requests_that_are_out_of_range_are_refused(change, message):
 
 def test_a_model_without_trigger_has_no_gates():
     assert "this model has none" in tokens_html(["a"], [], (0.0, 0.0), "gate", "")
+
+
+def test_the_scale_of_errors_suits_the_smallest():
+    target = np.full((2, 10, 10), 2.0, np.float32)
+    shown = {"fully sampled": target, "good": target + 0.08, "bad": target - 1.0}
+    assert error_scale(shown, "fully sampled", white=2.0) == 0.05
+    assert error_scale({"fully sampled": target, "bad": target - 1.0}, "fully sampled", 2.0) == 0.5

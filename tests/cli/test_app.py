@@ -64,7 +64,7 @@ def test_wrong_limits_and_a_port_in_use_are_refused(monkeypatch, capsys):
 @needs_gradio
 @pytest.mark.slow
 def test_the_page_is_served_and_nothing_is_left(tmp_path: Path):
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "http_proxy": "http://127.0.0.1:9"}
     command = [*PROGRAM, "--port", "0", "--host", "0.0.0.0"]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -83,4 +83,23 @@ def test_the_page_is_served_and_nothing_is_left(tmp_path: Path):
     assert program.returncode == 0
     assert "everyone who reaches 0.0.0.0 can use this page" in errors
     assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_gradio
+def test_a_slow_computer_may_answer_late(monkeypatch, tmp_path: Path):
+    """Gradio asks its own page for an answer within three seconds, and would raise without one."""
+    from gradio import networking
+
+    from nirvana.app.config import AppConfig
+    from nirvana.app.server import served
+
+    monkeypatch.setattr(networking, "url_ok", lambda address: False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    with served(AppConfig(), port=0) as address:
+        assert os.environ["no_proxy"] == "example.org,127.0.0.1,localhost,::1"
+        assert address.startswith("http://127.0.0.1:")
+    assert "no_proxy" not in os.environ
     assert list(tmp_path.iterdir()) == []

@@ -76,6 +76,8 @@ def test_help_fits_80_columns(path):
         ("generate tiny --prompt a --device gpu", "device 'gpu' cannot be used"),
         ("generate tiny --prompt a --top-p 2", "--top-p = 2.0 must be"),
         ("eval tiny", "nothing to score"),
+        ("eval tiny --task arc_easy", "--task arc_easy is a file of task parameters"),
+        ("mri reconstruct", "Usage: nirvana mri reconstruct [OPTIONS]"),
         ("eval nowhere --data /dev/null", "no language model 'nowhere'"),
         ("bench --peers nobody", "--peers 'nobody' is unknown"),
         ("bench --steps 0", "--steps = 0 must be"),

@@ -180,6 +180,7 @@ def test_generate_repeats_itself_for_the_same_seed(run, model):
         ("generate . --prompt a", "no config.json"),
         ("generate MODEL", "--prompt"),
         ("eval MODEL --data none.txt", "none.txt: no such file"),
+        ("eval MODEL --data .", ". is a folder; give a file"),
         ("eval MODEL --data empty.txt", "empty.txt: holds no document"),
         ("eval MODEL --data empty.txt --limit 0", "--limit = 0 must be"),
         ("eval MODEL", "--data"),

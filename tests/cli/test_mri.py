@@ -195,7 +195,7 @@ def test_several_codecs_are_compared_with_the_first(volume: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("reconstruct", "missing.h5", "--out", "OUT"), "does not exist"),
+        (("reconstruct", "missing.h5", "--out", "OUT"), "no such file"),
         (("reconstruct", "VOLUME", "--out", "OUT", "--simulated-coils", "0"), "0 coils"),
         (("reconstruct", "VOLUME", "--out", "OUT", "--coils", "-1"), "--coils -1"),
         (("reconstruct", "FULL", "--out", "OUT", "--batch-size", "0"), "--batch-size"),
@@ -211,7 +211,7 @@ def test_several_codecs_are_compared_with_the_first(volume: Path, tmp_path: Path
         (("simulate", "VOLUME", "--out", "OUT.h5", "--simulated-coils", "0"), "0 coils"),
         (("simulate", "VOLUME", "--out", "OUT.h5", "--noise", "-1"), "noise"),
         (("simulate", "FULL", "--out", "OUT.h5"), "no image volume"),
-        (("evaluate", "VOLUME", "missing.npy", "--json", "OUT"), "does not exist"),
+        (("evaluate", "VOLUME", "missing.npy", "--json", "OUT"), "no such file"),
         (("evaluate", "VOLUME", "THIN", "--json", "OUT"), "only a fully sampled"),
         (("evaluate", "VOLUME", "--slices", "-1"), "--slices"),
     ],

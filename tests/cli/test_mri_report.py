@@ -145,7 +145,7 @@ def test_the_picture_marks_sides_that_are_known(known: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("missing.nii",), "does not exist"),
+        (("missing.nii",), "no such file"),
         (("VOLUME", "--slice", "7"), "1 to 6"),
         (("VOLUME", "--batch-size", "0"), "--batch-size"),
         (("VOLUME", "--every", "--slice", "2"), "--every reads all slices, --slice 2 one"),

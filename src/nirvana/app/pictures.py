@@ -11,7 +11,7 @@ import numpy as np
 QUANTILE = 0.998  # of the brightest pixels, which one vessel must not scale
 ERROR_COLOURS = "inferno"
 EVIDENCE_COLOURS = "RdBu_r"
-STOPS = 12  # colours of a scale bar
+STOPS = 17  # colours of a scale bar
 
 
 @dataclass(frozen=True)
@@ -150,19 +150,26 @@ def side_letters(affine: np.ndarray | None) -> tuple[str, str] | None:
     return ("R", "L") if to_right < 0 else ("L", "R")
 
 
-def error_scale(shown: Mapping[str, np.ndarray], target: str) -> float:
-    """The end of one colour scale for the errors of all methods and slices.
+def error_scale(shown: Mapping[str, np.ndarray], target: str, white: float) -> float:
+    """The end of one colour scale for the errors of all methods and slices, at which the map of the
+    smallest errors is readable (`mri.evaluate.figure.error_scale`); larger ones saturate.
 
     Args:
         shown: name -> real `[slices, H, W]`.
         target: name of the fully sampled images.
+        white: the value that is 100 %, see `white_of`.
+
+    Returns:
+        A share of white.
     """
+    from nirvana.mri.evaluate import figure
     from nirvana.mri.evaluate.metrics import centre_crop
 
     size = shown[target].shape[-2:]
-    errors = [
-        float(np.quantile(np.abs(centre_crop(volume, size) - shown[target]), QUANTILE))
-        for name, volume in shown.items()
-        if name != target
-    ]
-    return max(errors, default=0.0) or 1.0
+    return figure.error_scale(
+        {
+            name: np.abs(centre_crop(volume, size) - shown[target]) / white
+            for name, volume in shown.items()
+            if name != target
+        }
+    )

@@ -72,7 +72,8 @@ class ScanResult:
         request: what was done.
         shown: name -> float32 `[slices, H, W]`, see `Comparison.shown`.
         white: the value that is shown as white.
-        error: the end of the colour scale of the errors, or None where there is no target.
+        error: the end of the colour scale of the errors, a share of white, or None where there is
+            no target.
         codec: folder or packaged name of the codec.
     """
 
@@ -187,12 +188,13 @@ def reconstruct(session: Session, models: Models, request: ScanRequest, watch: W
 
     found = compare_methods(prepared, methods, progress)
     shown = found.shown
+    white = white_of(next(iter(shown.values())))
     result = ScanResult(
         found,
         request,
         shown,
-        white_of(next(iter(shown.values()))),
-        error_scale(shown, TARGET) if TARGET in shown else None,
+        white,
+        error_scale(shown, TARGET, white) if TARGET in shown else None,
         models.config.codec,
     )
     watch.check()
@@ -235,11 +237,11 @@ def slice_html(result: ScanResult, number: int, window: Window) -> str:
     if result.error is not None:
         errors = [""]
         for name in list(images)[1:]:
-            error = window.part(np.abs(images[name] - images[TARGET]))
+            error = window.part(np.abs(images[name] - images[TARGET])) / white
             pixels = coloured(error, 0, result.error, ERROR_COLOURS)
             errors.append(figure(pixels, f"error of {name}", aspect=aspect))
         rows.append(errors)
-        end = f"{100 * result.error / white:.1f} % of white"
+        end = f"{100 * result.error:.0f} % of white, and more"
         title = "absolute error, one scale for all methods and slices"
         below = scale_bar(ERROR_COLOURS, "0", end, title)
     return grid(rows, len(pictures), below)
@@ -265,11 +267,11 @@ def _slice_scores(result: ScanResult, index: int) -> dict[str, str]:
 
 def table_of(result: ScanResult) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the volume's scores, as the command line prints them."""
-    from nirvana.mri.evaluate.tables import FORMATS
+    from nirvana.mri.evaluate.tables import FORMATS, heading
 
     rows = result.found.rows
     keys = [key for key in FORMATS if all(key in row for row in rows)]
-    headings = ["method", *(key.replace("_", " ") for key in keys)]
+    headings = ["method", *(heading(key).replace("\n", " ") for key in keys)]
     return headings, [
         [row["method"], *(FORMATS[key].format(row[key]) for key in keys)] for row in rows
     ]

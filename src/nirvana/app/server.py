@@ -16,6 +16,7 @@ ADDRESS = re.compile(r"(file|proxy)=[a-z]+:", re.IGNORECASE)
 """In a path: something elsewhere, which Gradio would fetch for a visitor."""
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 THREADS = 40
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class LocalOnly:
@@ -52,8 +53,14 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
         InputError: the port is in use, or the address is not one of this machine.
     """
     root = Path(tempfile.mkdtemp(prefix="nirvana-app-"))
-    # Gradio reads these when it is imported, and when components are made.
-    names = {**OFFLINE, "GRADIO_TEMP_DIR": str(root / "uploads")}
+    # Gradio reads these when it is imported, and when components are made. It asks the page itself
+    # whether it has started, which must not go through a proxy.
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK, host]
+    names = {
+        **OFFLINE,
+        "GRADIO_TEMP_DIR": str(root / "uploads"),
+        "no_proxy": ",".join(dict.fromkeys(filter(None, direct))),
+    }
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     blocks = page = None
@@ -83,6 +90,7 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
                 pwa=False,
                 mcp_server=False,
                 show_error=False,
+                _frontend=False,  # else a computer that answers after 3 s is an error
                 theme=Default(),  # its fonts are the server's own files
                 css=STYLE,
             )

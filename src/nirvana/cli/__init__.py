@@ -139,7 +139,7 @@ def main() -> None:
             print(message, file=sys.stderr)
             code = 2
         else:
-            code = _refuse(message)
+            code = _refuse(message + _usage_of(error))
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     if code == 130:  # typer turns Ctrl-C into this code itself
@@ -175,6 +175,13 @@ def _note(show: Callable[..., None]) -> Callable[..., None]:
             show(message, category, *rest, **more)
 
     return one_line
+
+
+def _usage_of(error: Any) -> str:
+    """How a command is called, of which an argument or option is missing; else nothing."""
+    if type(error).__name__ != "MissingParameter" or error.ctx is None:
+        return ""
+    return f" {error.ctx.get_usage()}"
 
 
 def _refuse(message: str) -> int:

@@ -113,7 +113,8 @@ def evaluate(
     if model is None:
         raise InputError("which model? nirvana eval MODEL --data FILE, or --compare A.json B.json")
     if not data and not tasks:
-        raise InputError("nothing to score: give --data FILE or --tasks NAMES")
+        note = "" if task is None else f"; --task {task} is a file of task parameters"
+        raise InputError(f"nothing to score: give --data FILE or --tasks NAMES{note}")
     for name, value in (("limit", limit), ("pairs", pairs), ("batch-size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"--{name} = {value} must be at least 1")

@@ -11,11 +11,9 @@ import typer
 from nirvana.cli.console import DeviceOption
 from nirvana.packaged import resolve
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def app(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK[0],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
     ] = 7860,
@@ -48,7 +46,7 @@ def app(
     resolve(model)
 
     from nirvana.app.config import AppConfig
-    from nirvana.app.server import served
+    from nirvana.app.server import LOOPBACK, served
     from nirvana.device import choose_device
 
     config = AppConfig(

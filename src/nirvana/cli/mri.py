@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from nirvana.mri.physics.masks import Sampling
 
 app = typer.Typer(
-    help="MRI: simulate scans, reconstruct and evaluate them, train a codec.", no_args_is_help=True
+    help="MRI: simulate scans, reconstruct, evaluate and report them, train a codec.",
+    no_args_is_help=True,
 )
 
 FORMATS = (

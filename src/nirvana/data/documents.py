@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TextIO
 
 from nirvana.data.hub import is_hub, read_hub, split_source
 from nirvana.errors import InputError
-from nirvana.files import require_file
+from nirvana.files import existing_file
 
 KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
 _COMPRESSED = (".xz", ".gz", ".zst")
@@ -50,8 +50,7 @@ def kind_of(path: str | Path) -> str:
     """
     if is_hub(path):
         return "hub"
-    path = Path(path)
-    require_file(path)
+    path = existing_file(path)
     compressed = path.suffix in _COMPRESSED
     suffix = Path(path.stem).suffix if compressed else path.suffix
     kinds = (

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nirvana.errors import InputError
+from nirvana.files import existing_file
 from nirvana.statistics import RESAMPLES, ratio_interval
 
 BITS_PER_BYTE = "bits per byte"
@@ -82,11 +83,10 @@ def read_results(path: str | Path) -> dict[tuple[str, str], Scores]:
     Raises:
         InputError: for a file that is none, or has no scores of single documents.
     """
+    path = existing_file(path)
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
         found = _scores(results)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -153,8 +153,8 @@ def _saved(**datasets: np.ndarray) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("prepare", "words"),
     [
-        (_nothing, "does not exist"),
-        (Path.mkdir, "not a file"),
+        (_nothing, "no such file"),
+        (Path.mkdir, "is a folder; give a file"),
         (_text, "not an HDF5 file"),
         (_cut_h5, "damaged"),
         (_saved(image=np.ones(3), other=np.ones(2)), r"holds image \(3,\), other \(2,\)"),
@@ -270,7 +270,7 @@ ONES = np.ones((16, 16, 16), dtype=np.float32)
 @pytest.mark.parametrize(
     ("name", "prepare", "words"),
     [
-        ("v.nii.gz", _nothing, "does not exist"),
+        ("v.nii.gz", _nothing, "no such file"),
         ("v.png", _text, "no image volume"),
         ("v.nii", _text, "no readable NIfTI"),
         ("v.nii.gz", _no_gzip, "no readable NIfTI"),

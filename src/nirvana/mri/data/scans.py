@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from nirvana.errors import InputError
+from nirvana.files import existing_file
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.encoding_3d import without_second_encoding
 from nirvana.mri.io import Scan
-from nirvana.mri.io.scan import UNREADABLE, existing
+from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.physics.coil_matrix import (
     SAMPLES_PER_COIL,
     compression_matrix,
@@ -196,7 +197,7 @@ def read_covariance(path: Path) -> np.ndarray:
     Raises:
         InputError: the file cannot be read, or holds no square matrix of finite numbers.
     """
-    path = existing(path)
+    path = existing_file(path)
     try:
         matrix = np.load(path, allow_pickle=False)
     except UNREADABLE as error:

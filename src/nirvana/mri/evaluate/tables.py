@@ -32,7 +32,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
     for key in shown:
         # On a narrow terminal the names of volumes are folded, the numbers are not.
         longest = max(len(FORMATS[key].format(row[key])) for row in rows)
-        table.add_column(_heading(key), justify="right", min_width=longest)
+        table.add_column(heading(key), justify="right", min_width=longest)
     for row in rows:
         cells = ([row["volume"]] if several else []) + [row["method"]]
         if sized:
@@ -48,7 +48,7 @@ def summary_table(summary: Sequence[Row]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for metric in metrics:
-        table.add_column(_heading(metric), justify="right")
+        table.add_column(heading(metric), justify="right")
     for line in summary:
         table.add_row(line["method"], *(_cell(line[metric], metric) for metric in metrics))
     return table
@@ -61,7 +61,12 @@ def _cell(figures: Row, metric: str) -> str:
     return text if figures["p"] is None else f"{text}\np = {figures['p']:.3g}"
 
 
-def _heading(key: str) -> str:
+def heading(key: str) -> str:
+    """The heading of a column, with its unit; of two lines where only a part of a slice is scored.
+
+    Args:
+        key: of `FORMATS`.
+    """
     name, _, where = key.partition("_")
     if key == "seconds_per_slice":
         return "s / slice"

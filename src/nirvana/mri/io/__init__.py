@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from nirvana.errors import InputError
+from nirvana.files import existing_file
 from nirvana.mri.io import bart
 from nirvana.mri.io.compressed import unpacked
 from nirvana.mri.io.dicom import Series, write_dicom
 from nirvana.mri.io.fastmri import require_simulated, write_reconstruction, write_scan
 from nirvana.mri.io.formats import SUFFIXES, format_of
 from nirvana.mri.io.options import ReadOptions
-from nirvana.mri.io.scan import Encoding, Scan, Spacing, Study, existing, in_file_axes
+from nirvana.mri.io.scan import Encoding, Scan, Spacing, Study, in_file_axes
 from nirvana.mri.io.volume import is_volume, read_affine, read_spacing, read_volume, write_nifti
 
 __all__ = [
@@ -91,7 +92,7 @@ def selections_of(path: str | Path, options: ReadOptions | None = None) -> list[
 
 
 def _kspace_file(path: str | Path) -> Path:
-    path = existing(path)
+    path = existing_file(path)
     if is_volume(path):
         raise InputError(
             f"{path} is an image volume, not k-space; `nirvana mri simulate` makes k-space of it"
@@ -129,7 +130,7 @@ def find_scans(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if not path.is_dir():
-        return [existing(path)]
+        return [existing_file(path)]
     try:
         files = sorted(path.iterdir())
     except OSError as error:

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from nirvana.errors import InputError
+from nirvana.files import existing_file
 from nirvana.mri.data.slice_array import SliceArray, is_large
 from nirvana.mri.io.arrange import arranged
 from nirvana.mri.io.options import ReadOptions, left_out, suffix_of
-from nirvana.mri.io.scan import Scan, check_size, checked_kspace, existing
+from nirvana.mri.io.scan import Scan, check_size, checked_kspace
 
 SUFFIXES = (".cfl", ".hdr")
 COIL, SLICE = 3, 13
@@ -35,7 +36,7 @@ def read_bart(path: Path, options: ReadOptions) -> Scan:
     Raises:
         InputError: one of the two is missing, or they are no such scan.
     """
-    header, data = existing(path.with_suffix(".hdr")), existing(path.with_suffix(".cfl"))
+    header, data = existing_file(path.with_suffix(".hdr")), existing_file(path.with_suffix(".cfl"))
     dims = _dimensions(header)
     counters, remarks = _selected(dims, options, header)
     spatial = [size for size in dims[:3] if size > 1]
@@ -85,7 +86,7 @@ def read_bart(path: Path, options: ReadOptions) -> Scan:
 
 def bart_selections(path: Path, options: ReadOptions) -> list[dict[str, int]]:
     """A selection for each image in a file that the options leave open."""
-    dims = _dimensions(existing(path.with_suffix(".hdr")))
+    dims = _dimensions(existing_file(path.with_suffix(".hdr")))
     several = [
         (name, range(dims[number]))
         for name, number in COUNTERS.items()

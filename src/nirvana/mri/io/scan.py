@@ -209,26 +209,6 @@ def in_file_axes(
     return volume.swapaxes(-2, -1), spacing, affine
 
 
-def existing(path: str | Path) -> Path:
-    """The path of a file.
-
-    Raises:
-        InputError: it is missing, no file, or a link that leads nowhere or in a circle.
-    """
-    path = Path(path)
-    try:
-        found, file = path.exists(), path.is_file()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be opened: {error}") from error
-    if not found and path.is_symlink():
-        raise InputError(f"{path} is a link that leads nowhere or in a circle; give a file")
-    if not found:
-        raise InputError(f"{path} does not exist")
-    if not file:
-        raise InputError(f"{path} is not a file")
-    return path
-
-
 @contextmanager
 def at_most(size: int) -> Iterator[None]:
     """Readers refuse larger arrays and unpacked files in the block, in this thread.

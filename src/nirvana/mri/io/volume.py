@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from nirvana.errors import InputError
-from nirvana.files import atomic_file
+from nirvana.files import atomic_file, existing_file
 from nirvana.mri.io.compressed import unpacked
 from nirvana.mri.io.numpy_files import NPY, is_complex_npy, open_npy
-from nirvana.mri.io.scan import UNREADABLE, Spacing, check_size, check_stored, existing
+from nirvana.mri.io.scan import UNREADABLE, Spacing, check_size, check_stored
 
 SUFFIXES = (".nii", ".nii.gz", *NPY)
 
@@ -40,7 +40,7 @@ def read_volume(path: str | Path) -> np.ndarray:
     Raises:
         InputError: the file is missing, damaged, or no such volume.
     """
-    path = existing(path)
+    path = existing_file(path)
     if not is_volume(path):
         raise InputError(f"{path} is no image volume; give {', '.join(SUFFIXES)}")
     volume = _read_npy(path) if path.name.lower().endswith(NPY) else _read_nifti(path)
@@ -54,7 +54,7 @@ def read_volume(path: str | Path) -> np.ndarray:
 
 def read_spacing(path: str | Path) -> Spacing | None:
     """Distance of slices, rows, columns of `read_volume`'s result, in mm; None where unknown."""
-    path = existing(path)
+    path = existing_file(path)
     if path.name.lower().endswith(NPY):
         return None
     image, orientation = _open_nifti(path)
@@ -68,7 +68,7 @@ def read_affine(path: str | Path) -> np.ndarray | None:
     alone."""
     import nibabel
 
-    path = existing(path)
+    path = existing_file(path)
     if path.name.lower().endswith(NPY):
         return None
     image, orientation = _open_nifti(path)

@@ -16,6 +16,7 @@ from nirvana.config import load_config, to_dict
 from nirvana.cuda_graphs import TrainingGraphs
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
+from nirvana.files import existing_file
 from nirvana.model.backbone import backbone_folder, fingerprint, load_backbone
 from nirvana.model.specialist import own_state_dict
 from nirvana.mri.classical.common import zero_filled
@@ -28,7 +29,7 @@ from nirvana.mri.data.slice_array import Kspace
 from nirvana.mri.data.slices import SlicePool, simulate_batch
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import Scan, is_volume, read_scan, read_volume
-from nirvana.mri.io.scan import UNREADABLE, existing
+from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel, InitialMaps, in_encoder
 from nirvana.mri.model.report_tokens import ReportTokens, report_entropy
@@ -251,7 +252,7 @@ def read_arrays(paths: Sequence[str]) -> list[Tensor]:
     arrays = []
     for path in paths:
         try:
-            array = np.load(existing(path), allow_pickle=False)
+            array = np.load(existing_file(path), allow_pickle=False)
         except UNREADABLE as error:
             raise InputError(f"data.coil_maps: {path} cannot be read: {error}") from error
         if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind != "c":
