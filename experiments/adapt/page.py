@@ -3,8 +3,9 @@
 python -m experiments.adapt.page [--results FILE] [--out FILE]
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 
 from experiments.adapt import prose
 from experiments.adapt.data import BLOCK, HERE, RESULTS
-from experiments.adapt.domains import SEEN, UNSEEN
+from experiments.adapt.domains import SEEN, UNSEEN, VALIDATION
 from experiments.adapt.extra import LORA_RANK
 from experiments.adapt.measure import change
-from experiments.adapt.parts import EQUAL
+from experiments.adapt.parts import EQUAL, MOST_WORSE
 from experiments.adapt.scores import Nats, Study, largest, show
 from experiments.adapt.verdicts import REFERENCE, differences, goals
 from experiments.common.program import make_parser, write_page
@@ -47,6 +48,7 @@ def page(rows: Sequence[Row]) -> str:
         parts += [goals(study), _missing(study), _domains(study), _table(study), _by_domain(study)]
         parts += [_positions(study), _differences(study), _scale(study), _equal(study)]
     parts += [_lora(study), _recall(study), _long(study), _time(study), _settings(study)]
+    parts.append(_validation(study))
     return "\n".join(part for part in parts if part)
 
 
@@ -280,17 +282,55 @@ def _settings(study: Study) -> str:
     for part in ("select", "steps"):
         for row in study.part(part):
             config = row.get("config", {})
-            sizes = {}
-            for name, size in config.get("lr", {}).items():
-                sizes.setdefault(name.partition("/")[0], []).append(size)
-            shown = ", ".join(f"{g} {min(x):g} to {max(x):g}" for g, x in sizes.items())
-            shown = shown or f"{row.get('share', row.get('size', ''))}"
+            shown = _step_sizes(config) or f"{row.get('share', row.get('size', ''))}"
             name = row["name"]
-            lines.append([name["model"], name["kind"], config.get("chunk", "-"), shown])
+            figures = [f"{row['figure']:+.2f}", "-"] if part == "select" else ["-", "-"]
+            if "worst" in row:
+                figures[1] = f"{row['worst']:+.2f}"
+            lines.append([name["model"], name["kind"], config.get("chunk", "-"), shown, *figures])
     if not lines:
         return ""
-    head = ["model", "settings", "chunk", "step sizes"]
-    return "\n## Settings, chosen on validation documents\n" + table(head, lines)
+    head = ["model", "settings", "chunk", "step sizes", "unseen, last quarter", "worst seen, all"]
+    return prose.SETTINGS.format(limit=MOST_WORSE) + table(head, lines)
+
+
+def _step_sizes(config: Mapping[str, Any]) -> str:
+    """The step sizes of each group, the smallest and the largest where they differ."""
+    sizes: dict[str, list[float]] = {}
+    for name, size in config.get("lr", {}).items():
+        sizes.setdefault(name.partition("/")[0], []).append(size)
+    return ", ".join(
+        f"{group} {' to '.join(f'{size:g}' for size in sorted({min(x), max(x)}))}"
+        for group, x in sizes.items()
+    )
+
+
+def _validation(study: Study) -> str:
+    """Every setting that was tried for `tiny` on validation documents, by kind of domain."""
+    rows = {
+        json.dumps(row["name"]["config"]): row
+        for row in study.part("valid")
+        if row["name"]["model"] == "tiny"
+    }
+    frozen = rows.pop('"frozen"', None)
+    domains = (*SEEN, *VALIDATION)
+    if frozen is None or len(frozen["nats"]) % len(domains):
+        return ""
+    count = len(frozen["nats"]) // len(domains)  # every domain has as many
+    lines = []
+    for row in rows.values():
+        if len(row["nats"]) != len(frozen["nats"]):
+            continue
+        config = row["name"]["config"]
+        cells = []
+        for domain in reversed(domains):
+            first = domains.index(domain) * count
+            part = "all" if domain in SEEN else "last"
+            own, base = (each["nats"][first : first + count] for each in (row, frozen))
+            cells.append(show(np.array(change(own, base, part))))
+        lines.append([config["chunk"], _step_sizes(config), *cells])
+    head = ["chunk", "step sizes", *reversed(domains)]
+    return prose.VALIDATION.format(count=count) + table(head, lines)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ STEP_ROWS = {"cuda": 64, "cpu": 16}
 
 
 def _chosen(context: Context, model: str, kind: str, grid: list[AdaptConfig]) -> None:
-    """Reads validation documents with each of some settings, and records the best."""
+    """Reads validation documents with each of some settings, and records the best: the lowest bits
+    in the last quarter of domains that were not trained on, among those that lose at most
+    `MOST_WORSE` in every domain that was."""
     names, _, rows = context.flat("valid")
     network = context.model(model)
     frozen = context.measure(
@@ -73,13 +75,11 @@ def _chosen(context: Context, model: str, kind: str, grid: list[AdaptConfig]) ->
         gain = mean(mean(each) for domain, each in last.items() if not is_seen(domain))
         worst = max((mean(each) for d, each in whole.items() if is_seen(d)), default=0.0)
         print(f"  {config.chunk} {config.lr}: {gain:+.2f} %, seen at worst {worst:+.2f} %")
-        found.append((worst > MOST_WORSE, gain, config))
-    _, gain, best = min(found, key=lambda each: each[:2])
-    context.measure(
-        "select",
-        {"model": model, "kind": kind},
-        lambda: {"config": plain(best), "figure": round(gain, 3)},
-    )
+        found.append((worst > MOST_WORSE, gain, worst, config))
+    _, gain, worst, best = min(found, key=lambda each: each[:2])
+    figures = {"figure": round(gain, 3), "worst": round(worst, 3)}
+    name = {"model": model, "kind": kind}
+    context.measure("select", name, lambda: {"config": plain(best), **figures})
 
 
 def _grid(groups: tuple[str, ...], chunks: tuple[int, ...], sizes: Any) -> list[AdaptConfig]:

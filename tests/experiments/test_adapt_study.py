@@ -19,6 +19,7 @@ from experiments.adapt import (
     prepare,
     scores,
     shifts,
+    ship,
     study,
     verdicts,
 )
@@ -206,6 +207,26 @@ def test_settings_of_all_documents_serve_a_part_of_them(data, tmp_path):
         name = {"model": "tiny", "kind": "chosen"}
         append_row(out, {"part": "select", "name": name, "scale": scale, "config": config})
     assert few.settings("tiny", "chosen").chunk == 32
+
+
+def test_shipped_settings_harm_no_domain_that_was_seen(tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "adapt.json"
+    for kind, figure, worst, chunk in (
+        ("chosen", -17.0, 0.1, 128),
+        (parts.VALIDATED, -25, 0.2, 64),
+    ):
+        config = context.plain(AdaptConfig(chunk=chunk))
+        row = {"part": "select", "name": {"model": "tiny", "kind": kind}, "config": config}
+        row |= {"scale": {"data": "a", "documents": None, "tokens": 4096}}
+        append_row(rows, row | {"figure": figure, "worst": worst})
+    ship.main(["--results", str(rows), "--out", str(out)])
+    assert json.loads(out.read_text())["chunk"] == 128
+    worse = tmp_path / "worse.jsonl"
+    worse.write_text(rows.read_text().replace('"worst":0.1', '"worst":0.11'))
+    out.unlink()
+    with pytest.raises(InputError, match=r"loses more than 0\.1 %"):
+        ship.main(["--results", str(worse), "--out", str(out)])
+    assert not out.exists()
 
 
 def test_documents_are_drawn_by_hash_and_split_whole(data):
