@@ -323,13 +323,13 @@ def _validation(study: Study) -> str:
             continue
         config = row["name"]["config"]
         cells = []
-        for domain in reversed(domains):
+        for domain in (*VALIDATION, *SEEN):
             first = domains.index(domain) * count
             part = "all" if domain in SEEN else "last"
             own, base = (each["nats"][first : first + count] for each in (row, frozen))
             cells.append(show(np.array(change(own, base, part))))
         lines.append([config["chunk"], _step_sizes(config), *cells])
-    head = ["chunk", "step sizes", *reversed(domains)]
+    head = ["chunk", "step sizes", *VALIDATION, *SEEN]
     return prose.VALIDATION.format(count=count) + table(head, lines)
 
 
