@@ -48,7 +48,7 @@ def page(rows: Sequence[Row]) -> str:
         parts += [goals(study), _missing(study), _domains(study), _table(study), _by_domain(study)]
         parts += [_positions(study), _differences(study), _scale(study), _equal(study)]
     parts += [_lora(study), _recall(study), _long(study), _time(study), _settings(study)]
-    parts.append(_validation(study))
+    parts += [_validation(study), _devices(study)]
     return "\n".join(part for part in parts if part)
 
 
@@ -331,6 +331,17 @@ def _validation(study: Study) -> str:
         lines.append([config["chunk"], _step_sizes(config), *cells])
     head = ["chunk", "step sizes", *VALIDATION, *SEEN]
     return prose.VALIDATION.format(count=count) + table(head, lines)
+
+
+def _devices(study: Study) -> str:
+    """On what each part was measured."""
+    found: dict[tuple[str, str, str], int] = {}
+    for row in study.rows:
+        about = row["environment"]
+        key = (row["part"], about["device"], about["versions"]["torch"])
+        found[key] = found.get(key, 0) + 1
+    lines = [[f"`{part}`", device, torch, rows] for (part, device, torch), rows in found.items()]
+    return prose.DEVICES + table(["part", "device", "torch", "rows"], lines)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,10 @@ trained on, last quarter; the seen domains, all. Larger steps and shorter chunks
 former and cost more on the latter.
 """
 
+DEVICES = """
+## Where it was measured
+"""
+
 GOALS = """
 ## Goals
 

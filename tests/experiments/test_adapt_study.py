@@ -150,7 +150,8 @@ def scored(condition, factor, documents=None, count=4, model="tiny", **more):
     }
     name = {"model": model, "condition": condition}
     scale = {"data": "a", "documents": documents, "tokens": 4096}
-    return {"part": "test", "name": name, "scale": scale, "nats": nats, "numbers": 3648, **more}
+    about = {"environment": {"device": "x86_64", "versions": {"torch": "2"}}, "numbers": 3648}
+    return {"part": "test", "name": name, "scale": scale, "nats": nats, **about, **more}
 
 
 def test_rows_of_fewer_documents_are_compared_on_those_that_both_have():
