@@ -1,6 +1,7 @@
 """What every part of the study needs: data, models, and the rows that are there already."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,16 +110,35 @@ class Context:
         documents = [document for each in chosen.values() for document in each]
         return names, documents, rows_of(documents, self.tokens)
 
+    def settings_row(self, model: str, kind: str) -> Row | None:
+        """The row in which an earlier part learned or chose settings, from whatever number of
+        documents, the one with the most; None where that part has not run."""
+        name = {"model": model, "kind": kind}
+        same = {key: value for key, value in self.scale.items() if key != "documents"}
+        found = [
+            row
+            for part in ("steps", "select")
+            for row in read_rows(self.out)
+            if row["part"] == part and row["name"] == name and same.items() <= row["scale"].items()
+        ]
+        return max(found, key=size_of, default=None)
+
     def settings(self, model: str, kind: str) -> AdaptConfig:
-        """Settings that an earlier part chose.
+        """Settings that an earlier part learned or chose, see `settings_row`.
 
         Raises:
             InputError: where that part has not run.
         """
-        for row in (*self.rows("steps"), *self.rows("select")):
-            if row["name"] == {"model": model, "kind": kind}:
-                return from_dict(AdaptConfig, row["config"], "")
-        raise InputError(f"no {kind} settings of {model}: run the parts before this one first")
+        row = self.settings_row(model, kind)
+        if row is None:
+            raise InputError(f"no {kind} settings of {model}: run the parts before this one first")
+        return from_dict(AdaptConfig, row["config"], "")
+
+
+def size_of(row: Row) -> int:
+    """By how many documents of a domain a row's scale is limited; those without a limit last."""
+    limit = row["scale"]["documents"]
+    return sys.maxsize if limit is None else limit
 
 
 def by_domain(names: Sequence[str], values: Sequence[Any]) -> dict[str, list[Any]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nirvana.adapt.chunks import Chunk, read_documents
 from nirvana.adapt.config import AdaptConfig
 from nirvana.adapt.parameters import TaskHooks
 from nirvana.adapt.state import read_chunk
+from nirvana.errors import InputError
 from nirvana.model.assets import load_language_model
 from nirvana.model.config import preset
 from nirvana.model.nirvana import NirvanaForCausalLM
@@ -29,7 +30,7 @@ LORA_DOCUMENTS = 5  # of each domain
 JOINT_BATCHES = 40
 JOINT_RATE = 3e-4
 LARGE_TOKENS = 16384
-REPEATS = 3
+REPEATS = 5
 
 
 def select_cache(context: Context, shares: tuple[float, ...]) -> None:
@@ -55,8 +56,10 @@ def select_cache(context: Context, shares: tuple[float, ...]) -> None:
 
 def cache_share(context: Context) -> float:
     """The share that `select_cache` chose."""
-    name = {"model": "tiny", "kind": "unigram cache"}
-    return next(row["share"] for row in context.rows("select") if row["name"] == name)
+    row = context.settings_row("tiny", "unigram cache")
+    if row is None:
+        raise InputError("no share of the unigram cache: run the part caches first")
+    return row["share"]
 
 
 def train_jointly(
@@ -186,13 +189,13 @@ def cost(context: Context) -> None:
     """Seconds of adaptation beside those of reading the same tokens."""
     tiny = context.model("tiny")
     chosen = context.settings("tiny", "chosen")
-    tokens = context.tokens
+    tokens, device = context.tokens, {"device": context.device.type}
     for rows in (1, 32) if context.device.type == "cuda" else (1,):
         for chunk in sorted({chosen.chunk, 128, 512}):
             config = AdaptConfig(("norm", "fast"), chunk, lr={"norm": 1e-3, "fast": 1e-3})
             context.measure(
                 "time",
-                {"model": "tiny", "rows": rows, "tokens": tokens, "chunk": chunk},
+                {"model": "tiny", "rows": rows, "tokens": tokens, "chunk": chunk} | device,
                 lambda r=rows, c=config: _cost(tiny, r, tokens, c),
             )
     if context.device.type != "cuda":
@@ -204,13 +207,14 @@ def cost(context: Context) -> None:
         config = AdaptConfig(("norm", "fast"), chunk, lr={"norm": 1e-3, "fast": 1e-3})
         context.measure(
             "time",
-            {"model": "1.3b", "rows": 1, "tokens": LARGE_TOKENS, "chunk": chunk},
+            {"model": "1.3b", "rows": 1, "tokens": LARGE_TOKENS, "chunk": chunk} | device,
             lambda c=config: _cost(large, 1, LARGE_TOKENS, c),
         )
 
 
 def _cost(model: Any, rows: int, tokens: int, config: AdaptConfig) -> Row:
-    """Medians of seconds: a prefill at once, the same in chunks, and the adaptation."""
+    """Medians of seconds: a prefill at once, the same in chunks, and the adaptation; and of the
+    ratios of the adaptation to the others, taken round by round."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, tokens + 1), generator=generator)
     on_device = ids[:, :-1].to(model.device)
@@ -228,25 +232,28 @@ def _cost(model: Any, rows: int, tokens: int, config: AdaptConfig) -> Row:
     def adapted() -> None:
         read_documents(model, list(ids), start_optimizer(model, config, rows=rows))
 
-    found = {}
-    for name, call in (("prefill", prefill), ("in chunks", in_chunks), ("adapt", adapted)):
-        found[name] = _seconds(call, model.device)
+    calls = {"prefill": prefill, "in chunks": in_chunks, "adapt": adapted}
+    for call in calls.values():
+        call()  # compiles
+    rounds = [
+        {name: _seconds(call, model.device) for name, call in calls.items()} for _ in range(REPEATS)
+    ]
+    found = {name: round(median(each[name] for each in rounds), 4) for name in calls}
+    ratios = {
+        name: round(median(each["adapt"] / each[name] for each in rounds), 3)
+        for name in ("prefill", "in chunks")
+    }
     peak = 0
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         adapted()
         peak = torch.cuda.max_memory_allocated()
-    ratio = found["adapt"] / found["prefill"]
-    return {"times": found, "peak": peak, "figure": round(ratio, 2)}
+    return {"times": found, "ratios": ratios, "peak": peak, "figure": ratios["prefill"]}
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    """The median of several calls after a first one, which compiles."""
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return round(sorted(times[1:])[REPEATS // 2], 4)
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

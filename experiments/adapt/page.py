@@ -3,6 +3,7 @@
 python -m experiments.adapt.page [--results FILE] [--out FILE]
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -13,19 +14,18 @@ import numpy as np
 
 from experiments.adapt import prose
 from experiments.adapt.data import BLOCK, HERE, RESULTS
-from experiments.adapt.domains import SEEN, UNSEEN
+from experiments.adapt.domains import SEEN, UNSEEN, VALIDATION
 from experiments.adapt.extra import LORA_RANK
 from experiments.adapt.measure import change
-from experiments.adapt.parts import EQUAL
+from experiments.adapt.parts import EQUAL, MOST_WORSE
+from experiments.adapt.scores import Nats, Study, largest, show
+from experiments.adapt.verdicts import REFERENCE, differences, goals
 from experiments.common.program import make_parser, write_page
 from experiments.common.results import Row, read_rows
 from experiments.common.tables import show_p, table
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.statistics import holm, t_interval, t_test
-
-Nats = Mapping[str, Sequence[Sequence[float]]]
-"""Domain -> nats of each document by block."""
+from nirvana.statistics import t_interval
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,79 +37,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = read_rows(options.results)
     if not rows:
         raise InputError(f"{options.results} has no rows: run experiments.adapt.study first")
-    # The largest scale is the study; smaller ones are tests of the program.
-    largest = max(
-        rows, key=lambda row: (row["scale"]["documents"] or 10**9, row["scale"]["tokens"])
-    )
-    write_page(options.out, page([row for row in rows if row["scale"] == largest["scale"]]))
+    write_page(options.out, page(largest(rows)))
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The whole page, from rows of one scale."""
+    """The whole page, from the rows that `largest` returns."""
     study = Study(rows)
     parts = [prose.HEAD.format(tokens=study.tokens)]
     if study.has("frozen"):
-        parts += [_domains(study), _table(study), _by_domain(study), _positions(study)]
-        parts += [_differences(study), _scale(study), _equal(study)]
+        parts += [goals(study), _missing(study), _domains(study), _table(study), _by_domain(study)]
+        parts += [_positions(study), _differences(study), _scale(study), _equal(study)]
     parts += [_lora(study), _recall(study), _long(study), _time(study), _settings(study)]
+    parts += [_validation(study), _devices(study)]
     return "\n".join(part for part in parts if part)
 
 
-class Study:
-    """The rows of a study, by what they are.
-
-    Args:
-        rows: of one scale.
-    """
-
-    def __init__(self, rows: Sequence[Row]):
-        self.rows = rows
-        self.tokens: int = rows[0]["scale"]["tokens"]
-
-    def part(self, part: str) -> list[Row]:
-        """The rows of a part."""
-        return [row for row in self.rows if row["part"] == part]
-
-    def row(self, condition: str, model: str = "tiny") -> Row:
-        """The row of a condition of the main table."""
-        name = {"model": model, "condition": condition}
-        return next(row for row in self.part("test") if row["name"] == name)
-
-    def has(self, condition: str, model: str = "tiny") -> bool:
-        """Whether a condition was measured."""
-        name = {"model": model, "condition": condition}
-        return any(row["name"] == name for row in self.part("test"))
-
-    def conditions(self) -> list[str]:
-        """The conditions of `tiny` that are compared with the frozen model, in their order."""
-        names = [
-            row["name"]["condition"] for row in self.part("test") if row["name"]["model"] == "tiny"
-        ]
-        known = [name for name in prose.CONDITIONS if name in names]
-        return [*known, *(n for n in names if n.startswith("chunk"))]
-
-    def changes(
-        self, condition: str, domains: Sequence[str], part: str, model: str = "tiny"
-    ) -> np.ndarray:
-        """Change of each document's bits in percent, `[documents]`."""
-        own: Nats = self.row(condition, model)["nats"]
-        frozen: Nats = self.row("frozen", model)["nats"]
-        found: list[float] = []
-        for domain in domains:
-            if domain in own:
-                found += change(own[domain], frozen[domain][: len(own[domain])], part)
-        return np.array(found)
-
-    @property
-    def reference(self) -> str:
-        """The condition that is compared with the controls."""
-        return "chosen"
-
-
-def _show(values: np.ndarray, digits: int = 2) -> str:
-    if len(values) < 2:
-        return f"{values.mean():+.{digits}f}" if len(values) else "-"
-    return t_interval(values).show(digits, sign=True)
+def _missing(study: Study) -> str:
+    """What the study measures and these rows do not have."""
+    there = {row["part"] for row in study.rows}
+    there |= {row["name"]["condition"] for row in study.part("test")}
+    there |= {row["name"]["device"] for row in study.part("time")}
+    there |= {f"model {row['name']['model']}" for row in study.part("test")}
+    absent = [
+        f"- {said}" for needed, said in prose.MISSING.items() if not {*needed.split(", ")} <= there
+    ]
+    return prose.ABSENT + "\n" + "\n".join(absent) + "\n" if absent else ""
 
 
 def _domains(study: Study) -> str:
@@ -129,20 +81,24 @@ def _table(study: Study) -> str:
     head = [
         "condition",
         "what",
+        "numbers",
+        "documents",
         "unseen, last quarter",
         "unseen, all",
         "seen, last quarter",
         "seen, all",
     ]
     lines = []
-    for name in study.conditions():
+    for name in study.conditions()[1:]:  # the first is the frozen model
         cells = [
-            _show(study.changes(name, domains, part))
+            show(study.changes(name, domains, part))
             for domains in ([*UNSEEN], SEEN)
             for part in ("last", "all")
         ]
-        if name != "frozen":
-            lines.append([f"`{name}`", prose.CONDITIONS.get(name, ""), *cells])
+        row = study.row(name)
+        most = max(map(len, row["nats"].values()))
+        about = [prose.CONDITIONS.get(name, ""), row.get("numbers", "-"), most]
+        lines.append([f"`{name}`", *about, *cells])
     return prose.TABLE + table(head, lines)
 
 
@@ -151,50 +107,39 @@ def _by_domain(study: Study) -> str:
     lines = []
     for domain in study.row("frozen")["nats"]:
         part = "all" if domain in SEEN else "last"
-        cells = [_show(study.changes(name, [domain], part)) for name in names]
+        cells = [show(study.changes(name, [domain], part)) for name in names]
         lines.append([domain, "last quarter" if part == "last" else "all", *cells])
     return "\n## By domain\n\nChange in percent.\n" + table(["domain", "of", *names], lines)
 
 
 def _positions(study: Study) -> str:
     blocks = study.tokens // BLOCK
-    edges = [e for e in (0, 1, 2, 4, 8, 16) if e < blocks] + [blocks]
+    edges = [e for e in (0, 1, 2, 4, 8, 12) if e < blocks] + [blocks]
     names = [n for n in ("chosen", "trained", "cache mixture") if study.has(n)]
     lines = []
     for first, stop in pairwise(edges):
         cells = []
         for name in names:
-            own, frozen = study.row(name)["nats"], study.row("frozen")["nats"]
             for domains in ([*UNSEEN], SEEN):
-                found = [
-                    100 * (sum(a[first:stop]) / sum(b[first:stop]) - 1)
-                    for domain in domains
-                    for a, b in zip(own.get(domain, []), frozen.get(domain, []), strict=True)
-                ]
-                cells.append(_show(np.array(found)))
+                cells.append(show(study.blocks(name, domains, first, stop)))
         lines.append([f"{first * BLOCK:,} to {stop * BLOCK:,}", *cells])
     head = ["tokens", *(f"{name}, {kind}" for name in names for kind in ("unseen", "seen"))]
     return "\n## By position\n\nChange in percent.\n" + table(head, lines)
 
 
 def _differences(study: Study) -> str:
-    reference = study.reference
-    controls = [name for name in prose.CONTROLS if study.has(name)]
-    if not controls or not study.has(reference):
-        return ""
-    own = study.changes(reference, [*UNSEEN], "last")
-    found = [own - study.changes(name, [*UNSEEN], "last") for name in controls]
-    p_values = holm([t_test(each) for each in found])
     lines = [
-        [f"`{name}`", prose.CONDITIONS[name], _show(each), show_p(p)]
-        for name, each, p in zip(controls, found, p_values, strict=True)
+        [f"`{name}`", prose.CONDITIONS[name], len(values), show(values), show_p(p)]
+        for name, values, p in differences(study)
     ]
-    said = prose.DIFFERENCES.format(reference=reference, number=len(controls))
-    return said + table(["control", "what", "difference", "p (Holm)"], lines)
+    if not lines:
+        return ""
+    said = prose.DIFFERENCES.format(reference=REFERENCE, number=len(lines))
+    return said + table(["control", "what", "documents", "difference", "p (Holm)"], lines)
 
 
-def _bits_per_byte(nats: Nats, sizes: Nats, domain: str) -> float:
-    pairs = zip(nats[domain], sizes[domain], strict=False)
+def _bits_per_byte(nats: Nats, sizes: Nats, domain: str, count: int | None = None) -> float:
+    pairs = zip(nats[domain][:count], sizes[domain], strict=False)
     return float(np.mean([sum(n) / math.log(2) / sum(s[: len(n)]) for n, s in pairs]))
 
 
@@ -204,15 +149,18 @@ def _scale(study: Study) -> str:
     found = study.row("bytes")
     names = [n for n in ("frozen", "chosen", "trained", "3 steps", "cache mixture") if study.has(n)]
     lines = []
-    for domain in found["bytes"]:
+    for domain, count in study.counts(names).items():
+        count = min(count, len(found["bytes"][domain]))
         cells = [
-            f"{_bits_per_byte(study.row(n)['nats'], found['bytes'], domain):.3f}" for n in names
+            f"{_bits_per_byte(study.row(n)['nats'], found['bytes'], domain, count):.3f}"
+            for n in names
         ]
         for packer in ("xz", "ppmd"):
-            sizes = zip(found["packed"][packer][domain], found["bytes"][domain], strict=True)
+            packed = found["packed"][packer][domain][:count]
+            sizes = zip(packed, found["bytes"][domain][:count], strict=True)
             cells.append(f"{np.mean([8 * p[1] / sum(s) for p, s in sizes]):.3f}")
-        lines.append([domain, *cells])
-    head = ["domain", *names, "xz", "PPMd"]
+        lines.append([domain, count, *cells])
+    head = ["domain", "documents", *names, "xz", "PPMd"]
     return prose.SCALE.format(tokens=study.tokens) + table(head, lines)
 
 
@@ -235,11 +183,11 @@ def _equal(study: Study) -> str:
             ]
             bits = " to ".join(f"{np.mean(each):.3f}" for each in pairs)
         cells = [
-            _show(study.changes(adapted, domains, part, model))
+            show(study.changes(adapted, domains, part, model))
             for domains, part in (([*UNSEEN], "last"), ([*UNSEEN], "all"), (SEEN, "all"))
         ]
         lines.append([f"`{model}`", adapted, *cells, bits])
-    if not lines:
+    if not any(study.has("norm", model) for model in EQUAL):
         return ""
     head = [
         "model",
@@ -262,7 +210,7 @@ def _lora(study: Study) -> str:
         frozen = study.row("frozen")["nats"][domain][:count]
         own = study.row("chosen")["nats"][domain][:count]
         found = [np.array(change(nats, frozen, "last")) for nats in (row["nats"], own)]
-        lines.append([domain, *map(_show, found), _show(found[1] - found[0])])
+        lines.append([domain, *map(show, found), show(found[1] - found[0])])
     said = prose.LORA.format(rank=LORA_RANK, numbers=rows[0]["numbers"], count=len(rows[0]["nats"]))
     return said + table(["domain", "LoRA", "`chosen`", "`chosen` minus LoRA"], lines)
 
@@ -301,7 +249,7 @@ def _long(study: Study) -> str:
                 for a, b in zip(rows[name][domain], documents, strict=True)
                 if len(b) >= stop or (len(b) > first and stop == most)
             ]
-            cells += [_show(np.array(found)), len(found)]
+            cells += [show(np.array(found)), len(found)]
         lines.append([f"{first * BLOCK:,} to {stop * BLOCK:,}", *cells])
     head = ["tokens"]
     for name in names:
@@ -317,14 +265,14 @@ def _time(study: Study) -> str:
     lines = []
     for row in rows:
         name, times = row["name"], row["times"]
-        ratios = [times["adapt"] / times[key] for key in ("prefill", "in chunks")]
+        ratios = [row["ratios"][key] for key in ("prefill", "in chunks")]
         lines.append(
-            [name["model"], name["rows"], f"{name['tokens']:,}", name["chunk"]]
+            [name["model"], name["device"], name["rows"], f"{name['tokens']:,}", name["chunk"]]
             + [f"{times[key]:.3f}" for key in ("prefill", "in chunks", "adapt")]
             + [f"{ratio:.2f}" for ratio in ratios]
-            + [f"{row['peak'] / 2**30:.1f}"]
+            + [f"{row['peak'] / 2**30:.1f}" if row["peak"] else "-"]
         )
-    head = ["model", "rows", "tokens", "chunk", "prefill", "in chunks", "adapt"]
+    head = ["model", "device", "rows", "tokens", "chunk", "prefill", "in chunks", "adapt"]
     head += ["adapt / prefill", "adapt / in chunks", "GiB"]
     return prose.TIME + table(head, lines)
 
@@ -334,17 +282,66 @@ def _settings(study: Study) -> str:
     for part in ("select", "steps"):
         for row in study.part(part):
             config = row.get("config", {})
-            sizes = {}
-            for name, size in config.get("lr", {}).items():
-                sizes.setdefault(name.partition("/")[0], []).append(size)
-            shown = ", ".join(f"{g} {min(x):g} to {max(x):g}" for g, x in sizes.items())
-            shown = shown or f"{row.get('share', row.get('size', ''))}"
+            shown = _step_sizes(config) or f"{row.get('share', row.get('size', ''))}"
             name = row["name"]
-            lines.append([name["model"], name["kind"], config.get("chunk", "-"), shown])
+            figures = [f"{row['figure']:+.2f}", "-"] if part == "select" else ["-", "-"]
+            if "worst" in row:
+                figures[1] = f"{row['worst']:+.2f}"
+            lines.append([name["model"], name["kind"], config.get("chunk", "-"), shown, *figures])
     if not lines:
         return ""
-    head = ["model", "settings", "chunk", "step sizes"]
-    return "\n## Settings, chosen on validation documents\n" + table(head, lines)
+    head = ["model", "settings", "chunk", "step sizes", "unseen, last quarter", "worst seen, all"]
+    return prose.SETTINGS.format(limit=MOST_WORSE) + table(head, lines)
+
+
+def _step_sizes(config: Mapping[str, Any]) -> str:
+    """The step sizes of each group, the smallest and the largest where they differ."""
+    sizes: dict[str, list[float]] = {}
+    for name, size in config.get("lr", {}).items():
+        sizes.setdefault(name.partition("/")[0], []).append(size)
+    return ", ".join(
+        f"{group} {' to '.join(f'{size:g}' for size in sorted({min(x), max(x)}))}"
+        for group, x in sizes.items()
+    )
+
+
+def _validation(study: Study) -> str:
+    """Every setting that was tried for `tiny` on validation documents, by kind of domain."""
+    rows = {
+        json.dumps(row["name"]["config"]): row
+        for row in study.part("valid")
+        if row["name"]["model"] == "tiny"
+    }
+    frozen = rows.pop('"frozen"', None)
+    domains = (*SEEN, *VALIDATION)
+    if frozen is None or len(frozen["nats"]) % len(domains):
+        return ""
+    count = len(frozen["nats"]) // len(domains)  # every domain has as many
+    lines = []
+    for row in rows.values():
+        if len(row["nats"]) != len(frozen["nats"]):
+            continue
+        config = row["name"]["config"]
+        cells = []
+        for domain in (*VALIDATION, *SEEN):
+            first = domains.index(domain) * count
+            part = "all" if domain in SEEN else "last"
+            own, base = (each["nats"][first : first + count] for each in (row, frozen))
+            cells.append(show(np.array(change(own, base, part))))
+        lines.append([config["chunk"], _step_sizes(config), *cells])
+    head = ["chunk", "step sizes", *VALIDATION, *SEEN]
+    return prose.VALIDATION.format(count=count) + table(head, lines)
+
+
+def _devices(study: Study) -> str:
+    """On what each part was measured."""
+    found: dict[tuple[str, str, str], int] = {}
+    for row in study.rows:
+        about = row["environment"]
+        key = (row["part"], about["device"], about["versions"]["torch"])
+        found[key] = found.get(key, 0) + 1
+    lines = [[f"`{part}`", device, torch, rows] for (part, device, torch), rows in found.items()]
+    return prose.DEVICES + table(["part", "device", "torch", "rows"], lines)
 
 
 if __name__ == "__main__":

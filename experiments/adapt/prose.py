@@ -41,12 +41,11 @@ CONDITIONS = {
     "cache mixture": "frozen, mixed online with caches of the last 0 to 4 tokens' continuations",
 }
 
-CONTROLS = ("turned", "own domain", "other domain", "unigram cache", "cache mixture", "fast")
-
 TABLE = """
 ## All conditions
 
-Change of bits in percent, mean over documents. `chunk N` changes the length of a chunk and nothing
+Change of bits in percent, mean over documents; "numbers" are those of a document's task parameters,
+"documents" those of a domain that were read. `chunk N` changes the length of a chunk and nothing
 else.
 """
 
@@ -54,7 +53,8 @@ DIFFERENCES = """
 ## Against every control
 
 The change under `{reference}` minus that under the control, in percentage points, unseen domains,
-last quarter; p values of t tests, corrected by Holm's method for {number} comparisons.
+last quarter, on the documents that both have read; below zero `{reference}` is better. p values of
+t tests, corrected by Holm's method for {number} comparisons.
 """
 
 SCALE = """
@@ -97,6 +97,58 @@ Unseen documents of more than {more:,} tokens ({count}), change in percent by po
 TIME = """
 ## Time
 
-Seconds, medians of three; a prefill at once, the same in chunks, and adaptation with one step a
-chunk.
+Seconds; a prefill at once, the same in chunks, and adaptation with one step a chunk, each in turn,
+five times. Seconds and ratios are medians over the five rounds; on a CPU one thread.
 """
+
+SETTINGS = """
+## Settings, chosen on validation documents
+
+Step sizes, and the change of bits in percent on validation documents: of the two domains that were
+not trained on, and of the seen domain that loses most. `chosen` are the settings with the largest
+gain among those that lose at most {limit} % in every seen domain; step sizes learned through the
+inner loop are not held to that limit.
+"""
+
+VALIDATION = """
+## Every setting on the validation documents
+
+Change of bits in percent on {count} documents of each domain: Rust and Spanish, which were not
+trained on, last quarter; the seen domains, all. Larger steps and shorter chunks gain more on the
+former and cost more on the latter.
+"""
+
+DEVICES = """
+## Where it was measured
+"""
+
+GOALS = """
+## Goals
+
+A goal is met if the whole interval is on its side.
+"""
+
+GOAL = "unseen domains, last quarter: {goal} % or better (`{condition}`)"
+SEEN_GOAL = "seen domains never worse than +{limit} % (`{condition}`)"
+COST_GOAL = "at most {limit} times a prefill on an H200, one step a chunk"
+CONTROL_GOAL = "the difference to every control excludes zero, unseen domains, last quarter"
+
+ABSENT = """
+## Not measured yet
+
+The study has parts that these rows lack; `python -m experiments.adapt.study` adds them.
+"""
+
+MISSING = {
+    "model nirvana, model hybrid-input, model transformer": (
+        "equal models, trained alike on a GPU: with gates from the input, and a Transformer"
+    ),
+    "model tiny-joint": "`tiny` trained jointly with its adaptation",
+    "trained, start": "a start of the task parameters that is learned, too",
+    "norm": "each group of task parameters alone",
+    "lora": "LoRA by PEFT on the same tokens",
+    "recall": "recall of facts with task parameters and without the state",
+    "long": "documents of up to 32,768 tokens",
+    "cuda": "the cost in time on a GPU",
+}
+"""What a page says is missing, by the parts, conditions, models and devices that it needs."""

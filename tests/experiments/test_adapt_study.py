@@ -9,11 +9,25 @@ import re
 import pytest
 import torch
 
-from experiments.adapt import collect, context, extra, measure, page, parts, prepare, shifts, study
+from experiments.adapt import (
+    collect,
+    context,
+    extra,
+    measure,
+    page,
+    parts,
+    prepare,
+    scores,
+    shifts,
+    ship,
+    study,
+    verdicts,
+)
 from experiments.adapt.data import load_data
 from experiments.adapt.domains import SEEN, UNSEEN, VALIDATION
-from experiments.common.results import read_rows
+from experiments.common.results import append_row, read_rows
 from nirvana import NirvanaConfig, NirvanaForCausalLM
+from nirvana.adapt.config import AdaptConfig
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
 from nirvana.packaged import resolve
@@ -120,9 +134,100 @@ def test_from_texts_to_the_page(data, small, tmp_path):
     assert len(read_rows(out)) == len(rows)  # nothing is measured twice
     page.main(["--results", str(out), "--out", str(tmp_path / "RESULTS.md")])
     written = (tmp_path / "RESULTS.md").read_text()
-    for heading in ("All conditions", "Against every control", "LoRA", "Recall", "Time"):
+    headings = ("Goals", "All conditions", "Against every control", "Equal models", "LoRA")
+    for heading in (*headings, "Recall", "Time"):
         assert f"## {heading}" in written
+    absent = written.partition("## Not measured yet")[2].partition("##")[0]
+    assert re.findall(r"^- (.*)", absent, re.M) == ["the cost in time on a GPU"]
     assert not re.search(r"\bnan\b", written)
+
+
+def scored(condition, factor, documents=None, count=4, model="tiny", **more):
+    """A row of the main table in which every document has `factor` times the frozen nats."""
+    nats = {
+        domain: [[factor * (100.0 + place + number)] * 16 for number in range(count)]
+        for place, domain in enumerate((*SEEN, *UNSEEN))
+    }
+    name = {"model": model, "condition": condition}
+    scale = {"data": "a", "documents": documents, "tokens": 4096}
+    about = {"environment": {"device": "x86_64", "versions": {"torch": "2"}}, "numbers": 3648}
+    return {"part": "test", "name": name, "scale": scale, "nats": nats, **about, **more}
+
+
+def test_rows_of_fewer_documents_are_compared_on_those_that_both_have():
+    rows = [
+        scored("frozen", 1.0),
+        scored("chosen", 0.84),
+        scored("chosen", 0.5, documents=2, count=2),  # of a smaller scale: not used
+        scored("turned", 1.2, documents=3, count=3),
+        {**scored("2 steps", 0.1), "scale": {"data": "b", "documents": 2, "tokens": 4096}},
+    ]
+    found = scores.Study(scores.largest(rows))
+    assert found.conditions() == ["frozen", "chosen", "turned"]
+    assert found.changes("chosen", ["go"], "last") == pytest.approx([-16.0] * 4)
+    assert found.changes("turned", ["go"], "all") == pytest.approx([20.0] * 3)
+    ((name, values, p),) = verdicts.differences(found)
+    assert name == "turned"
+    assert p == pytest.approx(0)
+    assert values == pytest.approx([-36.0] * 3 * len(UNSEEN))
+    written = page.page(scores.largest(rows))
+    assert "## Equal models" not in written
+    assert "- equal models, trained alike" in written
+    assert "`hybrid-input`" in written  # in the goal of the controls, as not measured
+
+
+@pytest.mark.parametrize(
+    ("factors", "verdict"),
+    [
+        ((0.84, 0.84), "met"),
+        ((0.70, 0.95), "met on average, not by the interval"),
+        ((0.87, 0.87), "missed"),
+    ],
+)
+def test_a_goal_is_met_by_its_interval(factors, verdict):
+    chosen = scored("chosen", 1.0)
+    for documents in chosen["nats"].values():
+        for number, blocks in enumerate(documents):
+            blocks[:] = [nats * factors[number % 2] for nats in blocks]
+    text = verdicts.goals(scores.Study(scores.largest([scored("frozen", 1.0), chosen])))
+    lines = [line for line in text.splitlines() if "-15 %" in line]
+    assert [line.split(" | ")[-1].strip(" |") for line in lines] == [verdict]
+    chosen["numbers"] = 4001
+    text = verdicts.goals(scores.Study(scores.largest([scored("frozen", 1.0), chosen])))
+    assert "missed: too many numbers" in text
+
+
+def test_settings_of_all_documents_serve_a_part_of_them(data, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    few = context.Context(load_data(data), tmp_path, out, torch.device("cpu"), {}, 2, 512, 1, None)
+    with pytest.raises(InputError, match="run the parts before"):
+        few.settings("tiny", "chosen")
+    for documents, chunk in ((None, 32), (1, 128)):
+        config = context.plain(AdaptConfig(chunk=chunk))
+        scale = {**few.scale, "documents": documents}
+        name = {"model": "tiny", "kind": "chosen"}
+        append_row(out, {"part": "select", "name": name, "scale": scale, "config": config})
+    assert few.settings("tiny", "chosen").chunk == 32
+
+
+def test_shipped_settings_harm_no_domain_that_was_seen(tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "adapt.json"
+    for kind, figure, worst, chunk in (
+        ("chosen", -17.0, 0.1, 128),
+        (parts.VALIDATED, -25, 0.2, 64),
+    ):
+        config = context.plain(AdaptConfig(chunk=chunk))
+        row = {"part": "select", "name": {"model": "tiny", "kind": kind}, "config": config}
+        row |= {"scale": {"data": "a", "documents": None, "tokens": 4096}}
+        append_row(rows, row | {"figure": figure, "worst": worst})
+    ship.main(["--results", str(rows), "--out", str(out)])
+    assert json.loads(out.read_text())["chunk"] == 128
+    worse = tmp_path / "worse.jsonl"
+    worse.write_text(rows.read_text().replace('"worst":0.1', '"worst":0.11'))
+    out.unlink()
+    with pytest.raises(InputError, match=r"loses more than 0\.1 %"):
+        ship.main(["--results", str(worse), "--out", str(out)])
+    assert not out.exists()
 
 
 def test_documents_are_drawn_by_hash_and_split_whole(data):
