@@ -95,7 +95,7 @@ def sensitivities(folder: Path) -> dict[str, np.ndarray]:
 
     maps = loadmat(folder / "mriphysics_alignedSENSE_xGT.mat")["S"][:, :, 0].transpose(2, 0, 1)
     scan = torch.from_numpy(np.load(folder / "pdawood_iterativeRaki_preScanRefData.npy"))[None]
-    every = torch.ones(1, scan.shape[-1], dtype=torch.bool)
+    every = torch.ones(1, 1, scan.shape[-1], dtype=torch.bool)
     found = {
         "aligned_sense": torch.from_numpy(maps.astype(np.complex64))[None],
         "iterative_raki": soft_espirit(scan, every)[0][:, 0],
