@@ -182,8 +182,8 @@ def aligned_encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[int
 
 @contextmanager
 def _unicode_alone(texts: list[str]) -> Iterator[None]:
-    """Names the text that is not valid Unicode, of which the tokenizers library says nothing: such
-    as an argument of a program that is not UTF-8, or half of a pair of surrogates in JSON."""
+    """Names the text that is not valid Unicode, such as an argument of a program in another
+    encoding than UTF-8. The tokenizers library raises a `TypeError` about types for it."""
     try:
         yield
     except TypeError:

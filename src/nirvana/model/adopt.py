@@ -169,7 +169,7 @@ def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32) -> Teache
         raise InputError(f"the weights of {path} do not fit its configuration: {wrong[0]}")
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if head is not embedding and not torch.equal(head, embedding):
-        # A file that has both weights is loaded with both, whatever its configuration says.
+        # The library loads both weights of a file that has both, whatever is configured.
         model.config.tie_word_embeddings = False
     return Teacher(model.eval(), path, gguf, stored)
 
