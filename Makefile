@@ -65,8 +65,8 @@ links: $(VENV)/.test
 figures: $(VENV)/.test
 	$(BIN)/python docs/figures/concepts.py
 	$(BIN)/python docs/figures/readme.py $(DATA)
-	$(BIN)/python docs/figures/app.py
 	$(BIN)/python docs/figures/tutorials.py
+	$(BIN)/python docs/figures/app.py
 
 # Source distribution, and the wheel that is built from it, as a release has them.
 dist: $(VENV)/.test

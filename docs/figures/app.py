@@ -80,7 +80,7 @@ def started() -> Iterator[Any]:
 
 def show_scan(page: Any, _: Path) -> None:
     """The example, by three methods."""
-    page.get_by_label("Slices", exact=True).fill("2")
+    page.get_by_label("Slices").first.fill("2")
     page.get_by_role("button", name="Reconstruct").click()
     page.get_by_text("error of Nirvana").wait_for()
 
