@@ -45,8 +45,10 @@ def page(rows: Sequence[Row]) -> str:
     study = Study(rows)
     parts = [prose.HEAD.format(tokens=study.tokens)]
     if study.has("frozen"):
-        parts += [goals(study), _missing(study), _domains(study), _table(study), _by_domain(study)]
-        parts += [_positions(study), _differences(study), _scale(study), _equal(study)]
+        parts += [goals(study), _missing(study), _domains(study)]
+    if study.has("frozen") and study.has("chosen"):
+        parts += [_table(study), _by_domain(study), _positions(study), _differences(study)]
+        parts += [_scale(study), _equal(study)]
     parts += [_lora(study), _recall(study), _long(study), _time(study), _settings(study)]
     parts += [_validation(study), _devices(study)]
     return "\n".join(part for part in parts if part)
@@ -58,9 +60,7 @@ def _missing(study: Study) -> str:
     there |= {row["name"]["condition"] for row in study.part("test")}
     there |= {row["name"]["device"] for row in study.part("time")}
     there |= {f"model {row['name']['model']}" for row in study.part("test")}
-    absent = [
-        f"- {said}" for needed, said in prose.MISSING.items() if not {*needed.split(", ")} <= there
-    ]
+    absent = [f"- {said}" for said, needed in prose.MISSING.items() if not {*needed} <= there]
     return prose.ABSENT + "\n" + "\n".join(absent) + "\n" if absent else ""
 
 

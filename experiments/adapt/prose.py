@@ -140,15 +140,26 @@ The study has parts that these rows lack; `python -m experiments.adapt.study` ad
 """
 
 MISSING = {
-    "model nirvana, model hybrid-input, model transformer": (
-        "equal models, trained alike on a GPU: with gates from the input, and a Transformer"
-    ),
-    "model tiny-joint": "`tiny` trained jointly with its adaptation",
-    "trained, start": "a start of the task parameters that is learned, too",
-    "norm": "each group of task parameters alone",
-    "lora": "LoRA by PEFT on the same tokens",
-    "recall": "recall of facts with task parameters and without the state",
-    "long": "documents of up to 32,768 tokens",
-    "cuda": "the cost in time on a GPU",
+    "step sizes learned through the inner loop, on test documents": ["trained"],
+    "a start of the task parameters that is learned, too": ["trained, start"],
+    "caches, steps in the opposite direction and task parameters of other documents": [
+        "unigram cache",
+        "cache mixture",
+        "turned",
+        "own domain",
+        "other domain",
+    ],
+    "more steps a chunk, and other chunks": ["2 steps", "3 steps", "chunk 512"],
+    "each group of task parameters alone": ["norm", "fast", "low_rank"],
+    "equal models, trained alike on a GPU: with gates from the input, and a Transformer": [
+        "model nirvana",
+        "model hybrid-input",
+        "model transformer",
+    ],
+    "`tiny` trained jointly with its adaptation": ["model tiny-joint"],
+    "LoRA by PEFT on the same tokens": ["lora"],
+    "recall of facts with task parameters and without the state": ["recall"],
+    "documents of up to 32,768 tokens": ["long"],
+    "the cost in time on a GPU": ["cuda"],
 }
-"""What a page says is missing, by the parts, conditions, models and devices that it needs."""
+"""What a page says is missing, and the parts, conditions, models and devices that it needs."""
