@@ -32,6 +32,7 @@ PAGES = sorted(
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PROGRAM = re.compile(r"(?:^\s*(?:\$ )?nirvana|\$\(which nirvana\)\"?) (?=[a-z-])(.*)")
+TEST = re.compile(r"tests/[\w/]+\.py(?:::\w+)?(?:`, `test_\w+(?!\w*\.py)\b)*")
 PLANNED = {"--processes": 1, "--device-name": 1}
 """Options of a dry run, and the number of their values."""
 NAMES = {page.relative_to(ROOT).as_posix(): page for page in PAGES}
@@ -96,6 +97,17 @@ def test_links_lead_somewhere(name):
             assert anchor in anchors(found.read_text(encoding="utf-8")), (
                 f"{target}: no such heading"
             )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_tests_exist(name):
+    """Files of tests, and the functions that follow them: `tests/a.py::test_b`, `test_c`."""
+    for named in TEST.findall(NAMES[name].read_text(encoding="utf-8")):
+        file, *functions = re.findall(r"tests/[\w/]+\.py|test_\w+(?!\w*\.py)", named)
+        assert (ROOT / file).is_file(), f"{file}: no such file"
+        code = (ROOT / file).read_text(encoding="utf-8")
+        for function in functions:
+            assert f"def {function}(" in code, f"{file} has no {function}"
 
 
 @pytest.mark.parametrize("name", NAMES)
