@@ -40,7 +40,8 @@ class ZeroFilledModel:
         acquisition.require_calibration()
         for image in fourier_method(acquisition):
             magnitude = torch.from_numpy(image.magnitude)[None]
-            yield CodecImages(magnitude, torch.complex(magnitude, -magnitude))
+            coils = torch.from_numpy(image.coils())[None]
+            yield CodecImages(magnitude, torch.complex(magnitude, -magnitude), coils)
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,8 @@ class SliceImage(NamedTuple):
     # Computes the complex image of the same coil images, complex64 [H, W], see
     # `sense.combine_coils`: by a codec's own sensitivities, or by those of `_sensitivities`.
     combined: Callable[[], np.ndarray]
+    # Returns these coil images, complex64 [coils, H, W], until the next image is made.
+    coils: Callable[[], np.ndarray]
 
 
 Method = Callable[[Acquisition], Iterator[SliceImage]]
@@ -52,8 +54,8 @@ def codec_method(model: CodecModel, batch_size: int) -> Method:
 
     def images(acquisition: Acquisition) -> Iterator[SliceImage]:
         for batch in model.images(acquisition, batch_size):
-            for magnitude, combined in zip(*batch, strict=True):
-                yield SliceImage(magnitude.numpy(), combined.numpy)
+            for magnitude, combined, coils in zip(*batch, strict=True):
+                yield SliceImage(magnitude.numpy(), combined.numpy, partial(_numpy, coils))
 
     return images
 
@@ -122,7 +124,12 @@ def _bart(norm: Literal["l1", "l2"]) -> Callable[[Acquisition], Iterator[np.ndar
 def _images(slices: Iterable[np.ndarray], acquisition: Acquisition) -> Iterator[SliceImage]:
     for index, kspace in enumerate(slices):
         coils = ifft2c(_completed(kspace, acquisition))
-        yield SliceImage(rss(coils).numpy(), partial(_combined, coils, acquisition, index))
+        combined = partial(_combined, coils, acquisition, index)
+        yield SliceImage(rss(coils).numpy(), combined, coils.numpy)
+
+
+def _numpy(coils: torch.Tensor) -> np.ndarray:
+    return coils.cpu().numpy()
 
 
 def _combined(coils: torch.Tensor, acquisition: Acquisition, index: int) -> np.ndarray:

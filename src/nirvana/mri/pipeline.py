@@ -203,7 +203,7 @@ def prepare(path: Path, how: Preparation, seed: int) -> PreparedScan:
             target = target_of(scan, measurement)
             measurement = measurement.undersampled(how.sampling, seed)
             drawn = {**asdict(how.sampling), "seed": seed}
-    elif measurement.acquisition.extent is None and measurement.whitening is None:
+    elif not measurement.missing_sides and measurement.whitening is None:
         target = scan.target
     if measurement.acquisition.has_gaps:
         measurement.acquisition.require_calibration()

@@ -253,7 +253,7 @@ def test_what_a_3d_scan_lacks_along_readout_and_partitions_is_stated(block: Scan
     scan = replace(block, kspace=late * plane[:, None, None], volume_encoding="3D", target=None)
     measurement = measure(scan)
     (remark,) = (each for each in measurement.remarks if "asymmetric echo" in each)
-    assert "rows 0 to 63 of 96 were measured; the missing side is left zero" in remark
+    assert "rows 0 to 63 of 96 were measured; the missing side was completed" in remark
     assert measurement.facts["asymmetric_echo"] == [0, 64]
     assert measurement.facts["partial_partitions"] is None
     part = solid * (np.arange(12) < 9)[:, None, None, None]

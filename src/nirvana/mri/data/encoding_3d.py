@@ -5,6 +5,7 @@ Otherwise the readout is transformed: it is fully sampled, so the planes across 
 each with the same pattern of points along both phase encodings.
 """
 
+import math
 import tempfile
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from nirvana.errors import InputError
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.physics.pattern import has_gaps, is_one_sided, slice_patterns
 
-IN_MEMORY = 2**30  # bytes of a result; larger ones are put into a temporary file
+IN_MEMORY = 2**30  # bytes of an array; larger ones are put into a temporary file
 
 
 def without_second_encoding(acquisition: Acquisition) -> tuple[Acquisition, bool]:
@@ -54,15 +55,19 @@ def without_second_encoding(acquisition: Acquisition) -> tuple[Acquisition, bool
     return replace(acquisition, kspace=planes, pattern=columns, reference=reference), True
 
 
+def scratch_array(shape: tuple[int, ...]) -> np.ndarray:
+    """A complex64 array without values: in a temporary file if it is large, else in memory. The
+    file is gone as soon as the array is."""
+    if 8 * math.prod(shape) <= IN_MEMORY:
+        return np.empty(shape, np.complex64)
+    with tempfile.TemporaryFile(prefix="nirvana-") as file:
+        return np.memmap(file, np.complex64, "w+", shape=shape)
+
+
 def _transformed(kspace: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
     """K-space `[partitions, coils, H, W]` in image space along an axis, which becomes the first of
     the result: the centred, orthonormal transform, coil by coil."""
-    size = int(np.prod(shape)) * 8
-    if size > IN_MEMORY:
-        with tempfile.TemporaryFile(prefix="nirvana-") as file:
-            out = np.memmap(file, np.complex64, "w+", shape=shape)
-    else:
-        out = np.empty(shape, np.complex64)
+    out = scratch_array(shape)
     along = 0 if axis == 0 else 1  # in the k-space of one coil, [partitions, H, W]
     for coil in range(shape[1]):
         part = np.fft.ifftshift(np.asarray(kspace[:, coil], np.complex64), axes=along)

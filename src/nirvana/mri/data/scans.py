@@ -28,6 +28,7 @@ from nirvana.mri.physics.coil_matrix import (
 from nirvana.mri.physics.fourier import ifft2c, rss
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.physics.pattern import (
+    Extent,
     checked_pattern,
     find_pattern,
     measured_points,
@@ -65,6 +66,9 @@ class Measurement:
         acquisition: its k-space. Of a 3D scan that was undersampled along both phase encodings the
             slices are the planes across the readout.
         along_readout: whether that is so; see `volume_of`.
+        readout: the measured part of the readout of such a scan, where one side of it is missing
+            and is to be completed after the planes were reconstructed, see `mri.readout`; else
+            None.
         whitening: complex64 `[coils, coils]`, the part of the acquisition's coil matrix before
             compression, or None.
         remarks: what was found and done, a sentence each.
@@ -73,6 +77,7 @@ class Measurement:
 
     acquisition: Acquisition
     along_readout: bool = False
+    readout: Extent | None = None
     whitening: np.ndarray | None = None
     remarks: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +86,18 @@ class Measurement:
     def is_full(self) -> bool:
         """Whether all of k-space was measured, so that its image can be a ground truth. Empty
         columns at both sides are zero-padding."""
-        return not self.acquisition.has_gaps and self.acquisition.extent is None
+        return not self.acquisition.has_gaps and not self.missing_sides
+
+    @property
+    def missing_sides(self) -> tuple[str, ...]:
+        """Which sides of k-space were not measured, a sentence for each axis."""
+        extent, found = (
+            self.acquisition.extent,
+            () if self.readout is None else self.readout.remarks(),
+        )
+        if extent is None:
+            return found
+        return (*found, *extent.remarks("partitions" if self.along_readout else "rows"))
 
     def require_full(self, name: object) -> None:
         """Checks that the scan can be a ground truth.
@@ -94,10 +110,10 @@ class Measurement:
         """
         if self.acquisition.has_gaps:
             raise InputError(f"{name} is undersampled; only a fully sampled scan can be scored")
-        if self.acquisition.extent is not None:
+        if self.missing_sides:
             raise InputError(
                 f"{name} is no ground truth, one side of its k-space is missing: "
-                + "; ".join(self.acquisition.extent.remarks(_first_axis(self.along_readout)))
+                + "; ".join(self.missing_sides)
             )
 
     def volume_of(self, images: np.ndarray) -> np.ndarray:
@@ -141,29 +157,24 @@ def measure(
     pattern = scan_pattern(scan, mask)
     acquisition = Acquisition(scan.kspace, pattern, reference=scan.calibration, name=scan.name)
     remarks: list[str] = []
-    along_readout, late_echo = False, None
+    along_readout, readout = False, None
     if scan.volume_encoding == "3D":
-        readout = acquisition.find_extent()
+        whole = acquisition.find_extent()
         acquisition, along_readout = without_second_encoding(acquisition)
         if along_readout:
             remarks.append(
                 "3D: undersampled along both phase encodings; the readout was transformed and the "
                 f"{len(acquisition)} planes across it reconstructed one by one"
             )
-            if readout.late_echo:
-                late_echo = list(readout.rows)
-                remarks.append(
-                    f"asymmetric echo: rows {late_echo[0]} to {late_echo[1] - 1} of "
-                    f"{readout.height} were measured; the missing side is left zero, because the "
-                    "planes across the readout are independent"
-                )
+            if whole.late_echo:
+                readout = replace(whole, columns=(0, whole.width), partial_fourier=False)
     whitening, source = _whitening(scan, options, remarks)
     acquisition = replace(acquisition, coil_matrix=whitening)
     acquisition, kept = _compressed(acquisition, whitening, options.count, remarks)
     extent = acquisition.find_extent()
-    remarks += extent.remarks(_first_axis(along_readout))
     if extent.is_partial:
         acquisition = replace(acquisition, extent=extent)
+    echo = readout if along_readout else extent if extent.late_echo else None
     facts = {
         "coils": scan.kspace.shape[1],
         "virtual_coils": acquisition.num_coils,
@@ -172,10 +183,10 @@ def measure(
         "separate_calibration": scan.calibration is not None,
         "partial_fourier": list(extent.columns) if extent.partial_fourier else None,
         "partial_partitions": list(extent.rows) if extent.late_echo and along_readout else None,
-        "asymmetric_echo": late_echo
-        if along_readout or not extent.late_echo
-        else list(extent.rows),
+        "asymmetric_echo": None if echo is None else list(echo.rows),
     }
+    measurement = Measurement(acquisition, along_readout, readout, whitening, facts=facts)
+    remarks += measurement.missing_sides
     if slice_patterns(pattern).shape[1] > 1 or along_readout:
         remarks.append(
             "single points are measured, not whole columns: the packaged codec was not trained on "
@@ -183,12 +194,7 @@ def measure(
         )
     if scan.calibration is not None:
         remarks.append("coil sensitivities come from the separate reference scan alone")
-    return Measurement(acquisition, along_readout, whitening, tuple(remarks), facts)
-
-
-def _first_axis(along_readout: bool) -> str:
-    """What lies along the first axis of a slice's k-space."""
-    return "partitions" if along_readout else "rows"
+    return replace(measurement, remarks=tuple(remarks))
 
 
 def read_covariance(path: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Compares methods on fully sampled scans: undersample, reconstruct, score, summarise."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +9,10 @@ import numpy as np
 from nirvana.mri.data.scans import CoilOptions, Measurement, measure, target_of
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io import Scan
-from nirvana.mri.methods import Method, Progress
+from nirvana.mri.methods import Method, Progress, SliceCounter, SliceImage
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.physics.pattern import sampled_share
+from nirvana.mri.readout import complete_readout
 from nirvana.statistics import signed_rank_test
 
 Row = dict[str, Any]
@@ -47,17 +48,27 @@ def run_methods(
         counter = progress(name) if progress else None
         magnitudes = np.empty(shape, np.float32)
         complexes = np.empty(shape, np.complex64) if name == combined else None
+        volume = measurement.volume_of(magnitudes)
+        kept = None if complexes is None else measurement.volume_of(complexes)
         start = time.perf_counter()
-        for number, image in enumerate(method(acquisition)):
+        images = _counted(method(acquisition), counter)
+        if measurement.readout is not None:
+            images = complete_readout(images, acquisition, measurement.readout)
+            magnitudes, complexes = volume, kept  # slices, in place of planes
+        for number, image in enumerate(images):
             magnitudes[number] = image.magnitude
             if complexes is not None:
                 complexes[number] = image.combined()
-            if counter is not None:
-                counter(1)
         seconds = (time.perf_counter() - start) / len(acquisition)
-        kept = None if complexes is None else measurement.volume_of(complexes)
-        results[name] = Result(measurement.volume_of(magnitudes), seconds, kept)
+        results[name] = Result(volume, seconds, kept)
     return results
+
+
+def _counted(images: Iterable[SliceImage], counter: SliceCounter | None) -> Iterator[SliceImage]:
+    for image in images:
+        yield image
+        if counter is not None:
+            counter(1)
 
 
 def score_rows(target: np.ndarray, results: Mapping[str, Result], **facts: Any) -> list[Row]:

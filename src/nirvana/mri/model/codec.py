@@ -62,11 +62,12 @@ class CodecOutput(NamedTuple):
 
 
 class CodecImages(NamedTuple):
-    """Images of some slices, both of the same coil images and on the scale of the input."""
+    """Images of some slices, all of the same coil images and on the scale of the input."""
 
     magnitude: Tensor  # [B, H, W], root sum of squares
     # complex [B, H, W], by the first set of sensitivities, see `sense.combine_coils`
     combined: Tensor
+    coils: Tensor  # complex [B, coils, H, W]
 
 
 class SliceBatch(NamedTuple):
@@ -295,7 +296,8 @@ class CodecModel(nn.Module):
             batch_size: slices at once.
 
         Yields:
-            The images of each batch, float32 and complex64 on the CPU.
+            The images of each batch, float32 and complex64: on the CPU, those of the coils on the
+            codec's device, where the next batch may overwrite them.
 
         Raises:
             InputError: the coils cannot be calibrated.
@@ -313,7 +315,7 @@ class CodecModel(nn.Module):
                 found = self._graphs(self, self.batch_images, *inputs)
             else:
                 found = self.batch_images(*inputs, extent=extent)
-            yield CodecImages(found.magnitude.float().cpu(), found.combined.cpu())
+            yield CodecImages(found.magnitude.float().cpu(), found.combined.cpu(), found.coils)
 
     def batch_images(
         self,
@@ -332,8 +334,9 @@ class CodecModel(nn.Module):
         if extent is not None:
             coils = torch.stack([ifft2c(complete(k, extent)) for k in fft2c(coils)])
         sensitivities = iterate.measured.from_middle(iterate.maps[:, 0])
-        images = rss(coils), combine_coils(coils, sensitivities, coil)
-        return CodecImages(*(image * scale[:, None, None] for image in images))
+        scale = scale[:, None, None]
+        combined = combine_coils(coils, sensitivities, coil)
+        return CodecImages(rss(coils) * scale, combined * scale, coils * scale[..., None])
 
     @property
     def device(self) -> torch.device:
