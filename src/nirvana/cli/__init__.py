@@ -1,6 +1,7 @@
 """The command line: `nirvana COMMAND`."""
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -150,7 +151,7 @@ def main() -> None:
 def _print_any_character() -> None:
     """Escapes characters that the encoding of the output lacks, where print would raise."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not None, and not replaced by a program that calls us
+        if isinstance(stream, io.TextIOWrapper):  # not closed, nor replaced by a calling program
             stream.reconfigure(errors="backslashreplace")
 
 

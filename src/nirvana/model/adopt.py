@@ -154,7 +154,7 @@ def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32) -> Teache
                 f"{path}: quantised weights ({_method(quantized)}) cannot be adopted: save the "
                 "model dequantised"
             )
-        stored = config.dtype  # which loading replaces
+        stored: Any = config.dtype  # which loading replaces
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
