@@ -21,7 +21,7 @@ SIGNIFICANT = 0.05
 
 
 def goals(study: Study) -> str:
-    """The section that says first which goals are met."""
+    """The first section: which goals are met."""
     lines = []
     for name, goal in (("chosen", ADAPTED), ("trained", TRAINED), ("trained, start", TRAINED)):
         said = prose.GOAL.format(goal=f"{goal:.0f}", condition=name)
