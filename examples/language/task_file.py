@@ -76,7 +76,7 @@ print(f"{better} of {len(test)} pages are predicted better")
 # What it does elsewhere
 # ----------------------
 # A task is of its domain. On English prose, of which the model has read much, the same file gains
-# nothing: one of these texts is predicted as before, the other worse.
+# next to nothing: one of these texts is predicted worse, the other about as before.
 
 prose = [
     "It was a dark night, and no one was on the road. The old man had left his lamp in the window, "
