@@ -53,8 +53,8 @@ def served(config: AppConfig, host: str = "127.0.0.1", port: int = 7860) -> Iter
         InputError: the port is in use, or the address is not one of this machine.
     """
     root = Path(tempfile.mkdtemp(prefix="nirvana-app-"))
-    # Gradio reads these when it is imported, and when components are made. It asks the page itself
-    # whether it has started, which must not go through a proxy.
+    # Gradio reads these when it is imported, and when components are made. It requests its own page
+    # to see whether it has started, which must not go through a proxy.
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *LOOPBACK, host]
     names = {
         **OFFLINE,

@@ -175,14 +175,14 @@ def _decoder_row(model: nn.Module, tokens: Tensor, options: "Options") -> Row:
 def _floor_ms(decoder: Any) -> float:
     """Milliseconds of a step that reads weights, keys and states once and writes the states."""
     weights = sum(x.numel() * x.element_size() for x in decoder.model.parameters())
-    moved = float(weights)
+    traffic = float(weights)
     for state in decoder.states:
         for name, times in (("conv", 2), ("delta", 2), ("memory", 2), ("keys", 1), ("values", 1)):
             x = getattr(state, name)
             if x is not None:
                 read = min(1.0, decoder.length / decoder.slots) if times == 1 else 1.0
-                moved += times * read * x.numel() * x.element_size()
-    return 1e3 * moved / BANDWIDTH
+                traffic += times * read * x.numel() * x.element_size()
+    return 1e3 * traffic / BANDWIDTH
 
 
 def _generate_row(model: Any, name: str, tokens: Tensor, options: "Options") -> Row:
@@ -211,7 +211,7 @@ def _generate_row(model: Any, name: str, tokens: Tensor, options: "Options") -> 
 
 
 class _Clock(StoppingCriteria):
-    """Records when each token was generated; the criteria are asked after every token, in batches,
+    """Records when each token was generated; the criteria run after every token, in batches,
     too (which a streamer refuses)."""
 
     def __init__(self) -> None:

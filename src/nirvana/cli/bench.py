@@ -140,8 +140,8 @@ def _warm(options: "Options") -> None:
     for row in measure(once):
         now = time.perf_counter()
         size = f"{row['part']}, {row['batch']} x {row['tokens']:,}"
-        told = row.get("failed", f"{now - began:.0f} s")
-        console.print(f"{size}: {told}", soft_wrap=True)
+        outcome = row.get("failed", f"{now - began:.0f} s")
+        console.print(f"{size}: {outcome}", soft_wrap=True)
         began, failed = now, failed or "failed" in row
     for name, folder in kernel_caches().items():
         console.print(f"{name} keeps its kernels in {folder}", soft_wrap=True)

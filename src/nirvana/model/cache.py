@@ -4,13 +4,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nirvana.model.config import NirvanaConfig
+from nirvana.ops.chunks import is_exporting
 
 CACHE_FIELD = next(
     field.name
@@ -59,7 +59,7 @@ def refuse_in_export(cache: Cache) -> None:
     Raises:
         ValueError: in an export.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise ValueError(
             f"torch.export cannot follow a {type(cache).__name__}, which is changed in place and "
             "counts its tokens outside of the graph: give state=State.start(...) and "

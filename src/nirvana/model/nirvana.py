@@ -35,6 +35,7 @@ from nirvana.model.state import LayerStates, NewStates, State
 from nirvana.model.trigger import NoBank, Trigger, TriggerTrace, WeightBank
 from nirvana.model.updater import Updater
 from nirvana.ops import in_autocast, warn_without_kernels
+from nirvana.ops.chunks import is_exporting
 
 
 class NirvanaPreTrainedModel(PreTrainedModel):
@@ -170,7 +171,7 @@ class NirvanaModel(CheckpointedWithGradients, NirvanaPreTrainedModel):
         assert inputs_embeds is not None
         if state is not None:
             state.require(self.config, inputs_embeds.shape[0])
-        if use_cache and cache is None and not (functional or torch.compiler.is_exporting()):
+        if use_cache and cache is None and not (functional or is_exporting()):
             cache = DynamicCache(config=self.config)
         masks = attention_mask
         if not isinstance(masks, dict):
@@ -291,7 +292,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         check_arguments(type(self).forward, kwargs)
         if skip_logits and labels is None and shift_labels is None:
             raise ValueError("skip_logits leaves nothing to compute without labels")
-        if skip_logits and torch.compiler.is_exporting():
+        if skip_logits and is_exporting():
             raise ValueError(
                 "torch.export needs logits: without them the loss is a loop over tokens"
             )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nirvana.ops.chunks import chunk_count, is_one, pad_segments
+from nirvana.ops.chunks import chunk_count, is_exporting, is_one, pad_segments
 from nirvana.ops.cross_entropy import linear_cross_entropy
 from nirvana.ops.precision import at_least_float32, no_autocast
 from nirvana.ops.reference import UNIT_EPS
@@ -62,7 +62,7 @@ def gated_delta_rule(
     if is_one(T) and segments is None:
         return _delta_step(q * K**-0.5, k, v, log_alpha, beta, state)
 
-    c = DELTA_CHUNK if torch.compiler.is_exporting() else min(DELTA_CHUNK, T)
+    c = DELTA_CHUNK if is_exporting() else min(DELTA_CHUNK, T)
     N = chunk_count(T, c)
     # Padding writes nothing (beta = 0) and keeps the state (alpha = 1).
     q, k, v, beta, log_alpha = (_chunks(x, c) for x in (q, k, v, beta, log_alpha))
@@ -86,7 +86,7 @@ def gated_delta_rule(
     solve = _UnitInverse.apply((k @ k.mT).mul_(decay * beta[..., None])) * beta[:, None]
     u, w = solve @ v, solve @ (k * enter[..., None])
     k_leave = (k * leave[..., None]).mT
-    through = _scan_chunks if torch.compiler.is_exporting() else _loop_over_chunks
+    through = _scan_chunks if is_exporting() else _loop_over_chunks
     S, states, writes = through(state.flatten(0, 1), N, u, w, k_leave, keep[..., None])
     read = (q * enter[..., None]) @ states
     scores = (q @ k.mT).mul_(decay)
@@ -334,7 +334,7 @@ def decayed_sum(
         return m[:, None], m
     if segments is None:
         segments = torch.zeros(B, T, dtype=torch.long, device=g.device)
-    c = SUM_CHUNK if torch.compiler.is_exporting() else min(SUM_CHUNK, T)
+    c = SUM_CHUNK if is_exporting() else min(SUM_CHUNK, T)
     N = chunk_count(T, c)
     g = F.pad(g, (0, 0, 0, N * c - T)).unflatten(1, (N, c))
     owner = pad_segments(segments, c).unflatten(1, (N, c))
@@ -344,7 +344,7 @@ def decayed_sum(
     m = (decay**age * same) @ g
     ends = owner[:, :, -1]
     carried = F.pad(ends, (1, 0))[:, :-1]
-    if torch.compiler.is_exporting():
+    if is_exporting():
         carry = _scan_sums(state, m[:, :, -1], decay**c * (ends == carried)[..., None])
     elif m.shape[1] > 1:
         carry, _ = decayed_sum(m[:, :, -1], decay**c, state, ends)

@@ -4,10 +4,16 @@ import torch
 from torch import Tensor
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` traces the program. PyTorch 2.11 answers that with yes in every
+    `torch.compile`, too, so what its compiler traces is no export here, nor is a strict one."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def chunk_count(T: int, c: int) -> int:
     """The number of chunks of c tokens that T tokens are padded to. In an export it is one more,
     and so never one, which PyTorch's tracer would take for a fixed size."""
-    return (T - 1) // c + (2 if torch.compiler.is_exporting() else 1)
+    return (T - 1) // c + (2 if is_exporting() else 1)
 
 
 def is_one(T: int) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nirvana.device import HAS_KERNELS
 from nirvana.ops import chunked, reference
+from nirvana.ops.chunks import is_exporting
 
 BACKENDS = ("reference", "chunked", "cuda")
 """The names of the backends."""
@@ -96,7 +97,7 @@ def implementation(operation: str, fits: bool = False) -> Callable[..., Any]:
     Raises:
         ValueError: inside `use_backend("cuda")`, if the kernels do not take this call.
     """
-    fits = fits and not torch.compiler.is_exporting()  # a program runs where we are not installed
+    fits = fits and not is_exporting()  # a program runs where we are not installed
     name = ("cuda" if fits else "chunked") if _forced is None else _forced
     if name == "cuda":
         if operation not in KERNELS:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nirvana.ops.chunks import chunk_count, is_one, pad_segments
+from nirvana.ops.chunks import chunk_count, is_exporting, is_one, pad_segments
 
 
 def window_attention(
@@ -28,7 +28,7 @@ def window_attention(
         q = F.pad(q, (0, 0, 0, 0, S - T, 0))
         return window_attention(q, k, v, window, segments, cu_seqlens)[:, S - T :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is None or (not torch.compiler.is_exporting() and window >= T):
+    if window is None or (not is_exporting() and window >= T):
         if segments is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         mask = segments[:, None, :, None] == segments[:, None, None, :]
