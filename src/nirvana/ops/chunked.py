@@ -132,6 +132,9 @@ class _UnitInverse(torch.autograd.Function):
 
     @staticmethod
     def forward(L: Tensor) -> Tensor:
+        if L.shape[-1] <= SOLVE_SIZE:
+            # PyTorch 2.11 would compile a copy into X so that the backward gets X before it.
+            return _solve(L)
         X = torch.zeros_like(L)
         _invert(L, X)
         return X
@@ -150,13 +153,18 @@ def _invert(L: Tensor, X: Tensor) -> None:
     """Writes (I + L)^-1 into X, halves first: mostly products, none of which overflows."""
     n = L.shape[-1]
     if n <= SOLVE_SIZE:
-        eye = torch.eye(n, dtype=L.dtype, device=L.device).expand_as(L)
-        X.copy_(torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True))
+        X.copy_(_solve(L))
         return
     head, tail = slice(n // 2), slice(n // 2, n)
     _invert(L[..., head, head], X[..., head, head])
     _invert(L[..., tail, tail], X[..., tail, tail])
     X[..., tail, head] = -X[..., tail, tail] @ L[..., tail, head] @ X[..., head, head]
+
+
+def _solve(L: Tensor) -> Tensor:
+    """(I + L)^-1 by substitution."""
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True)
 
 
 def _delta_step(
