@@ -83,12 +83,12 @@ def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for name, message in (
         ("folder.txt", "is a folder; give a file"),
-        ("circle.txt", "cannot be read: "),
+        ("circle.txt", "leads nowhere or in a circle"),
         ("pipe.txt", "is a pipe or a device, which cannot be read twice"),
         ("none.txt", "no such file"),
         ("none.txt/a.txt", "no such file"),
-        ("a" * 300 + ".txt", "cannot be read: File name too long"),
-        ("a\0.txt", "cannot be read: embedded null"),
+        ("a" * 300 + ".txt", "cannot be opened: File name too long"),
+        ("a\0.txt", "cannot be opened: embedded null"),
     ):
         with pytest.raises(InputError, match=message):
             list(read_documents(tmp_path / name))
