@@ -126,7 +126,7 @@ class FusedStep:
             together, zeta, low = buffers["together"], updater.zeta, buffers["zeta"]
             decode_step.linear(*given, together[:, :D])
             self._join()
-            decode_products.product(zeta[0].weight, together, low, silu=True)
+            decode_products.product(zeta[0].weight, together, low)
             gates = self.floats["gates"]
             decode_products.blend(zeta[2].weight, low, together, gates, h, updater.convex)
         else:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 def is_exporting() -> bool:
     """Whether `torch.export` traces the program. PyTorch 2.11 answers that with yes in every
-    `torch.compile`, too, so what its compiler traces is no export here, nor is a strict one."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    `torch.compile`, too, and cannot trace the question, so what its compiler traces is no export
+    here, nor is a strict one."""
+    return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
 
 
 def chunk_count(T: int, c: int) -> int:

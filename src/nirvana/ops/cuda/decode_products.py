@@ -1,107 +1,134 @@
 """Products of a weight with one vector, or with those of a batch of texts, for CUDA tensors.
 
-A product's cost is that of reading its weight once, so what comes before it (a norm) and after it
-(SiLU, the residual sum, the blend) is part of its kernel. One vector is multiplied by sums in
-float32; a batch, in blocks of 16 to 64 rows, by tensor cores.
+A product's cost is that of reading its weight once. For one vector what comes before the product (a
+norm) and after it (SiLU, the residual sum, the blend) is part of its kernel. For a batch a large
+product is cuBLAS's, and what comes before and after are kernels of their own: in the loop of a
+product they keep its loads from running ahead, which costs three times the time of the product.
 
 Vectors are rows of `[B, ...]`; a row may be a part of a longer one, with ones between its numbers.
 """
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
+from nirvana.ops.cuda.launch import LEAST, before, blocks, launch, launch_early, padded
+from nirvana.ops.cuda.swiglu import COLUMNS, swiglu_kernel
 
-MOST = 64
-"""Rows of a batch that a program multiplies with; a larger batch reads the weights again."""
+SMALL = 512
+"""Columns of a weight up to which our kernel is faster with a batch than cuBLAS."""
 
 
 @triton.jit
-def _products(
-    weight, x, norm, row, b, N, B, X, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr, HAS_NORM: tl.constexpr,
+def _product(
+    weight, x, norm, row, N, eps,
+    K: tl.constexpr, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr, SILU: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x of each text times rows of weight `[N, K]`: `[BATCH, rows]`; x has unit root mean square
-    and is scaled by norm, where there is one."""
+    """x times rows of weight `[N, K]`; x has unit root mean square and is scaled by norm, where
+    there is one, or is silu(x)."""
     start = weight + row[:, None].to(tl.int64) * K
-    if BATCH == 1:
-        x += tl.sum(b, 0).to(tl.int64) * X
-        sums = tl.zeros((row.shape[0], COLUMNS), tl.float32)
-        squares = tl.zeros((COLUMNS,), tl.float32)
-        for first in tl.static_range(0, K, COLUMNS):
-            k = first + tl.arange(0, COLUMNS)
-            w = tl.load(start + k[None, :], (row < N)[:, None] & (k < K)[None, :], 0.0)
-            v = tl.load(x + k, k < K, 0.0).to(tl.float32)
-            if HAS_NORM:
-                squares += v * v
-                v *= tl.load(norm + k, k < K, 0.0).to(tl.float32)
-            sums += w.to(tl.float32) * v[None, :]
-        y = tl.sum(sums, 1)[None, :]
+    sums = tl.zeros((row.shape[0], COLUMNS), tl.float32)
+    squares = tl.zeros((COLUMNS,), tl.float32)
+    for first in tl.static_range(0, K, COLUMNS):
+        k = first + tl.arange(0, COLUMNS)
+        w = tl.load(start + k[None, :], (row < N)[:, None] & (k < K)[None, :], 0.0)
+        if first == 0:
+            before(EARLY)
+        v = tl.load(x + k, k < K, 0.0).to(tl.float32)
         if HAS_NORM:
-            y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    else:
-        y = tl.zeros((BATCH, row.shape[0]), tl.float32)
-        total = tl.zeros((BATCH,), tl.float32)
-        for first in range(0, K, COLUMNS):
-            k = first + tl.arange(0, COLUMNS)
-            w = tl.load(start + k[None, :], (row < N)[:, None] & (k < K)[None, :], 0.0)
-            at = x + b[:, None].to(tl.int64) * X + k[None, :]
-            v = tl.load(at, (b < B)[:, None] & (k < K)[None, :], 0.0)
-            if HAS_NORM:
-                precise = v.to(tl.float32)
-                total += tl.sum(precise * precise, 1)
-                v = precise * tl.load(norm + k, k < K, 0.0).to(tl.float32)[None, :]
-            y = tl.dot(v.to(w.dtype), tl.trans(w), y, input_precision="ieee")
-        if HAS_NORM:
-            y *= tl.rsqrt(total / K + eps)[:, None]
+            squares += v * v
+            v *= tl.load(norm + k, k < K, 0.0).to(tl.float32)
+        if SILU:
+            v *= tl.sigmoid(v)
+        sums += w.to(tl.float32) * v[None, :]
+    y = tl.sum(sums, 1)
+    if HAS_NORM:
+        y *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
     return y
 
 
 @triton.jit
 def product_kernel(
-    weight, x, norm, added, out, N, B, X, ADDED, OUT, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr, SILU: tl.constexpr,
+    weight, x, norm, added, out, N, eps,
+    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    y = _products(weight, x, norm, row, b, N, B, X, eps, K, COLUMNS, BATCH, HAS_NORM)
-    real = (b < B)[:, None] & (row < N)[None, :]
-    b = b[:, None].to(tl.int64)
-    if SILU:
-        y *= tl.sigmoid(y)
+    y = _product(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM, False, EARLY)
     if HAS_ADDED:
-        y += tl.load(added + b * ADDED + row[None, :], real, 0.0).to(tl.float32)
-    tl.store(out + b * OUT + row[None, :], y, real)
+        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
+    tl.store(out + row, y, row < N)
 
 
 @triton.jit
-def swiglu_kernel(
-    weight, x, norm, out, N, B, X, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
+def _products(
+    weight, x, row, b, N, B, X, K: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """x, or silu(x), of each text times rows of weight `[N, K]`."""
+    k = tl.arange(0, PADDED)
+    w = weight + row[:, None].to(tl.int64) * K + k[None, :]
+    w = tl.load(w, (row < N)[:, None] & (k < K)[None, :], 0.0)
+    before(EARLY)
+    v = x + b[:, None].to(tl.int64) * X + k[None, :]
+    v = tl.load(v, (b < B)[:, None] & (k < K)[None, :], 0.0)
+    if SILU:
+        v = v.to(tl.float32)
+        v *= tl.sigmoid(v)
+    return tl.dot(v.to(w.dtype), tl.trans(w), input_precision="ieee")
+
+
+@triton.jit
+def products_kernel(
+    weight, x, out, N, B, X, OUT,
+    K: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    gate = _products(weight, x, norm, row, b, N, B, X, eps, K, COLUMNS, BATCH, True)
-    weight += N.to(tl.int64) * K
-    up = _products(weight, x, norm, row, b, N, B, X, eps, K, COLUMNS, BATCH, True)
-    real = (b < B)[:, None] & (row < N)[None, :]
-    at = out + b[:, None].to(tl.int64) * N + row[None, :]
-    tl.store(at, gate * tl.sigmoid(gate) * up, real)
+    y = _products(weight, x, row, b, N, B, X, K, PADDED, False, EARLY)
+    at = out + b[:, None].to(tl.int64) * OUT + row[None, :]
+    tl.store(at, y, (b < B)[:, None] & (row < N)[None, :])
+
+
+@triton.jit
+def norm_kernel(x, norm, out, eps, K: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * K
+    k = tl.arange(0, COLUMNS)
+    before(EARLY)
+    v = tl.load(x + at + k, k < K, 0.0).to(tl.float32)
+    y = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+    tl.store(out + at + k, y * tl.load(norm + k, k < K, 0.0).to(tl.float32), k < K)
+
+
+@triton.jit
+def swiglu_product_kernel(
+    weight, x, norm, out, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    gate = _product(weight, x, norm, row, N, eps, K, COLUMNS, True, False, EARLY)
+    up = _product(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True, False, False)
+    tl.store(out + row, gate * tl.sigmoid(gate) * up, row < N)
 
 
 @triton.jit
 def blend_kernel(
     weight, x, together, gates, h, N, B, TOGETHER,
     K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
-    CONVEX: tl.constexpr,
+    CONVEX: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    zeta = _products(weight, x, x, row, b, N, B, K, 0.0, K, COLUMNS, BATCH, False)
+    if BATCH == 1:
+        zeta = _product(weight, x, x, row, N, 0.0, K, COLUMNS, False, True, EARLY)[None, :]
+    else:
+        zeta = _products(weight, x, row, b, N, B, K, K, COLUMNS, True, EARLY)
     real = (b < B)[:, None] & (row < N)[None, :]
     t = tl.load(gates + 2 * b, b < B, 0.0)[:, None]
     other = 1 - t if CONVEX else tl.load(gates + 2 * b + 1, b < B, 0.0)[:, None]
@@ -114,52 +141,46 @@ def blend_kernel(
 
 
 @triton.jit
-def _gated(
-    o, norm, gate, b, c, real, eps, D, X, K: tl.constexpr, COLUMNS: tl.constexpr,
-    BATCH: tl.constexpr,
-):  # fmt: skip
-    """Columns c of o `[B, D]`, every head of unit root mean square, scaled and gated."""
-    row = b[:, None].to(tl.int64)
-    heads = tl.load(o + row * D + c[None, :], real, 0.0)
-    heads = tl.reshape(heads, (BATCH, COLUMNS // K, K))
-    heads *= tl.rsqrt(tl.sum(heads * heads, 2) / K + eps)[:, :, None]
-    g = tl.load(gate + row * X + c[None, :], real, 0.0).to(tl.float32)
+def _gated(o, norm, gate, c, D, eps, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns c of o `[D]`, every head of unit root mean square, scaled and gated."""
+    heads = tl.reshape(tl.load(o + c, c < D, 0.0), (COLUMNS // K, K))
+    heads *= tl.rsqrt(tl.sum(heads * heads, 1) / K + eps)[:, None]
+    g = tl.load(gate + c, c < D, 0.0).to(tl.float32)
     scale = tl.load(norm + c % K).to(tl.float32)
-    return tl.reshape(heads, (BATCH, COLUMNS)) * scale[None, :] * g * tl.sigmoid(g)
+    return tl.reshape(heads, (COLUMNS,)) * scale * g * tl.sigmoid(g)
 
 
 @triton.jit
 def gated_product_kernel(
-    weight, o, norm, gate, added, out, N, B, X, ADDED, OUT, eps,
+    weight, o, norm, gate, added, out, N, eps,
     D: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    BATCH: tl.constexpr, HAS_ADDED: tl.constexpr,
+    HAS_ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Rows of weight `[N, D]` times o, every head of unit root mean square, scaled and gated."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     start = weight + row[:, None].to(tl.int64) * D
-    if BATCH == 1:
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in tl.static_range(0, D, COLUMNS):
-            c = first + tl.arange(0, COLUMNS)
-            w = tl.load(start + c[None, :], (row < N)[:, None] & (c < D)[None, :], 0.0)
-            real = (b < B)[:, None] & (c < D)[None, :]
-            v = _gated(o, norm, gate, b, c, real, eps, D, X, K, COLUMNS, BATCH)
-            sums += w.to(tl.float32) * v
-        y = tl.sum(sums, 1)[None, :]
-    else:
-        y = tl.zeros((BATCH, ROWS), tl.float32)
-        for first in range(0, D, COLUMNS):
-            c = first + tl.arange(0, COLUMNS)
-            w = tl.load(start + c[None, :], (row < N)[:, None] & (c < D)[None, :], 0.0)
-            real = (b < B)[:, None] & (c < D)[None, :]
-            v = _gated(o, norm, gate, b, c, real, eps, D, X, K, COLUMNS, BATCH)
-            y = tl.dot(v.to(w.dtype), tl.trans(w), y, input_precision="ieee")
-    real = (b < B)[:, None] & (row < N)[None, :]
-    b = b[:, None].to(tl.int64)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.static_range(0, D, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        w = tl.load(start + c[None, :], (row < N)[:, None] & (c < D)[None, :], 0.0)
+        if first == 0:
+            before(EARLY)
+        v = _gated(o, norm, gate, c, D, eps, K, COLUMNS)
+        sums += w.to(tl.float32) * v[None, :]
+    y = tl.sum(sums, 1)
     if HAS_ADDED:
-        y += tl.load(added + b * ADDED + row[None, :], real, 0.0).to(tl.float32)
-    tl.store(out + b * OUT + row[None, :], y, real)
+        y += tl.load(added + row, row < N, 0.0).to(tl.float32)
+    tl.store(out + row, y, row < N)
+
+
+@triton.jit
+def gated_norm_kernel(
+    o, norm, gate, out, D, X, eps, K: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr
+):
+    c, b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1).to(tl.int64)
+    before(EARLY)
+    y = _gated(o + b * D, norm, gate + b * X, c, D, eps, K, COLUMNS)
+    tl.store(out + b * D + c, y, c < D)
 
 
 def product(
@@ -169,9 +190,8 @@ def product(
     norm: Tensor | None = None,
     eps: float = 0.0,
     added: Tensor | None = None,
-    silu: bool = False,
 ) -> None:
-    """out = silu(weight norm(x)) + added, where norm, SiLU and sum are optional.
+    """out = weight norm(x) + added, where norm and sum are optional.
 
     Args:
         weight: `[N, K]`.
@@ -180,37 +200,41 @@ def product(
         norm: `[K]`, the scale of an RMSNorm of x; None means none.
         eps: of that norm.
         added: `[B, N]`, may be `out`; None means zero.
-        silu: whether to apply SiLU.
     """
-    N, K = weight.shape
-    B = x.shape[0]
-    tile = _tile(N, K, B)
-    flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None, "SILU": silu}
-    strides = x.stride(0), 0 if added is None else added.stride(0), out.stride(0)
-    given = (weight, x, norm, added, out, N, B, *strides, eps)
-    launch(product_kernel, tile.grid(N, B), *given, K=K, **tile.constants(), **flags)
+    (N, K), B = weight.shape, x.shape[0]
+    if B > 1:
+        _multiply(weight, x if norm is None else _normalised(x, norm, eps), out, added)
+        return
+    tile = _tile(N, K)
+    flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None}
+    given = (weight, x, norm, added, out, N, eps)
+    launch_early(product_kernel, tile.grid(N), *given, K=K, **tile.constants(), **flags)
 
 
 def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
     """out = silu(gate) * up, for gate and up = weight norm(x).
 
     Args:
-        weight: `[2 F, K]`.
+        weight: `[2 N, K]`.
         x: `[B, K]`.
         norm: `[K]`, the scale of the RMSNorm of x.
         eps: of that norm.
-        out: `[B, F]`, written.
+        out: `[B, N]`, written.
     """
     (B, N), K = out.shape, weight.shape[1]
-    tile = Tile(min(2048, padded(K)), 1, 1, 4) if B == 1 else _tile(N, K, B)
-    given = (weight, x, norm, out, N, B, x.stride(0), eps)
-    launch(swiglu_kernel, tile.grid(N, B), *given, K=K, **tile.constants())
+    if B > 1:
+        both = F.linear(_normalised(x, norm, eps), weight)
+        launch(swiglu_kernel, (B, blocks(N, COLUMNS)), both, out, N, COLUMNS=COLUMNS)
+        return
+    tile = Tile(min(2048, padded(K)), 1, 4)
+    given = (weight, x, norm, out, N, eps)
+    launch_early(swiglu_product_kernel, tile.grid(N), *given, K=K, **tile.constants())
 
 
 def blend(
     weight: Tensor, x: Tensor, together: Tensor, gates: Tensor, h: Tensor, convex: bool
 ) -> None:
-    """h += the interpolation of both branches, with zeta = weight x.
+    """h += the interpolation of both branches, with zeta = weight silu(x).
 
     Args:
         weight: `[D, rank]`.
@@ -220,11 +244,11 @@ def blend(
         h: `[B, D]`, the residual stream, updated in place.
         convex: whether the interpolation is convex.
     """
-    N, K = weight.shape
-    B = x.shape[0]
-    tile = _tile(N, K, B)
+    (N, K), B = weight.shape, x.shape[0]
+    rows, batch, grid = _small_tile(N, B)
+    sizes = {"K": K, "COLUMNS": padded(K, LEAST), "ROWS": rows, "BATCH": batch, "CONVEX": convex}
     given = (weight, x, together, gates, h, N, B, together.stride(0))
-    launch(blend_kernel, tile.grid(N, B), *given, K=K, CONVEX=convex, **tile.constants())
+    launch_early(blend_kernel, grid, *given, **sizes)
 
 
 def gated_product(
@@ -248,12 +272,46 @@ def gated_product(
         added: `[B, N]`, may be `out`; None means zero.
     """
     (N, D), B, K = weight.shape, o.shape[0], norm.shape[0]
-    tile = _tile(N, D, B)
+    if B > 1:
+        columns = max(K, min(1024, padded(D)))
+        x = out.new_empty(B, D)
+        given = (o, norm, gate, x, D, gate.stride(0), eps)
+        launch_early(gated_norm_kernel, (blocks(D, columns), B), *given, K=K, COLUMNS=columns)
+        _multiply(weight, x, out, added)
+        return
+    tile = _tile(N, D)
     constants = tile.constants() | {"COLUMNS": max(K, tile.columns)}
-    strides = gate.stride(0), 0 if added is None else added.stride(0), out.stride(0)
-    given = (weight, o, norm, gate, added, out, N, B, *strides, eps)
+    given = (weight, o, norm, gate, added, out, N, eps)
     flags = {"HAS_ADDED": added is not None}
-    launch(gated_product_kernel, tile.grid(N, B), *given, D=D, K=K, **constants, **flags)
+    launch_early(gated_product_kernel, tile.grid(N), *given, D=D, K=K, **constants, **flags)
+
+
+def _multiply(weight: Tensor, x: Tensor, out: Tensor, added: Tensor | None) -> None:
+    """out = weight x + added, for the vectors of a batch."""
+    (N, K), B = weight.shape, x.shape[0]
+    if added is not None:
+        torch.addmm(added, x, weight.T, out=out)
+    elif K > SMALL:
+        torch.mm(x, weight.T, out=out)
+    else:
+        rows, batch, grid = _small_tile(N, B)
+        sizes = {"K": K, "PADDED": padded(K, LEAST), "ROWS": rows, "BATCH": batch}
+        launch_early(
+            products_kernel, grid, weight, x, out, N, B, x.stride(0), out.stride(0), **sizes
+        )
+
+
+def _normalised(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """x `[B, K]`, contiguous, of unit root mean square, scaled by norm `[K]`."""
+    out, (B, K) = torch.empty_like(x), x.shape
+    launch_early(norm_kernel, (B,), x, norm, out, eps, K=K, COLUMNS=padded(K), num_warps=8)
+    return out
+
+
+def _small_tile(N: int, B: int) -> tuple[int, int, tuple[int, int]]:
+    """Rows of a small weight and of a batch that a program takes, and the programs."""
+    rows, batch = (8, 1) if B == 1 else (LEAST, min(64, padded(B, LEAST)))
+    return rows, batch, (blocks(N, rows), blocks(B, batch))
 
 
 @dataclass(frozen=True)
@@ -263,37 +321,29 @@ class Tile:
     Attributes:
         columns: of the weight, read at a time.
         rows: of the weight.
-        batch: rows of the batch.
         warps: of the program.
-        stages: tiles that are loaded ahead.
     """
 
     columns: int
     rows: int
-    batch: int
     warps: int
-    stages: int = 3
 
-    def grid(self, N: int, B: int) -> tuple[int, int]:
-        """The programs for N rows of the weight and B of the batch."""
-        return blocks(N, self.rows), blocks(B, self.batch)
+    def grid(self, N: int) -> tuple[int]:
+        """The programs for N rows of the weight."""
+        return (blocks(N, self.rows),)
 
     def constants(self) -> dict[str, int]:
         """The constants of a launch."""
-        sizes = {"COLUMNS": self.columns, "ROWS": self.rows, "BATCH": self.batch}
-        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+        return {"COLUMNS": self.columns, "ROWS": self.rows, "num_warps": self.warps}
 
 
-def _tile(N: int, K: int, B: int) -> Tile:
-    """The tile of a product; for one row the fastest of a few on an H200 for the sizes of the 1.3b
-    preset."""
-    if B > 1:
-        batch = min(MOST, padded(B, LEAST))
-        return Tile(min(128, padded(K, LEAST)), 32 if N > 4096 else LEAST, batch, 4, 4)
+def _tile(N: int, K: int) -> Tile:
+    """The tile of a product with one vector: the fastest of a few on an H200 for the sizes of the
+    1.3b preset."""
     if K <= 512:
-        return Tile(padded(K), 8, 1, 4)
+        return Tile(padded(K), 8, 4)
     if N <= 512:
-        return Tile(min(2048, padded(K)), 1, 1, 4)
+        return Tile(min(2048, padded(K)), 1, 4)
     if K > 4096:
-        return Tile(1024, 1, 1, 2)
-    return Tile(1024, 4 if N > 4096 else 2, 1, 4)
+        return Tile(1024, 1, 2)
+    return Tile(1024, 4 if N > 4096 else 2, 4)

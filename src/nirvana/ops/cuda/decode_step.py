@@ -13,22 +13,25 @@ import triton.language as tl
 from torch import Tensor
 
 from nirvana.ops.cuda.decode_products import gated_product
-from nirvana.ops.cuda.launch import blocks, launch, padded
+from nirvana.ops.cuda.launch import LEAST, before, blocks, launch_early, padded
 
 UNIT_EPS = tl.constexpr(1e-6)
 """Epsilon of the unit length of q and k, and of the Trigger's normalisation."""
 KEYS = 64
-"""Slots of the ring buffer that a program of the attention reads."""
+"""Slots of the ring buffer that a program of the attention reads at a time."""
+PROGRAMS = 1056
+"""Programs of the attention from which on each reads several times: eight a multiprocessor."""
 NEVER = tl.constexpr(-1e30)
 """The largest score of a program that has none."""
 
 
 @triton.jit
-def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr):
+def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr, EARLY: tl.constexpr):
     """The convolution of one head of q, k or v, SiLU, unit length of q (over sqrt(K)) and k."""
     head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = head * K + tl.arange(0, K)
     x, state, mixed = x + b * X, state + b * 9 * H * K, mixed + b * 3 * H * K
+    before(EARLY)
     x0, x1 = tl.load(x + c), tl.load(state + c * 3 + 2)
     x2, x3 = tl.load(state + c * 3 + 1), tl.load(state + c * 3)
     a = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
@@ -47,13 +50,15 @@ def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr):
 
 @triton.jit
 def delta_kernel(
-    x, mixed, A_log, dt_bias, state, o, H, X, K: tl.constexpr, COLUMNS: tl.constexpr
+    x, mixed, A_log, dt_bias, state, o, H, X, K: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The gated delta rule for some columns of one head's state; columns are independent."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     x, mixed, o, state = x + b * X, mixed + b * 3 * H * K, o + b * H * K, state + b * H * K * K
     D, i, j = H * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     places = state + head * K * K + i[:, None] * K + j[None, :]
+    before(EARLY)
     S = tl.load(places)
     q, k = tl.load(mixed + head * K + i), tl.load(mixed + D + head * K + i)
     v = tl.load(mixed + 2 * D + head * K + j)
@@ -71,59 +76,82 @@ def delta_kernel(
 
 @triton.jit
 def low_rank_kernel(
-    x, factors, up, q, keys, values, count, SLOTS, D, RANK, X,
-    K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    x, factors, up, q, keys, values, count, B, SLOTS, D, RANK, X,
+    K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    x, factors, q, count = x + b * X, factors + b * X, q + b * D, count + b
-    keys, values = keys + b * SLOTS * D, values + b * SLOTS * D
+    """Adds the low-rank terms; a text's key and value go to their slot."""
+    b = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part, r = tl.program_id(1), tl.arange(0, PADDED)
     tile = up + (part * RANK + r)[:, None] * D + c[None, :]
-    tile = tl.load(tile, (r < RANK)[:, None] & (c < D)[None, :], 0.0).to(tl.float32)
-    factor = tl.load(factors + part * RANK + r, r < RANK, 0.0).to(tl.float32)
-    y = tl.load(x + part * D + c, c < D, 0.0).to(tl.float32) + tl.sum(factor[:, None] * tile, 0)
-    place = (tl.load(count) % SLOTS).to(tl.int32)
-    ring = ((c // K).to(tl.int64) * SLOTS + place) * K + c % K
+    tile = tl.load(tile, (r < RANK)[:, None] & (c < D)[None, :], 0.0)
+    before(EARLY)
+    row, some = b[:, None].to(tl.int64), (b < B)[:, None]
+    factor = factors + row * X + (part * RANK + r)[None, :]
+    factor = tl.load(factor, some & (r < RANK)[None, :], 0.0)
+    real = some & (c < D)[None, :]
+    y = tl.dot(factor, tile, input_precision="ieee")
+    y += tl.load(x + row * X + (part * D + c)[None, :], real, 0.0).to(tl.float32)
+    place = (tl.load(count + b, b < B, 0) % SLOTS)[:, None]
+    ring = row * D * SLOTS + ((c // K)[None, :] * SLOTS + place) * K + (c % K)[None, :]
     if part == 0:
-        tl.store(q + c, y, c < D)
+        tl.store(q + row * D + c[None, :], y, real)
     elif part == 1:
-        tl.store(keys + ring, y, c < D)
+        tl.store(keys + ring, y, real)
     else:
-        tl.store(values + ring, y, c < D)
+        tl.store(values + ring, y, real)
 
 
 @triton.jit
 def attention_kernel(
-    q, keys, values, count, o, most, total, SLOTS, scale, K: tl.constexpr, KEYS: tl.constexpr
+    q, keys, values, count, o, most, total, done, out, SLOTS, SPLITS, scale,
+    K: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    head, split = b * tl.num_programs(0) + tl.program_id(0), tl.program_id(1)
-    n, i = split * KEYS + tl.arange(0, KEYS), tl.arange(0, K)
-    real = (n < SLOTS) & (n <= tl.load(count + b))
-    near = (head * SLOTS + n)[:, None] * K + i[None, :]
-    k = tl.load(keys + near, real[:, None], 0.0).to(tl.float32)
-    v = tl.load(values + near, real[:, None], 0.0).to(tl.float32)
-    score = tl.sum(k * tl.load(q + head * K + i).to(tl.float32)[None, :], 1) * scale
-    score = tl.where(real, score, float("-inf"))
-    top = tl.maximum(tl.max(score, 0), NEVER)
-    p = tl.exp(score - top)
-    at = head * tl.num_programs(1) + split
-    tl.store(most + at, top)
-    tl.store(total + at, tl.sum(p, 0))
-    tl.store(o + at * K + i, tl.sum(p[:, None] * v, 0))
+    """The attention of one head to some of its slots, by tensor cores: the first row of ROWS is the
+    query, the others are zeros. The last of a head's programs combines what all of them found."""
+    split, i = tl.program_id(1), tl.arange(0, K)
+    head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    before(EARLY)
+    query = tl.where((row == 0)[:, None], tl.load(q + head * K + i)[None, :], 0.0)
+    query = query.to(keys.dtype.element_ty)
+    length = tl.minimum(tl.load(count + tl.program_id(2)) + 1, SLOTS).to(tl.int32)
+    first = split * (KEYS * TILES)
+    top, sums = tl.full((ROWS,), NEVER, tl.float32), tl.zeros((ROWS,), tl.float32)
+    y = tl.zeros((ROWS, K), tl.float32)
+    for start in range(first, tl.minimum(first + KEYS * TILES, length), KEYS):
+        n = start + tl.arange(0, KEYS)
+        near = (head * SLOTS + n)[:, None] * K + i[None, :]
+        k = tl.load(keys + near, (n < length)[:, None], 0.0)
+        v = tl.load(values + near, (n < length)[:, None], 0.0)
+        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where((n < length)[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        p, shrink = tl.exp(score - higher[:, None]), tl.exp(top - higher)
+        sums = sums * shrink + tl.sum(p, 1)
+        y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+        top = higher
+    at = head * SPLITS + split
+    tl.store(most + at + row, top, row == 0)
+    tl.store(total + at + row, sums, row == 0)
+    tl.store(o + at * K + row[:, None] * K + i[None, :], y, (row == 0)[:, None])
+    tl.debug_barrier()
+    if tl.atomic_add(done + head, 1) == SPLITS - 1:
+        tl.store(out + head * K + i, _combined(o, most, total, head, SPLITS, K, PADDED))
+        tl.store(done + head, 0)
 
 
 @triton.jit
-def combine_kernel(o, most, total, out, SPLITS, K: tl.constexpr, PADDED: tl.constexpr):
-    head = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+def _combined(o, most, total, head, SPLITS, K: tl.constexpr, PADDED: tl.constexpr):
+    """A head's attention from that of its programs."""
     s, i = tl.arange(0, PADDED), tl.arange(0, K)
-    largest = tl.max(tl.load(most + head * SPLITS + s, s < SPLITS, NEVER), 0)
-    for first in range(PADDED, SPLITS, PADDED):
+    largest = tl.full((), NEVER, tl.float32)
+    for first in range(0, SPLITS, PADDED):
         at = first + s
-        largest = tl.maximum(
-            largest, tl.max(tl.load(most + head * SPLITS + at, at < SPLITS, NEVER), 0)
-        )
+        here = tl.load(most + head * SPLITS + at, at < SPLITS, NEVER)
+        largest = tl.maximum(largest, tl.max(here, 0))
     length, sums = tl.zeros((), tl.float32), tl.zeros((K,), tl.float32)
     for first in range(0, SPLITS, PADDED):
         at = head * SPLITS + first + s
@@ -132,22 +160,25 @@ def combine_kernel(o, most, total, out, SPLITS, K: tl.constexpr, PADDED: tl.cons
         length += tl.sum(share * tl.load(total + at, real, 0.0), 0)
         parts = tl.load(o + at[:, None] * K + i[None, :], real[:, None], 0.0)
         sums += tl.sum(share[:, None] * parts, 0)
-    tl.store(out + head * K + i, sums / length)
+    return sums / length
 
 
 @triton.jit
 def project_kernel(
-    task, bank, U, C, CR, X, PADDED: tl.constexpr, COLUMNS: tl.constexpr
+    task, bank, U, B, C, CR, X, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    task, U = task + b * X, U + b * 2 * CR
+    """The bank times the task query and the task key of each text, which are rows."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c, i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, PADDED)
+    at = (row // 2).to(tl.int64) * X + (row % 2) * C
     tile = bank + i[:, None] * CR + c[None, :]
-    tile = tl.load(tile, (i < C)[:, None] & (c < CR)[None, :], 0.0).to(tl.float32)
-    q = tl.load(task + i, i < C, 0.0).to(tl.float32)
-    k = tl.load(task + C + i, i < C, 0.0).to(tl.float32)
-    tl.store(U + c, tl.sum(q[:, None] * tile, 0), c < CR)
-    tl.store(U + CR + c, tl.sum(k[:, None] * tile, 0), c < CR)
+    tile = tl.load(tile, (i < C)[:, None] & (c < CR)[None, :], 0.0)
+    before(EARLY)
+    x = tl.load(task + at[:, None] + i[None, :], (row < 2 * B)[:, None] & (i < C)[None, :], 0.0)
+    y = tl.dot(x.to(tile.dtype), tile, input_precision="ieee")
+    place = row[:, None].to(tl.int64) * CR + c[None, :]
+    tl.store(U + place, y, (row < 2 * B)[:, None] & (c < CR)[None, :])
 
 
 @triton.jit
@@ -162,7 +193,7 @@ def _normalised(z, C, real):
 def trigger_kernel(
     task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R, X, H_TASK,
     PC: tl.constexpr, PR: tl.constexpr, START: tl.constexpr, EXACT: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, GATES: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, GATES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     task, U, fast = task + b * X, U + b * 2 * C * R, fast + b * 4 * R
@@ -176,6 +207,7 @@ def trigger_kernel(
     gain = tl.load(gain + cr, both, 0.0).to(tl.float32)
     bias = tl.load(bias + cr, both, 0.0).to(tl.float32)
     shift = tl.load(shift + cr, both, 0.0).to(tl.float32)
+    before(EARLY)
     U_q, U_k = tl.load(U + cr, both, 0.0), tl.load(U + C * R + cr, both, 0.0)
     q = tl.load(task + c, real, 0.0).to(tl.float32)
     k = tl.load(task + C + c, real, 0.0).to(tl.float32)
@@ -253,9 +285,9 @@ def linear(
     """
     B, H, K, _ = state.shape
     D, (mixed, o), X = H * K, scratch, x.stride(0)
-    launch(mix_kernel, (3 * H, B), x, conv_state, conv_weight, mixed, H, X, K=K, num_warps=1)
+    launch_early(mix_kernel, (3 * H, B), x, conv_state, conv_weight, mixed, H, X, K=K, num_warps=1)
     given, columns = (x, mixed, A_log, dt_bias, state, o, H, X), min(K, 32)
-    launch(delta_kernel, (H, K // columns, B), *given, K=K, COLUMNS=columns, num_warps=4)
+    launch_early(delta_kernel, (H, K // columns, B), *given, K=K, COLUMNS=columns, num_warps=4)
     gated_product(weight, o, norm, x[:, 3 * D :], eps, out, added)
 
 
@@ -285,25 +317,29 @@ def window(
     """
     B, H, slots, K = keys.shape
     _, rank, D = up.shape
-    columns = 64
-    sizes = {"K": K, "PADDED": padded(rank), "COLUMNS": columns}
-    given = (x, factors, up, scratch["q"], keys, values, count, slots, D, rank)
-    given = (*given, x.stride(0))
-    launch(low_rank_kernel, (blocks(D, columns), 3, B), *given, **sizes)
-    parts = (scratch["o"], scratch["most"], scratch["total"])
-    splits = blocks(slots, KEYS)
-    given = (scratch["q"], keys, values, count, *parts, slots, K**-0.5)
-    launch(attention_kernel, (H, splits, B), *given, K=K, KEYS=KEYS)
-    given = (*parts, out, splits)
-    launch(combine_kernel, (H, B), *given, K=K, PADDED=min(64, padded(splits)))
+    rows, tiles = min(64, padded(B, LEAST)), _tiles(B * H, slots)
+    sizes = {"K": K, "PADDED": padded(rank, LEAST), "COLUMNS": 64, "ROWS": rows}
+    given = (x, factors, up, scratch["q"], keys, values, count, B, slots, D, rank, x.stride(0))
+    launch_early(low_rank_kernel, (blocks(D, 64), 3, blocks(B, rows)), *given, **sizes)
+    splits = blocks(slots, KEYS * tiles)
+    parts = (scratch[name] for name in ("o", "most", "total", "done"))
+    given = (scratch["q"], keys, values, count, *parts, out, slots, splits, K**-0.5)
+    sizes = {"K": K, "KEYS": KEYS, "TILES": tiles, "ROWS": LEAST, "PADDED": min(64, padded(splits))}
+    launch_early(attention_kernel, (H, splits, B), *given, **sizes, num_stages=3)
+
+
+def _tiles(heads: int, slots: int) -> int:
+    """Tiles of `KEYS` keys that a program of the attention reads, for heads in all texts."""
+    return max(1, min(blocks(slots, KEYS), heads * blocks(slots, KEYS) // PROGRAMS))
 
 
 def window_scratch(keys: Tensor) -> dict[str, Tensor]:
     """Allocates the scratch memory of `window`, for keys `[B, H, slots, K]`."""
     B, H, slots, K = keys.shape
-    parts = B * H * blocks(slots, KEYS)
+    parts = B * H * blocks(slots, KEYS * _tiles(B * H, slots))
     o, most, total = (keys.new_empty(parts * n, dtype=torch.float32) for n in (K, 1, 1))
-    return {"q": keys.new_empty(B, H * K), "o": o, "most": most, "total": total}
+    done = keys.new_zeros(B * H, dtype=torch.int32)
+    return {"q": keys.new_empty(B, H * K), "o": o, "most": most, "total": total, "done": done}
 
 
 def trigger(
@@ -336,15 +372,11 @@ def trigger(
     """
     weight, gain, bias, shift = bank
     (C, R), B, X = gain.shape, task.shape[0], task.stride(0)
-    pads, columns = {"PC": padded(C), "PR": padded(R)}, 64
-    launch(
-        project_kernel,
-        (blocks(C * R, columns), B),
-        *(task, weight, U, C, C * R, X),
-        PADDED=pads["PC"],
-        COLUMNS=columns,
-    )
+    pads, columns, rows = {"PC": padded(C), "PR": padded(R)}, 64, min(64, padded(2 * B, LEAST))
+    sizes = {"PADDED": padded(C, LEAST), "ROWS": rows, "COLUMNS": columns}
+    grid = blocks(C * R, columns), blocks(2 * B, rows)
+    launch_early(project_kernel, grid, task, weight, U, B, C, C * R, X, **sizes)
     flags = {"START": start, "EXACT": exact, "HAS_MEMORY": memory is not None}
     given = (task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R)
     given = (*given, X, h_task.stride(0))
-    launch(trigger_kernel, (B,), *given, **pads, **flags, GATES=gate_weight.shape[0])
+    launch_early(trigger_kernel, (B,), *given, **pads, **flags, GATES=gate_weight.shape[0])
