@@ -38,13 +38,14 @@ def bits_per_byte(
 def needles(
     model: Any, tokenizer: Any, lengths: Sequence[int], number: int, haystack: Path
 ) -> dict[str, float]:
-    """Accuracy of S-NIAH 1 and 2 at each length."""
+    """Accuracy of S-NIAH 1 and 2 at each length; problems are read whole and together."""
     encode, found = text_encoder(tokenizer), {}
     for length in lengths:
         for task in (1, 2):
             texts = read_documents(haystack)
             problems = make_niah(task, encode, tokenizer.bos_token_id, length, number, texts)
-            found[f"{task} at {length}"] = answer_all(model, problems).accuracy
+            recall = answer_all(model, problems, piece=length, batch_size=number)
+            found[f"{task} at {length}"] = recall.accuracy
     return found
 
 
@@ -66,29 +67,47 @@ def problem(kind: str, dice: random.Random) -> tuple[str, str]:
     )
 
 
-@torch.no_grad()
 def generated(model: Any, tokenizer: Any, number: int) -> dict[str, float]:
     """The share of problems of each kind that greedy generation answers exactly, after `SHOTS`
     examples."""
     encode, found = text_encoder(tokenizer), {}
     for kind in KINDS:
-        dice, right = random.Random(0), 0
+        dice = random.Random(0)
+        prompts, answers = [], []
         for _ in range(number):
             examples = [problem(kind, dice) for _ in range(SHOTS)]
             question, answer = problem(kind, dice)
-            text = "".join(q + a for q, a in examples) + question
-            tokens = torch.tensor([[tokenizer.bos_token_id, *encode([text])[0]]])
-            room = len(encode([answer])[0]) + 2
-            out = model.generate(
-                tokens.to(model.device),
-                attention_mask=torch.ones_like(tokens).to(model.device),
-                max_new_tokens=room,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            )
-            right += tokenizer.decode(out[0, tokens.shape[1] :]).startswith(answer.rstrip("\n"))
-        found[kind] = right / number
+            prompts.append("".join(q + a for q, a in examples) + question)
+            answers.append(answer)
+        room = max(map(len, encode(answers))) + 2
+        rows = [[tokenizer.bos_token_id, *ids] for ids in encode(prompts)]
+        texts = tokenizer.batch_decode(continued(model, rows, room))
+        right = [
+            text.startswith(answer.rstrip("\n"))
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        found[kind] = sum(right) / number
     return found
+
+
+@torch.no_grad()
+def continued(model: Any, rows: Sequence[Sequence[int]], number: int) -> Tensor:
+    """The `number` tokens that greedily follow each row; rows are read together, padded at their
+    start. After the end of a text comes padding."""
+    length = max(map(len, rows))
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :] = torch.tensor(row)
+        mask[i, length - len(row) :] = 1
+    out = model.generate(
+        tokens.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=number,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[:, length:].cpu()
 
 
 @torch.no_grad()

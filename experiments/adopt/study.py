@@ -1,10 +1,12 @@
 """Distils the adopted models and measures them; every finished model is one row of results.
 
 python -m experiments.adopt.prepare --teacher SMOLLM2.gguf --data DATA
-python -m experiments.adopt.study --teacher SMOLLM2.gguf --data DATA
+python -m experiments.adopt.study --data DATA --minutes 9     # what is missing, in this time
 """
 
 import argparse
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from experiments.adopt import measure
-from experiments.adopt.prepare import DOMAINS, FOLDER
+from experiments.adopt.prepare import DOMAINS, FOLDER, TEACHER
 from experiments.common.program import make_parser
 from experiments.common.results import append_row, read_rows
 from nirvana.bench.measure import environment
@@ -32,29 +34,40 @@ MILLIONS = (10, 50, 200)
 SHARES = {"attention": 0.3, "logits": 0.6, "context": 0.1}
 """Of the tokens of a budget, by stage."""
 RATES = {"attention": 1e-3, "logits": 3e-4, "context": 1e-4}
+MEASURED = ("domains", "documents", "lengths", "costs", "problems", "tasks", "compile")
+"""The options that a row records."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    check_outputs({"--out": options.out, "--runs": options.runs}, [options.teacher, options.data])
+    inputs = [options.data, options.prepared / "models", options.prepared / "shards"]
+    check_outputs({"--out": options.out, "--runs": options.runs}, inputs)
     device = choose_device(options.device)
-    models: dict[str, tuple[Path | None, int]] = {"teacher": (None, 0)}
-    models |= {name: (options.prepared / "models" / name, 0) for name in ("window", "both")}
-    for tokens in options.tokens:
-        for name in ("both", "linear"):
-            models[f"{name}, {tokens:,} tokens"] = (options.prepared / "models" / name, tokens)
+    end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    models = [(TEACHER, 0), ("window", 0)]
+    models += [(branches, tokens) for tokens in options.tokens for branches in ("both", "linear")]
+    models += [("both", 0)]  # the teacher with the window once more, a check
     there = {row["model"] for row in read_rows(options.out)}
-    for name, (folder, tokens) in models.items():
-        if name not in there:
-            found = folder if folder is None or not tokens else _distilled(folder, tokens, options)
-            append_row(options.out, _row(name, found, tokens, device, options))
-            print(f"{name}: measured", flush=True)
+    for branches, tokens in models:
+        name = f"{branches}, {tokens:,} tokens" if tokens else branches
+        if name in there:
+            continue
+        if end is not None and time.monotonic() > end:
+            print(f"{name}: no time is left", flush=True)
+            break
+        began = time.monotonic()
+        folder, stages = options.prepared / "models" / branches, []
+        if tokens:
+            folder, stages = _distilled(folder, tokens, options)
+        print(f"{name}: to be measured, after {time.monotonic() - began:.0f} s", flush=True)
+        row = {"model": name, "branches": branches, "tokens": tokens, "stages": stages}
+        append_row(options.out, row | _measured(folder, tokens, device, options))
+        print(f"{name}: measured, after {time.monotonic() - began:.0f} s", flush=True)
     return 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("experiments.adopt.study", __doc__)
-    parser.add_argument("--teacher", type=Path, required=True, help="a folder or a .gguf file")
     parser.add_argument("--data", type=Path, required=True, help="with text/DOMAIN/test.jsonl.xz")
     parser.add_argument("--prepared", type=Path, default=FOLDER, help="folder of prepare")
     parser.add_argument("--runs", type=Path, default=FOLDER / "runs", help="folder to write")
@@ -64,26 +77,37 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048, help="twice as long in stage three")
     parser.add_argument("--rows", type=int, default=8, help="of a micro batch")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
-    parser.add_argument("--documents", type=int, help="of a domain at most")
+    parser.add_argument("--documents", type=int, default=16, help="of a domain at most")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--costs", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--problems", type=int, default=100)
     parser.add_argument("--tasks", nargs="*", default=[], help="of nirvana eval --tasks")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="distillation, on a GPU",
+    )
+    parser.add_argument("--minutes", type=float, help="begin no model later")
+    parser.add_argument("--commit", help="of the code, for the record, where there is no git")
     return parser.parse_args(arguments)
 
 
-def _distilled(initial: Path, tokens: int, options: argparse.Namespace) -> Path:
-    """The model after all stages; runs that are there are resumed."""
-    before = initial
+def _distilled(
+    initial: Path, tokens: int, options: argparse.Namespace
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The model after all stages, and the settings and last figures of each; runs that are there
+    are resumed."""
+    before, stages = initial, []
     for number, (stage, share) in enumerate(SHARES.items(), start=1):
         out = options.runs / f"{initial.name}-{tokens}-{number}"
+        length = options.context * (2 if stage == "context" else 1)
+        rows = max(1, options.rows * options.context // length)
+        steps = max(1, round(share * tokens / (rows * length)))
         if not (out / "model").is_dir():
-            length = options.context * (2 if stage == "context" else 1)
-            rows = max(1, options.rows * options.context // length)
-            steps = max(1, round(share * tokens / (rows * length)))
             settings: dict[str, Any] = {
-                "distill.teacher": options.teacher,
+                "distill.teacher": options.prepared / "models" / TEACHER,
                 "distill.stage": stage,
                 "data.context_length": length,
                 "data.batch_size": rows,
@@ -97,6 +121,9 @@ def _distilled(initial: Path, tokens: int, options: argparse.Namespace) -> Path:
                 "run.steps": steps,
                 "run.device": options.device,
                 "run.export_precision": "float32",
+                "run.compile": str(options.compile).lower(),
+                "run.checkpoint_interval": 0,  # at its end, or where it is interrupted
+                "run.keep_checkpoints": 1,
             }
             overrides = [f"--{name}={value}" for name, value in settings.items()]
             overrides += [f"--data.train.{x}={_shards(options, x)}" for x in options.domains]
@@ -104,7 +131,10 @@ def _distilled(initial: Path, tokens: int, options: argparse.Namespace) -> Path:
             if not outcome.finished:
                 raise KeyboardInterrupt
         before = out / "model"
-    return before
+        last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        about = {"stage": stage, "rows": rows, "context": length, "lr": RATES[stage]}
+        stages.append({**about, "steps": steps, "last": last})
+    return before, stages
 
 
 def _config(options: argparse.Namespace) -> Path:
@@ -121,34 +151,49 @@ def _shards(options: argparse.Namespace, domain: str) -> Path:
     return options.prepared / "shards" / domain
 
 
-def _row(
-    name: str, folder: Path | None, tokens: int, device: torch.device, options: argparse.Namespace
+def _measured(
+    folder: Path, tokens: int, device: torch.device, options: argparse.Namespace
 ) -> dict[str, Any]:
+    """What is measured of a model, and all that a reader must know of how."""
+    began = time.monotonic()
     tokenizer = load_tokenizer(options.prepared / "models" / "both")
-    if folder is None:
-        model: Any = load_teacher(options.teacher).model
-    else:
-        model, _ = load_language_model(folder)
+    adopted = folder.name != TEACHER
+    model: Any = load_language_model(folder)[0] if adopted else load_teacher(folder).model
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     nn.Module.to(model, device, dtype)
     texts = {each: options.data / "text" / each / "test.jsonl.xz" for each in options.domains}
     haystack = texts[options.domains[0]]
-    corpus = sum(TokenShards(_shards(options, each)).num_tokens for each in options.domains)
-    row: dict[str, Any] = {"model": name, "tokens": tokens, "epochs": tokens / corpus}
-    row["bits per byte"] = measure.bits_per_byte(model, tokenizer, texts, options.documents)
-    row["niah"] = measure.needles(model, tokenizer, options.lengths, options.problems, haystack)
-    row["generated"] = measure.generated(model, tokenizer, options.problems)
+    corpus = {each: TokenShards(_shards(options, each)).num_tokens for each in options.domains}
+    row: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "window": model.config.sliding_window if adopted else None,
+        "sinks": model.config.num_sinks if adopted else None,
+        "corpus": corpus,
+        "epochs": tokens / sum(corpus.values()),
+        "settings": {name: getattr(options, name) for name in MEASURED},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    seconds: dict[str, float] = {}
+
+    def put(name: str, value: Any) -> None:
+        row[name], seconds[name] = value, time.monotonic() - began - sum(seconds.values())
+
+    put("bits per byte", measure.bits_per_byte(model, tokenizer, texts, options.documents))
+    put("niah", measure.needles(model, tokenizer, options.lengths, options.problems, haystack))
+    put("generated", measure.generated(model, tokenizer, options.problems))
     if options.tasks:
         from nirvana.evaluate.harness import run_tasks
 
         found = run_tasks(model, tokenizer, options.tasks, [], None, options.problems)
-        row["tasks"] = {task: each["figures"] for task, each in found.items()}
-    if folder is not None:
+        put("tasks", {task: each["figures"] for task, each in found.items()})
+    if adopted:
         text, _ = next(TokenShards(_shards(options, options.domains[0])).documents(1))
         ids = torch.from_numpy(text[: options.context])[None].to(device)
-        row["linear shares"] = measure.linear_shares(model, ids)
-    row["generation"] = measure.generation_costs(model, options.costs, 16)
-    return {**row, "environment": environment(device)}
+        put("linear shares", measure.linear_shares(model, ids))
+    put("generation", measure.generation_costs(model, options.costs, 16))
+    about = environment(device)
+    about["commit"] = about["commit"] or options.commit
+    return {**row, "seconds": seconds, "environment": about}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Needles and associative recall: whoever reads the context finds the answers, others do not."""
 
+import numpy as np
 import pytest
 
 from nirvana.data.tokenizer import text_encoder
 from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import NOISE, make_niah
-from nirvana.evaluate.recall import Recall, answer, answer_all
+from nirvana.evaluate.recall import Problem, Recall, answer_all
 
 TEXT = " ".join(f"On day {i} the keeper of house {7 * i} wrote a letter." for i in range(900))
 
@@ -62,8 +63,22 @@ def test_a_short_window_finds_only_near_needles(needles, inductor):
 def test_pieces_change_nothing(needles, inductor, tokenizer):
     model = inductor(window=400)
     problems = needles(2, 800, 6)
+    whole = answer_all(model, problems)
+    assert 0 < whole.accuracy < 1
     for piece in (1, 7, 64):
-        assert [answer(model, p, piece) for p in problems] == [answer(model, p) for p in problems]
+        assert answer_all(model, problems, piece) == whole
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 9])
+def test_problems_are_read_together_as_alone(small_model, batch_size):
+    model = small_model()
+    dice = np.random.default_rng(0)
+    rows = [dice.integers(0, 5, length).tolist() for length in (40, 9, 40, 23, 40)]
+    problems = [Problem(row, [(at, at + 1) for at in range(3, len(row))]) for row in rows]
+    alone = answer_all(model, problems)
+    assert alone.accuracy > 0
+    for piece in (2048, 30):
+        assert answer_all(model, problems, piece, batch_size) == alone
 
 
 def test_problems_are_of_their_seed(needles):

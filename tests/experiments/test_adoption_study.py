@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.adopt import measure, prepare, study
 from experiments.common.results import read_rows
+from nirvana.data.shards import TokenShards
 from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
 from nirvana.model.adopt import adopt
 from nirvana.model.assets import load_language_model
@@ -46,19 +47,26 @@ def place(tmp_path_factory):
 
 
 def test_the_study_runs(place, monkeypatch):
-    given = ["--teacher", str(place / "teacher"), "--data", str(place / "data")]
-    given += ["--domains", "law"]
+    given = ["--data", str(place / "data"), "--domains", "law"]
     prepared = place / "prepared"
-    prepare.main([*given, "--out", str(prepared), "--window", "16", "--workers", "1"])
+    source = ["--teacher", str(place / "teacher"), "--window", "16", "--megabytes", "0.02"]
+    prepare.main([*given, *source, "--out", str(prepared)])
+    assert 0.02e6 <= TokenShards(prepared / "shards" / "law").bytes.sum() < 0.025e6
     sizes = "--tokens 1500 --context 64 --rows 2 --documents 2 --lengths 140 --costs 8 48"
     sizes += " --problems 2 --device cpu"
     arguments = [*given, "--prepared", str(prepared), "--runs", str(place / "runs")]
     arguments += ["--out", str(place / "rows.jsonl"), *sizes.split()]
-    study.main(arguments)
+    study.main([*arguments, "--minutes", "0"])
+    assert read_rows(place / "rows.jsonl") == []
+    study.main([*arguments, "--commit", "of the test"])
     rows = {row["model"]: row for row in read_rows(place / "rows.jsonl")}
     distilled = {"both, 1,500 tokens", "linear, 1,500 tokens"}
     assert set(rows) == {"teacher", "window", "both"} | distilled
+    assert [*rows][:2] == ["teacher", "window"]
     for row in rows.values():
+        assert row["environment"]["commit"]
+        assert row["epochs"] == row["tokens"] / row["corpus"]["law"]
+        assert [each["stage"] for each in row["stages"]] == [*study.SHARES][: 3 * row["tokens"]]
         assert row["bits per byte"]["law"] > 0
         assert set(row["niah"]) == {"1 at 140", "2 at 140"}
         assert set(row["generated"]) == set(measure.KINDS)
@@ -92,3 +100,17 @@ def test_right_answers_are_found(place, tmp_path):
     adopt(place / "teacher", tmp_path / "out", "both", window=16)
     model, tokenizer = load_language_model(tmp_path / "out")
     assert measure.generated(model, tokenizer, 2) == dict.fromkeys(measure.KINDS, 0.0)
+
+
+@pytest.mark.parametrize("branches", ["window", "both", "linear"])
+def test_rows_continue_together_as_alone(place, tmp_path, branches):
+    adopt(place / "teacher", tmp_path / "out", branches, None if branches == "linear" else 16)
+    model, _ = load_language_model(tmp_path / "out")
+    dice = random.Random(1)
+    rows = [[dice.randrange(3, 90) for _ in range(length)] for length in (1, 7, 30, 19)]
+    together = measure.continued(model, rows, 12)
+    for row, found in zip(rows, together, strict=True):
+        alone = measure.continued(model, [row], 12)[0]
+        # A row that ends before the others is padded.
+        assert found[: len(alone)].equal(alone)
+        assert not found[len(alone) :].any()

@@ -8,6 +8,7 @@ decoding produces it. One forward pass is enough to determine this.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from torch import nn
@@ -42,37 +43,30 @@ class Recall:
         return float(np.std(self.points, ddof=1) / number**0.5) if number > 1 else 0.0
 
 
-def answer(model: nn.Module, problem: Problem, piece: int = PIECE_TOKENS) -> float:
-    """Scores one problem.
-
-    Args:
-        model: a causal language model of transformers, in eval mode.
-        problem: see `Problem`.
-        piece: tokens read at a time; affects memory and rounding only.
-
-    Returns:
-        The fraction of the problem's answers that are right, 0 to 1.
-    """
-    first = min(start for start, _ in problem.answers)
-    ((_, is_argmax),) = token_log_likelihoods(model, [problem.tokens], [first], piece=piece)
-    right = [bool(is_argmax[start - first : stop - first].all()) for start, stop in problem.answers]
-    return sum(right) / len(right)
-
-
-def answer_all(model: nn.Module, problems: Iterable[Problem], piece: int = PIECE_TOKENS) -> Recall:
+def answer_all(
+    model: nn.Module, problems: Iterable[Problem], piece: int = PIECE_TOKENS, batch_size: int = 1
+) -> Recall:
     """Scores a set of problems.
 
     Args:
         model: a causal language model of transformers; put into eval mode.
         problems: at least one.
-        piece: see `answer`.
+        piece: tokens read at a time; affects memory and rounding only.
+        batch_size: problems read together, of those of up to `piece` tokens; affects memory and
+            rounding only.
 
     Returns:
         The score of each problem, and a hash of the problems.
     """
     model.eval()
     points, digest = [], hashlib.sha256()
-    for problem in problems:
-        digest.update(repr((problem.tokens, problem.answers)).encode())
-        points.append(answer(model, problem, piece))
+    left = iter(problems)
+    while group := list(islice(left, batch_size)):
+        rows = [problem.tokens for problem in group]
+        firsts = [min(start for start, _ in problem.answers) for problem in group]
+        found = token_log_likelihoods(model, rows, firsts, batch_size, piece=piece)
+        for problem, first, (_, is_argmax) in zip(group, firsts, found, strict=True):
+            digest.update(repr((problem.tokens, problem.answers)).encode())
+            right = [bool(is_argmax[a - first : b - first].all()) for a, b in problem.answers]
+            points.append(sum(right) / len(right))
     return Recall(points, digest.hexdigest())
