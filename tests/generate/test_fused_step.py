@@ -55,16 +55,18 @@ BATCHES.append(("memory", 70, 1))
 
 @pytest.mark.parametrize(("kind", "rows", "length"), BATCHES)
 def test_tokens_by_kernels(small_model, kind, rows, length):
-    model = small_model(**{**SIZES, **KINDS[kind]}).float()
+    model = small_model(**{**SIZES, **KINDS[kind]})
+    exact, model = Decoder(deepcopy(model), compiled=False), model.float()
     tokens = torch.randint(61, (rows, length + 3))
     # Texts of different lengths have their token in different slots of the ring buffers.
     mask = torch.ones_like(tokens)[:, :length]
     mask[1::2, : length // 3] = 0
     decoder = Decoder(model, compiled=False)
-    decoder.prefill(tokens[:, :length], mask)
+    for each in (exact, decoder):
+        each.prefill(tokens[:, :length], mask)
     step = FusedStep(model, deepcopy(decoder.states), decoder.count.clone())
     for token in tokens[:, length:].split(1, dim=1):
-        expected = decoder.step(token)
-        actual = step(token)
+        expected, plain, actual = exact.step(token), decoder.step(token), step(token)
         step.count += 1
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        # The Trigger amplifies rounding in some texts, by PyTorch's operations just as by ours.
+        assert (actual - expected).norm() < 10 * (plain - expected).norm() + 1e-5 * expected.norm()

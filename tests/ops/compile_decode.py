@@ -30,15 +30,12 @@ POINTERS = {
     torch.int32: "*i32",
 }
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-OPTIONS = {"num_warps", "num_stages", "launch_pdl"}
 compiled = set()
 
 
 def launch(kernel, grid, *args, **constants):
-    """In place of those of `nirvana.ops.cuda.launch`: compiles what they would compile and run."""
-    if "EARLY" in kernel.arg_names:
-        constants |= {"EARLY": True, "launch_pdl": True}
-    options = {name: constants.pop(name) for name in OPTIONS & constants.keys()}
+    """In place of `nirvana.ops.cuda.launch.launch`: compiles what that would compile and run."""
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") & constants.keys()}
     types, fixed, attributes = {}, dict(constants), {}
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if value is None or (type(value) is int and value == 1):
@@ -72,7 +69,7 @@ def spilled(ptx):
 
 def main(name, *batches):
     for module in (decode_step, decode_products):
-        module.launch = module.launch_early = launch
+        module.launch = launch
     with torch.device("meta"):
         model = NirvanaForCausalLM(preset(name, num_hidden_layers=4)).to(torch.bfloat16)
         for batch in map(int, batches):

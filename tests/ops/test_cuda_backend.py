@@ -1,6 +1,8 @@
 """The kernels for half precision on a GPU against the definitions in float64: values, gradients,
 borders, and the invariants of a model in bf16. Skips without a GPU."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -268,14 +270,18 @@ def test_one_graph_a_token_is_the_forward_pass(monkeypatch):
     model = make_model().eval()
     tokens = torch.randint(97, (2, 200))
     torch.set_default_device(None)  # its mode is in the way of the compiler
-    decoder = Decoder(model)
+    decoder, exact = Decoder(model), deepcopy(model).float()
     for length in (130, 70):  # the second text finds the graph of the first
+        text = tokens[:, : length + 40]
         with torch.no_grad():
-            expected = model(tokens[:, : length + 40], use_cache=False).logits[:, length - 1 :]
+            expected, whole = (
+                each(text, use_cache=False).logits[:, length - 1 :] for each in (exact, model)
+            )
         logits = [decoder.prefill(tokens[:, :length])]
         for t in range(length, length + 40):
             logits.append(decoder.step(tokens[:, t : t + 1]).clone())
-        assert relative(torch.stack(logits, 1), expected) < TOLERANCE
+        # In half precision both round, each in its way.
+        assert relative(torch.stack(logits, 1), expected) < 1.5 * relative(whole, expected)
 
 
 def test_gradients_of_a_compiled_model_are_those_of_float32_on_the_cpu():

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nirvana.ops.cuda.launch import LEAST, before, blocks, launch, launch_early, padded
+from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
 from nirvana.ops.cuda.swiglu import COLUMNS, swiglu_kernel
 
 SMALL = 512
@@ -27,7 +27,6 @@ SMALL = 512
 def _product(
     weight, x, norm, row, N, eps,
     K: tl.constexpr, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr, SILU: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """x times rows of weight `[N, K]`; x has unit root mean square and is scaled by norm, where
     there is one, or is silu(x)."""
@@ -37,8 +36,6 @@ def _product(
     for first in tl.static_range(0, K, COLUMNS):
         k = first + tl.arange(0, COLUMNS)
         w = tl.load(start + k[None, :], (row < N)[:, None] & (k < K)[None, :], 0.0)
-        if first == 0:
-            before(EARLY)
         v = tl.load(x + k, k < K, 0.0).to(tl.float32)
         if HAS_NORM:
             squares += v * v
@@ -56,10 +53,10 @@ def _product(
 def product_kernel(
     weight, x, norm, added, out, N, eps,
     K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr, EARLY: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y = _product(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM, False, EARLY)
+    y = _product(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM, False)
     if HAS_ADDED:
         y += tl.load(added + row, row < N, 0.0).to(tl.float32)
     tl.store(out + row, y, row < N)
@@ -68,13 +65,11 @@ def product_kernel(
 @triton.jit
 def _products(
     weight, x, row, b, N, B, X, K: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """x, or silu(x), of each text times rows of weight `[N, K]`."""
     k = tl.arange(0, PADDED)
     w = weight + row[:, None].to(tl.int64) * K + k[None, :]
     w = tl.load(w, (row < N)[:, None] & (k < K)[None, :], 0.0)
-    before(EARLY)
     v = x + b[:, None].to(tl.int64) * X + k[None, :]
     v = tl.load(v, (b < B)[:, None] & (k < K)[None, :], 0.0)
     if SILU:
@@ -87,20 +82,18 @@ def _products(
 def products_kernel(
     weight, x, out, N, B, X, OUT,
     K: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    y = _products(weight, x, row, b, N, B, X, K, PADDED, False, EARLY)
+    y = _products(weight, x, row, b, N, B, X, K, PADDED, False)
     at = out + b[:, None].to(tl.int64) * OUT + row[None, :]
     tl.store(at, y, (b < B)[:, None] & (row < N)[None, :])
 
 
 @triton.jit
-def norm_kernel(x, norm, out, eps, K: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
+def norm_kernel(x, norm, out, eps, K: tl.constexpr, COLUMNS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, COLUMNS)
-    before(EARLY)
     v = tl.load(x + at + k, k < K, 0.0).to(tl.float32)
     y = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
     tl.store(out + at + k, y * tl.load(norm + k, k < K, 0.0).to(tl.float32), k < K)
@@ -109,11 +102,10 @@ def norm_kernel(x, norm, out, eps, K: tl.constexpr, COLUMNS: tl.constexpr, EARLY
 @triton.jit
 def swiglu_product_kernel(
     weight, x, norm, out, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gate = _product(weight, x, norm, row, N, eps, K, COLUMNS, True, False, EARLY)
-    up = _product(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True, False, False)
+    gate = _product(weight, x, norm, row, N, eps, K, COLUMNS, True, False)
+    up = _product(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True, False)
     tl.store(out + row, gate * tl.sigmoid(gate) * up, row < N)
 
 
@@ -121,14 +113,14 @@ def swiglu_product_kernel(
 def blend_kernel(
     weight, x, together, gates, h, N, B, TOGETHER,
     K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
-    CONVEX: tl.constexpr, EARLY: tl.constexpr,
+    CONVEX: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     if BATCH == 1:
-        zeta = _product(weight, x, x, row, N, 0.0, K, COLUMNS, False, True, EARLY)[None, :]
+        zeta = _product(weight, x, x, row, N, 0.0, K, COLUMNS, False, True)[None, :]
     else:
-        zeta = _products(weight, x, row, b, N, B, K, K, COLUMNS, True, EARLY)
+        zeta = _products(weight, x, row, b, N, B, K, K, COLUMNS, True)
     real = (b < B)[:, None] & (row < N)[None, :]
     t = tl.load(gates + 2 * b, b < B, 0.0)[:, None]
     other = 1 - t if CONVEX else tl.load(gates + 2 * b + 1, b < B, 0.0)[:, None]
@@ -154,7 +146,7 @@ def _gated(o, norm, gate, c, D, eps, K: tl.constexpr, COLUMNS: tl.constexpr):
 def gated_product_kernel(
     weight, o, norm, gate, added, out, N, eps,
     D: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    HAS_ADDED: tl.constexpr, EARLY: tl.constexpr,
+    HAS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Rows of weight `[N, D]` times o, every head of unit root mean square, scaled and gated."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -163,8 +155,6 @@ def gated_product_kernel(
     for first in tl.static_range(0, D, COLUMNS):
         c = first + tl.arange(0, COLUMNS)
         w = tl.load(start + c[None, :], (row < N)[:, None] & (c < D)[None, :], 0.0)
-        if first == 0:
-            before(EARLY)
         v = _gated(o, norm, gate, c, D, eps, K, COLUMNS)
         sums += w.to(tl.float32) * v[None, :]
     y = tl.sum(sums, 1)
@@ -174,11 +164,8 @@ def gated_product_kernel(
 
 
 @triton.jit
-def gated_norm_kernel(
-    o, norm, gate, out, D, X, eps, K: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr
-):
+def gated_norm_kernel(o, norm, gate, out, D, X, eps, K: tl.constexpr, COLUMNS: tl.constexpr):
     c, b = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1).to(tl.int64)
-    before(EARLY)
     y = _gated(o + b * D, norm, gate + b * X, c, D, eps, K, COLUMNS)
     tl.store(out + b * D + c, y, c < D)
 
@@ -208,7 +195,7 @@ def product(
     tile = _tile(N, K)
     flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None}
     given = (weight, x, norm, added, out, N, eps)
-    launch_early(product_kernel, tile.grid(N), *given, K=K, **tile.constants(), **flags)
+    launch(product_kernel, tile.grid(N), *given, K=K, **tile.constants(), **flags)
 
 
 def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
@@ -228,7 +215,7 @@ def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> 
         return
     tile = Tile(min(2048, padded(K)), 1, 4)
     given = (weight, x, norm, out, N, eps)
-    launch_early(swiglu_product_kernel, tile.grid(N), *given, K=K, **tile.constants())
+    launch(swiglu_product_kernel, tile.grid(N), *given, K=K, **tile.constants())
 
 
 def blend(
@@ -248,7 +235,7 @@ def blend(
     rows, batch, grid = _small_tile(N, B)
     sizes = {"K": K, "COLUMNS": padded(K, LEAST), "ROWS": rows, "BATCH": batch, "CONVEX": convex}
     given = (weight, x, together, gates, h, N, B, together.stride(0))
-    launch_early(blend_kernel, grid, *given, **sizes)
+    launch(blend_kernel, grid, *given, **sizes)
 
 
 def gated_product(
@@ -276,14 +263,14 @@ def gated_product(
         columns = max(K, min(1024, padded(D)))
         x = out.new_empty(B, D)
         given = (o, norm, gate, x, D, gate.stride(0), eps)
-        launch_early(gated_norm_kernel, (blocks(D, columns), B), *given, K=K, COLUMNS=columns)
+        launch(gated_norm_kernel, (blocks(D, columns), B), *given, K=K, COLUMNS=columns)
         _multiply(weight, x, out, added)
         return
     tile = _tile(N, D)
     constants = tile.constants() | {"COLUMNS": max(K, tile.columns)}
     given = (weight, o, norm, gate, added, out, N, eps)
     flags = {"HAS_ADDED": added is not None}
-    launch_early(gated_product_kernel, tile.grid(N), *given, D=D, K=K, **constants, **flags)
+    launch(gated_product_kernel, tile.grid(N), *given, D=D, K=K, **constants, **flags)
 
 
 def _multiply(weight: Tensor, x: Tensor, out: Tensor, added: Tensor | None) -> None:
@@ -296,15 +283,13 @@ def _multiply(weight: Tensor, x: Tensor, out: Tensor, added: Tensor | None) -> N
     else:
         rows, batch, grid = _small_tile(N, B)
         sizes = {"K": K, "PADDED": padded(K, LEAST), "ROWS": rows, "BATCH": batch}
-        launch_early(
-            products_kernel, grid, weight, x, out, N, B, x.stride(0), out.stride(0), **sizes
-        )
+        launch(products_kernel, grid, weight, x, out, N, B, x.stride(0), out.stride(0), **sizes)
 
 
 def _normalised(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     """x `[B, K]`, contiguous, of unit root mean square, scaled by norm `[K]`."""
     out, (B, K) = torch.empty_like(x), x.shape
-    launch_early(norm_kernel, (B,), x, norm, out, eps, K=K, COLUMNS=padded(K), num_warps=8)
+    launch(norm_kernel, (B,), x, norm, out, eps, K=K, COLUMNS=padded(K), num_warps=8)
     return out
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nirvana.ops.cuda.decode_products import gated_product
-from nirvana.ops.cuda.launch import LEAST, before, blocks, launch_early, padded
+from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
 
 UNIT_EPS = tl.constexpr(1e-6)
 """Epsilon of the unit length of q and k, and of the Trigger's normalisation."""
@@ -26,12 +26,11 @@ NEVER = tl.constexpr(-1e30)
 
 
 @triton.jit
-def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr, EARLY: tl.constexpr):
+def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr):
     """The convolution of one head of q, k or v, SiLU, unit length of q (over sqrt(K)) and k."""
     head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = head * K + tl.arange(0, K)
     x, state, mixed = x + b * X, state + b * 9 * H * K, mixed + b * 3 * H * K
-    before(EARLY)
     x0, x1 = tl.load(x + c), tl.load(state + c * 3 + 2)
     x2, x3 = tl.load(state + c * 3 + 1), tl.load(state + c * 3)
     a = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
@@ -51,14 +50,12 @@ def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr, EARLY: tl.constex
 @triton.jit
 def delta_kernel(
     x, mixed, A_log, dt_bias, state, o, H, X, K: tl.constexpr, COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The gated delta rule for some columns of one head's state; columns are independent."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     x, mixed, o, state = x + b * X, mixed + b * 3 * H * K, o + b * H * K, state + b * H * K * K
     D, i, j = H * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     places = state + head * K * K + i[:, None] * K + j[None, :]
-    before(EARLY)
     S = tl.load(places)
     q, k = tl.load(mixed + head * K + i), tl.load(mixed + D + head * K + i)
     v = tl.load(mixed + 2 * D + head * K + j)
@@ -78,7 +75,6 @@ def delta_kernel(
 def low_rank_kernel(
     x, factors, up, q, keys, values, count, B, SLOTS, D, RANK, X,
     K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Adds the low-rank terms; a text's key and value go to their slot."""
     b = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -86,7 +82,6 @@ def low_rank_kernel(
     part, r = tl.program_id(1), tl.arange(0, PADDED)
     tile = up + (part * RANK + r)[:, None] * D + c[None, :]
     tile = tl.load(tile, (r < RANK)[:, None] & (c < D)[None, :], 0.0)
-    before(EARLY)
     row, some = b[:, None].to(tl.int64), (b < B)[:, None]
     factor = factors + row * X + (part * RANK + r)[None, :]
     factor = tl.load(factor, some & (r < RANK)[None, :], 0.0)
@@ -107,14 +102,13 @@ def low_rank_kernel(
 def attention_kernel(
     q, keys, values, count, o, most, total, done, out, SLOTS, SPLITS, scale,
     K: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr, EARLY: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """The attention of one head to some of its slots, by tensor cores: the first row of ROWS is the
     query, the others are zeros. The last of a head's programs combines what all of them found."""
     split, i = tl.program_id(1), tl.arange(0, K)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     row = tl.arange(0, ROWS)
-    before(EARLY)
     query = tl.where((row == 0)[:, None], tl.load(q + head * K + i)[None, :], 0.0)
     query = query.to(keys.dtype.element_ty)
     length = tl.minimum(tl.load(count + tl.program_id(2)) + 1, SLOTS).to(tl.int32)
@@ -166,7 +160,6 @@ def _combined(o, most, total, head, SPLITS, K: tl.constexpr, PADDED: tl.constexp
 @triton.jit
 def project_kernel(
     task, bank, U, B, C, CR, X, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The bank times the task query and the task key of each text, which are rows."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -174,7 +167,6 @@ def project_kernel(
     at = (row // 2).to(tl.int64) * X + (row % 2) * C
     tile = bank + i[:, None] * CR + c[None, :]
     tile = tl.load(tile, (i < C)[:, None] & (c < CR)[None, :], 0.0)
-    before(EARLY)
     x = tl.load(task + at[:, None] + i[None, :], (row < 2 * B)[:, None] & (i < C)[None, :], 0.0)
     y = tl.dot(x.to(tile.dtype), tile, input_precision="ieee")
     place = row[:, None].to(tl.int64) * CR + c[None, :]
@@ -193,7 +185,7 @@ def _normalised(z, C, real):
 def trigger_kernel(
     task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R, X, H_TASK,
     PC: tl.constexpr, PR: tl.constexpr, START: tl.constexpr, EXACT: tl.constexpr,
-    HAS_MEMORY: tl.constexpr, GATES: tl.constexpr, EARLY: tl.constexpr,
+    HAS_MEMORY: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     task, U, fast = task + b * X, U + b * 2 * C * R, fast + b * 4 * R
@@ -207,7 +199,6 @@ def trigger_kernel(
     gain = tl.load(gain + cr, both, 0.0).to(tl.float32)
     bias = tl.load(bias + cr, both, 0.0).to(tl.float32)
     shift = tl.load(shift + cr, both, 0.0).to(tl.float32)
-    before(EARLY)
     U_q, U_k = tl.load(U + cr, both, 0.0), tl.load(U + C * R + cr, both, 0.0)
     q = tl.load(task + c, real, 0.0).to(tl.float32)
     k = tl.load(task + C + c, real, 0.0).to(tl.float32)
@@ -285,9 +276,9 @@ def linear(
     """
     B, H, K, _ = state.shape
     D, (mixed, o), X = H * K, scratch, x.stride(0)
-    launch_early(mix_kernel, (3 * H, B), x, conv_state, conv_weight, mixed, H, X, K=K, num_warps=1)
+    launch(mix_kernel, (3 * H, B), x, conv_state, conv_weight, mixed, H, X, K=K, num_warps=1)
     given, columns = (x, mixed, A_log, dt_bias, state, o, H, X), min(K, 32)
-    launch_early(delta_kernel, (H, K // columns, B), *given, K=K, COLUMNS=columns, num_warps=4)
+    launch(delta_kernel, (H, K // columns, B), *given, K=K, COLUMNS=columns, num_warps=4)
     gated_product(weight, o, norm, x[:, 3 * D :], eps, out, added)
 
 
@@ -320,12 +311,12 @@ def window(
     rows, tiles = min(64, padded(B, LEAST)), _tiles(B * H, slots)
     sizes = {"K": K, "PADDED": padded(rank, LEAST), "COLUMNS": 64, "ROWS": rows}
     given = (x, factors, up, scratch["q"], keys, values, count, B, slots, D, rank, x.stride(0))
-    launch_early(low_rank_kernel, (blocks(D, 64), 3, blocks(B, rows)), *given, **sizes)
+    launch(low_rank_kernel, (blocks(D, 64), 3, blocks(B, rows)), *given, **sizes)
     splits = blocks(slots, KEYS * tiles)
     parts = (scratch[name] for name in ("o", "most", "total", "done"))
     given = (scratch["q"], keys, values, count, *parts, out, slots, splits, K**-0.5)
     sizes = {"K": K, "KEYS": KEYS, "TILES": tiles, "ROWS": LEAST, "PADDED": min(64, padded(splits))}
-    launch_early(attention_kernel, (H, splits, B), *given, **sizes, num_stages=3)
+    launch(attention_kernel, (H, splits, B), *given, **sizes, num_stages=3)
 
 
 def _tiles(heads: int, slots: int) -> int:
@@ -375,8 +366,8 @@ def trigger(
     pads, columns, rows = {"PC": padded(C), "PR": padded(R)}, 64, min(64, padded(2 * B, LEAST))
     sizes = {"PADDED": padded(C, LEAST), "ROWS": rows, "COLUMNS": columns}
     grid = blocks(C * R, columns), blocks(2 * B, rows)
-    launch_early(project_kernel, grid, task, weight, U, B, C, C * R, X, **sizes)
+    launch(project_kernel, grid, task, weight, U, B, C, C * R, X, **sizes)
     flags = {"START": start, "EXACT": exact, "HAS_MEMORY": memory is not None}
     given = (task, U, gain, bias, shift, fast, memory, rates, gate_weight, h_task, gates, C, R)
     given = (*given, X, h_task.stride(0))
-    launch_early(trigger_kernel, (B,), *given, **pads, **flags, GATES=gate_weight.shape[0])
+    launch(trigger_kernel, (B,), *given, **pads, **flags, GATES=gate_weight.shape[0])
