@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nirvana.errors import InputError
+from nirvana.files import decode_utf8
 
 T = TypeVar("T")
 
@@ -43,8 +44,8 @@ def load_config(kind: type[T], path: str | Path, overrides: list[str] | None = N
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such configuration file")
+    text = decode_utf8(path.read_bytes(), path)
     try:
-        text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a configuration file: {error}") from None

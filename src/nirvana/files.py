@@ -5,6 +5,7 @@ read off a file and a folder that are made for this: the umask itself can only b
 it, which other threads would notice, and a folder's default access list may overrule it.
 """
 
+import codecs
 import errno
 import hashlib
 import json
@@ -28,6 +29,12 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 """What a file system that has no locks answers to the request for one."""
 HEAD_BYTES = 2**16
 """Bytes of an existing file from which its kind is read."""
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # which starts with that of UTF-16
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def check_outputs(
@@ -383,6 +390,48 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def refuse_utf16(start: bytes, where: str | Path) -> None:
+    """Refuses text in UTF-16 or UTF-32, as programs of Windows write, with how to convert it.
+
+    Args:
+        start: of the bytes of the text.
+        where: the text is, with which the error begins.
+
+    Raises:
+        InputError: it starts with a byte order mark, or every other byte is zero.
+    """
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if start.startswith(mark):
+            raise InputError(
+                f"{where}: {name} by its byte order mark, must be UTF-8: convert it, "
+                f"as `iconv -f {name} -t UTF-8` does"
+            )
+    pairs = start[: len(start) // 2 * 2]
+    for zeros, other, name in ((pairs[1::2], pairs[::2], "LE"), (pairs[::2], pairs[1::2], "BE")):
+        if len(zeros) > 1 and not any(zeros) and all(other):
+            raise InputError(
+                f"{where}: UTF-16 by its zero bytes, must be UTF-8: convert it, "
+                f"as `iconv -f UTF-16{name} -t UTF-8` does"
+            )
+
+
+def decode_utf8(data: bytes, where: str | Path) -> str:
+    """The text of UTF-8 bytes, without the byte order mark that some editors put in front.
+
+    Args:
+        data: all of its bytes.
+        where: the text is, with which an error begins.
+
+    Raises:
+        InputError: the bytes are not UTF-8.
+    """
+    refuse_utf16(data[:64], where)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8: {error}") from None
 
 
 def finite(value: Any) -> Any:

@@ -153,7 +153,7 @@ def test_the_prompt_from_the_standard_input():
     piped = start("generate", "tiny", "--prompt", "-", *options, stdin="The court\nheld\n")
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout == given.stdout
-    for wrong, message in ((b"", "--prompt is empty"), (b"\xff", "is not UTF-8")):
+    for wrong, message in ((b"", "--prompt is empty"), (b"\xff", "not UTF-8")):
         done = start("generate", "tiny", "--prompt", "-", stdin=wrong)
         assert done.returncode == 2
         assert message in done.stderr

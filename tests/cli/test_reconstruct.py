@@ -295,6 +295,28 @@ def test_some_slices(scans: Path, codec: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_fewer_slices_than_asked_for_are_told(scans: Path, codec: Path, tmp_path: Path) -> None:
+    """By reconstruct and evaluate, of scans and of volumes that scans are simulated of."""
+    volume = tmp_path / "volume.npy"
+    np.save(volume, np.random.default_rng(0).random((4, 40, 48), dtype=np.float32))
+    remark = "it has 4 slices, fewer than 40: all are taken"
+    for count, told in (("40", 1), ("5", 0), ("4", 0), ("0", 0), ("1:4", 0)):
+        for path in (scans / "scan0.h5", volume):
+            out = tmp_path / path.stem / count.replace(":", "-")
+            arguments = _arguments(path, out, codec, "--formats", "hdf5", "--slices", count)
+            printed = _run(*arguments).stdout
+            assert printed.count(f"{path.stem}: {remark}") == told
+            found = json.loads((out / "metrics.json").read_text())
+            assert found["remarks"].count(remark) == told
+            if count == "5":
+                assert remark.replace("40", "5") in found["remarks"]
+        scored = _run(
+            *("evaluate", str(scans / "scan0.h5"), str(volume), "--codec", str(codec)),
+            *("--device", "cpu", "--no-wavelet", "--slices", count),
+        )
+        assert scored.stdout.count(remark) == 2 * told
+
+
 def test_every_image_of_a_file_gets_a_folder(codec: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     kspace = rng.standard_normal((3, 2, 2, 40, 48)) + 1j * rng.standard_normal((3, 2, 2, 40, 48))

@@ -16,7 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nirvana import InputError
+from nirvana.config import load_config
 from nirvana.data.documents import read_documents, read_records
+from nirvana.mri.data.report_texts import read_reports
+from nirvana.train.config import LanguageConfig
 
 FUZZ = settings(
     max_examples=150,
@@ -63,6 +66,42 @@ def test_a_byte_order_mark_is_no_text(tmp_path, kind):
         path = tmp_path / (name if kind is None else f"{name}.{kind.rpartition('.')[2]}")
         path.write_bytes(data if kind is None else PACK[kind](data))
         assert list(read_documents(path)) == ["caf\u00e9\r\n"]
+
+
+@pytest.mark.parametrize("kind", [None, *PACK])
+@pytest.mark.parametrize(
+    ("encoding", "mark", "name"),
+    [
+        ("utf-16-le", "\ufeff", "UTF-16"),
+        ("utf-16-be", "\ufeff", "UTF-16"),
+        ("utf-32-le", "\ufeff", "UTF-32"),
+        ("utf-32-be", "\ufeff", "UTF-32"),
+        ("utf-16-le", "", "UTF-16LE"),  # of which every byte is UTF-8, too
+        ("utf-16-be", "", "UTF-16BE"),
+    ],
+)
+def test_another_unicode_is_named_with_the_way_out(tmp_path, kind, encoding, mark, name):
+    for suffix, content in (("txt", "text\r\n" * 9), ("jsonl", '{"text": "text"}\r\n' * 9)):
+        data = (mark + content).encode(encoding)
+        path = tmp_path / f"a.{suffix}{'' if kind is None else '.' + kind.rpartition('.')[2]}"
+        path.write_bytes(data if kind is None else PACK[kind](data))
+        way_out = f"must be UTF-8: convert it, as `iconv -f {name} -t UTF-8` does"
+        with pytest.raises(InputError) as error:
+            list(read_documents(path))
+        assert str(error.value).startswith(f"{path}: {name[:6]} by its")
+        assert str(error.value).endswith(way_out)
+        if kind is None:
+            with pytest.raises(InputError, match=way_out):
+                load_config(LanguageConfig, path)
+            with pytest.raises(InputError, match=way_out):
+                read_reports(path)
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\0", "\0a", "a\0b", "\0\0\0\0", "a\0bc"])
+def test_zero_bytes_of_utf8_stay(tmp_path, text):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    assert list(read_documents(path)) == ([text] if text.strip() else [])
 
 
 def test_half_a_pair_of_surrogates_is_refused(tmp_path):

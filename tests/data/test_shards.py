@@ -147,7 +147,7 @@ def test_every_kind_of_file(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', "must be a text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "not valid Unicode"),
         ("a.jsonl", b"{", "line 1: not JSON"),
-        ("a.txt", b"\xff\xfe", "not a readable UTF-8"),
+        ("a.txt", b"\xff\xfe", "UTF-16 by its byte order mark"),
         ("a.txt.xz", b"nonsense", "not a readable"),
         ("a.txt.gz", b"nonsense", "not a readable"),
         ("a.txt.zst", b"nonsense", "not a readable"),

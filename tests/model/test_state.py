@@ -405,3 +405,48 @@ def test_states_of_other_models_are_refused(small_model):
         small_model(conv_size=3)(tokens, state=state)
     with pytest.raises(ValueError, match="not a loss and not a state"):
         model(tokens, return_state=True, past_key_values=Decoder(model, compiled=False))
+
+
+@pytest.mark.parametrize("kind", [{}, {"num_sinks": 2}, {"branches": "linear"}], ids=str)
+def test_gradients_through_a_cache_are_those_of_a_state(small_model, kind):
+    """Though the library's caches overwrite the states that the backward needs."""
+    model = small_model(**kind, trigger_decay_learnable=True)
+    tokens = torch.arange(1, 61).reshape(2, 30) % 61
+    chunks, grads = tokens.split([14, 1, 15], 1), []
+    for cached in (True, False):
+        model.zero_grad()
+        cache = DynamicCache(config=model.config)
+        state, loss = None, torch.zeros(())
+        for chunk in chunks:
+            if cached:
+                out = model(chunk, past_key_values=cache, use_cache=True)
+            else:
+                out = model(chunk, state=state, return_state=True)
+                state = out.state
+            loss = loss + out.logits.square().mean()
+        loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+def test_a_cache_with_detached_states_truncates_the_gradient(small_model):
+    model = small_model()
+    tokens = torch.arange(1, 61).reshape(2, 30) % 61
+    cache = model(tokens[:, :14], use_cache=True).past_key_values
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            if isinstance(value, torch.Tensor):
+                setattr(layer, name, value.detach())
+            elif isinstance(value, dict):
+                setattr(
+                    layer,
+                    name,
+                    {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in value.items()},
+                )
+    state = model(tokens[:, :14], return_state=True).state.detach()
+    grads = []
+    for past in ({"past_key_values": cache}, {"state": state}):
+        model.zero_grad()
+        model(tokens[:, 14:], **past).logits.square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)

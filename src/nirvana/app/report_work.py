@@ -63,12 +63,14 @@ class ReportResult:
         found: the readings.
         threshold: the reporter's own.
         evidence: index of a slice -> its map, for those that were mapped.
+        remarks: on the scan and on the choice of slices.
     """
 
     name: str
     found: ScanReport
     threshold: float
     evidence: dict[int, np.ndarray]
+    remarks: tuple[str, ...] = ()
 
 
 def read(session: Session, models: Models, request: ReportRequest, watch: Watch) -> ReportResult:
@@ -88,10 +90,11 @@ def read(session: Session, models: Models, request: ReportRequest, watch: Watch)
         *(session, models.config, request.sampling, request.seed, SliceRange(), request.reading)
     )
     view = view_of(prepared.scan, request.radiological)
-    chosen = None
+    chosen, remarks = None, prepared.scan.remarks
     if request.slices != SliceRange():
         total = prepared.num_slices
         chosen = range(total)[request.slices.of(total, prepared.scan.name)]
+        remarks = (*remarks, *request.slices.remarks(total))
     watch.show("loading the reporter")
     reporter = models.reporter()
     shares = {"images": (0.0, 0.3), "reports": (0.3, 1.0)}
@@ -101,7 +104,7 @@ def read(session: Session, models: Models, request: ReportRequest, watch: Watch)
         progress=lambda part, total: watch.counter(part, total, *shares[part]),
     )
     watch.check()
-    result = ReportResult(prepared.scan.name, found, reporter.threshold, {})
+    result = ReportResult(prepared.scan.name, found, reporter.threshold, {}, remarks)
     session.results[ROOM] = result
     return result
 
@@ -148,6 +151,7 @@ def text_of(result: ReportResult, threshold: float) -> str:
     ]
     if not result.found.view.known:
         lines.append(UNKNOWN_ORIENTATION)
+    lines += [f"{result.name}: {remark}" for remark in result.remarks]
     return "\n".join([*lines, DISCLAIMER])
 
 

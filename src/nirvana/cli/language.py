@@ -21,6 +21,7 @@ from nirvana.cli.adapt import (
 from nirvana.cli.config import ConfigArgument
 from nirvana.cli.console import SEEDS, DeviceOption
 from nirvana.errors import InputError
+from nirvana.files import decode_utf8
 from nirvana.packaged import resolve
 
 data_app = typer.Typer(help="Text to token shards.", no_args_is_help=True)
@@ -205,9 +206,7 @@ def _standard_input() -> str:
     if sys.stdin is None:
         raise InputError("--prompt -: the standard input is closed")
     try:
-        return sys.stdin.buffer.read().decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompt -: the standard input is not UTF-8: {error}") from None
+        return decode_utf8(sys.stdin.buffer.read(), "--prompt -").rstrip("\r\n")
     except OSError as error:
         reason = error.strerror
         raise InputError(f"--prompt -: the standard input cannot be read: {reason}") from None

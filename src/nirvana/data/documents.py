@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TextIO
 
 from nirvana.data.hub import is_hub, read_hub, split_source
 from nirvana.errors import InputError
-from nirvana.files import existing_file
+from nirvana.files import existing_file, refuse_utf16
 
 KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
 _COMPRESSED = (".xz", ".gz", ".zst")
@@ -93,7 +93,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
         if not text.strip():
             empty.append(where)
             continue
-        _require_unicode(where, text)
+        require_unicode(where, text)
         found += 1
         yield text
     if empty and found:  # a file without any text is an error, raised by the caller
@@ -126,7 +126,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(record, dict):
                 raise InputError(f"{where}: must be a JSON object")
             if "\\ud" in line.lower():
-                _require_unicode(where, json.dumps(record, ensure_ascii=False))
+                require_unicode(where, json.dumps(record, ensure_ascii=False))
             yield where, record
 
 
@@ -176,8 +176,17 @@ def count_documents(sources: Iterable[str]) -> dict[str, Counts]:
     return counts
 
 
-def _require_unicode(where: str, text: str) -> None:
-    """Refuses half of a pair of surrogates, which an escape in JSON can spell."""
+def require_unicode(where: str, text: str) -> None:
+    """Refuses half of a pair of surrogates, which an escape in JSON can spell, and which stands for
+    a byte of a program's argument that is not UTF-8.
+
+    Args:
+        where: the text is, with which the error begins.
+        text: any.
+
+    Raises:
+        InputError: it is not valid Unicode.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -295,6 +304,7 @@ def _open(path: Path) -> Iterator[TextIO]:
                 make, padding, error_of_format = _decompressor(path)
                 damaged += (error_of_format,)
                 stream = io.BufferedReader(_Decompressed(stream, make, padding), TEXT_BYTES)
+            refuse_utf16(stream.peek(64)[:64], path)
             # A byte order mark, which some editors put in front, is not part of the text.
             encoding = "utf-8-sig"
             yield opened.enter_context(io.TextIOWrapper(stream, encoding=encoding, newline="\n"))

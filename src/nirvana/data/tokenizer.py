@@ -9,7 +9,13 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from nirvana.data.documents import Counts, count_documents, expand_sources, read_documents
+from nirvana.data.documents import (
+    Counts,
+    count_documents,
+    expand_sources,
+    read_documents,
+    require_unicode,
+)
 from nirvana.data.hub import local_path
 from nirvana.errors import InputError
 from nirvana.files import atomic_folder, check_outputs, replaceable_folder
@@ -182,17 +188,13 @@ def aligned_encoder(tokenizer: Any) -> Callable[[str], tuple[list[int], list[int
 
 @contextmanager
 def _unicode_alone(texts: list[str]) -> Iterator[None]:
-    """Names the text that is not valid Unicode, such as an argument of a program in another
-    encoding than UTF-8. The tokenizers library raises a `TypeError` about types for it."""
+    """Names the text that is not valid Unicode, for which the tokenizers library raises a
+    `TypeError` about types."""
     try:
         yield
     except TypeError:
         for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                start = ascii(text[:40])
-                raise InputError(f"the text {start} is not valid Unicode: {error}") from None
+            require_unicode(f"the text {text[:40]!a}", text)
         raise
 
 

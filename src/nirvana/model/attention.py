@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
-from nirvana.model.state import SLOTS, LayerStates
+from nirvana.model.state import SLOTS, LayerStates, unshared
 from nirvana.model.trigger import TriggerTrace
 from nirvana.ops import at_least_float32, masked_attention, sink_attention, window_attention
 
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv.split(self.qkv(self.in_proj(x)))
         sinks = None
         if states is not None and self.config.num_sinks:
-            sinks = states.get_conv_state(self.layer_idx, state_idx=SINKS)
+            sinks = unshared(states.get_conv_state(self.layer_idx, state_idx=SINKS), states)
         o = attend(q, k, v, self.config, self.rotary, masks, sinks, states, self.layer_idx)
         return self.out_proj(o.flatten(2)), fast
 

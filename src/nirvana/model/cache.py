@@ -6,7 +6,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nirvana.model.config import NirvanaConfig
@@ -85,7 +89,8 @@ def usable_cache(
     Raises:
         TypeError: if it is not a `Cache` of the library.
         ValueError: if it is given twice; for an offloaded cache, unless the model has full
-            attention layers; for a cache of a model with another number of layers; in an export.
+            attention layers; for a cache of a model with another number of layers or another
+            window; in an export.
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of one argument: give one")
@@ -118,6 +123,12 @@ def usable_cache(
             raise ValueError(
                 f"layer {number} of the cache is a {type(layer).__name__}, which has no recurrent "
                 f"state (prefix tuning has none for it either): {how}"
+            )
+        kept = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        if kept not in (None, config.sliding_window) and config.branches != "linear":
+            raise ValueError(
+                f"the cache keeps a window of {kept} tokens, the model attends to "
+                f"{config.sliding_window or 'all'}: {how}"
             )
     return cache
 

@@ -22,6 +22,14 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Types of `rope_scaling`: the keys that they require, and those that they also know."""
 LINEAR_KERNELS = {"conv_size": 4, "conv_silu": True}
 """The settings of the linear branch that its GPU kernels take."""
+MAKE_LAYER_TYPES = (
+    "num_hidden_layers",
+    "num_prelude_layers",
+    "branches",
+    "sliding_window",
+    "num_sinks",
+)
+"""The fields that `layer_types` follows from."""
 
 
 @strict
@@ -126,6 +134,41 @@ class NirvanaConfig(PreTrainedConfig):
             self.head_dim = 0 if rest else size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self._set_layer_types()
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Sets a field; one that layer types follow from changes them, too.
+
+        Raises:
+            InputError: for a window or sinks that no model can have.
+        """
+        name = self.attribute_map.get(key, key)
+        if name != key:  # the checks of the library go by the name of the field
+            setattr(self, name, value)
+            return
+        complete = self.__dict__.get("layer_types") is not None  # the last field that is set
+        before = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if not complete or name not in MAKE_LAYER_TYPES:
+            return
+        self._set_layer_types()
+        try:
+            self._validate_window()
+        except InputError:
+            super().__setattr__(name, before)
+            self._set_layer_types()
+            raise
+
+    def _set_layer_types(self) -> None:
+        """Sets the type of each layer, from which the library's cache reads what it keeps."""
+        found = ["linear_attention"] * self.num_hidden_layers
+        if self.branches == "linear":
+            # Of the library's layer types only those with keys count tokens; here of width zero.
+            found[:1] = ["hybrid_sliding"]
+            super().__setattr__("layer_types", found)
+            super().__setattr__("sliding_window", self.sliding_window or 2048)  # which it requires
+            return
         kinds = {
             "both": ("hybrid", "hybrid_sliding"),
             # The library keeps the sinks of a window as a state of its hybrid layers.
@@ -135,16 +178,9 @@ class NirvanaConfig(PreTrainedConfig):
             ),
         }
         prelude = min(self.num_prelude_layers, self.num_hidden_layers)
-        # The library's cache reads from here which states a layer keeps.
-        self.layer_types = ["linear_attention"] * self.num_hidden_layers
-        if self.branches == "linear":
-            # Of the library's layer types only those with keys count tokens; here of width zero.
-            self.layer_types[0] = "hybrid_sliding"
-            self.sliding_window = self.sliding_window or 2048  # which that layer type requires
-        else:
-            kind = kinds[self.branches][self.sliding_window is not None]
-            self.layer_types[prelude:] = [kind] * (self.num_hidden_layers - prelude)
-        super().__post_init__(**kwargs)
+        kind = kinds[self.branches][self.sliding_window is not None]
+        found[prelude:] = [kind] * (self.num_hidden_layers - prelude)
+        super().__setattr__("layer_types", found)
 
     @property
     def head_sizes(self) -> tuple[int, int, int]:
@@ -253,16 +289,7 @@ class NirvanaConfig(PreTrainedConfig):
             self.num_prelude_layers,
             f"from 0 to below num_hidden_layers = {self.num_hidden_layers}",
         )
-        _require(
-            self.sliding_window is None or self.sliding_window >= 2,  # the cache keeps W - 1 > 0
-            "sliding_window",
-            self.sliding_window,
-            "at least 2, or null",
-        )
-        windowed = self.branches != "linear" and self.sliding_window is not None
-        right = "at least 0" if windowed else "0: without a sliding window there is none to keep"
-        in_range = self.num_sinks == 0 or (windowed and self.num_sinks > 0)
-        _require(in_range, "num_sinks", self.num_sinks, right)
+        self._validate_window()
         _require(
             self.branches == "both" or self.gate == "trigger",
             "gate",
@@ -288,6 +315,18 @@ class NirvanaConfig(PreTrainedConfig):
             _require(K % 2 == 0, "head_dim", K, "even for rotary positions")
         if self.rope_scaling is not None:
             self._validate_rope_scaling(self.rope_scaling)
+
+    def _validate_window(self) -> None:
+        _require(
+            self.sliding_window is None or self.sliding_window >= 2,  # the cache keeps W - 1 > 0
+            "sliding_window",
+            self.sliding_window,
+            "at least 2, or null",
+        )
+        windowed = self.branches != "linear" and self.sliding_window is not None
+        right = "at least 0" if windowed else "0: without a sliding window there is none to keep"
+        in_range = self.num_sinks == 0 or (windowed and self.num_sinks > 0)
+        _require(in_range, "num_sinks", self.num_sinks, right)
 
     def _validate_rope_scaling(self, given: dict[str, Any]) -> None:
         name, kind = "rope_scaling", given.get("rope_type")

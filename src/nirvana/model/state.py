@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from nirvana.model.cache import CacheContents
 from nirvana.model.config import NirvanaConfig
@@ -42,6 +43,22 @@ class LayerStates(Protocol):
     def update_recurrent_state(self, x: Tensor, /, layer_idx: int) -> Any: ...
 
     def update(self, keys: Tensor, values: Tensor, /, layer_idx: int) -> tuple[Tensor, Tensor]: ...
+
+
+def unshared(x: Tensor | None, states: LayerStates) -> Tensor | None:
+    """A state that was read, as a tensor that gradients can be computed with.
+
+    The library's caches overwrite their states in place, and a backward needs the former values.
+
+    Args:
+        x: the state.
+        states: what it was read from.
+
+    Returns:
+        `x`, or a copy where `states` is a cache of the library and gradients are recorded.
+    """
+    overwritten = torch.is_grad_enabled() and isinstance(states, Cache)
+    return x.clone() if x is not None and overwritten else x
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from nirvana.model.attention import QKV, SINKS, RMSNorm, Rotary, attend
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
-from nirvana.model.state import LayerStates
+from nirvana.model.state import LayerStates, unshared
 from nirvana.model.trigger import Trigger, TriggerTrace, WeightBank, trace_step
 from nirvana.ops import add_low_rank, at_least_float32, linear_branch, window_branch
 
@@ -164,12 +164,13 @@ class Updater(nn.Module):
             return dict.fromkeys(("conv", "delta", "memory", "sinks"))
         has_memory = self.has_trigger and self.trigger.has_memory
         has_sinks = self.has_window and self.config.num_sinks > 0
-        return {
+        before = {
             "conv": states.get_conv_state(self.layer_idx),
             "delta": states.get_recurrent_state(self.layer_idx),
             "memory": states.get_conv_state(self.layer_idx, state_idx=1) if has_memory else None,
             "sinks": states.get_conv_state(self.layer_idx, SINKS) if has_sinks else None,
         }
+        return {name: unshared(x, states) for name, x in before.items()}
 
     def linear(
         self,

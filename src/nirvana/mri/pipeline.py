@@ -263,13 +263,14 @@ def simulate_volume(
         InputError: the file cannot be read, or these slices are empty or not there.
     """
     whole, affine = read_volume(path), read_affine(path)
-    chosen = (slices or SliceRange()).of(len(whole), path)
+    slices = slices or SliceRange()
+    chosen = slices.of(len(whole), path)
     if not whole[chosen].any():
         raise InputError(f"{path}: the slices of --slices are empty; give others")
     if affine is not None:
         affine = shifted(affine, slices=chosen.start)
     scan = simulate_scan(whole[chosen], stem(path), seed, simulation, read_spacing(path))
-    return replace(scan, affine=affine)
+    return replace(scan, affine=affine, remarks=(*scan.remarks, *slices.remarks(len(whole))))
 
 
 def _cut(scan: Scan, slices: SliceRange) -> Scan:
@@ -289,6 +290,7 @@ def _cut(scan: Scan, slices: SliceRange) -> Scan:
         target=None if scan.target is None else scan.target[chosen],
         calibration=None if scan.calibration is None else scan.calibration[chosen],
         affine=None if scan.affine is None else shifted(scan.affine, slices=chosen.start),
+        remarks=(*scan.remarks, *slices.remarks(len(scan.kspace))),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nirvana.errors import InputError
+from nirvana.files import decode_utf8
 
 Reports = Mapping[tuple[str, int | None], str]
 """(file name of a volume, index of a slice or None for all of its slices) -> report."""
@@ -16,13 +17,13 @@ def read_reports(path: str | Path) -> dict[tuple[str, int | None], str]:
     A line without "slice" holds for every slice of the volume that has no line of its own.
 
     Raises:
-        InputError: the file is missing, or a line has another form.
+        InputError: the file is missing or not UTF-8, or a line has another form.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file of reports")
     reports: dict[tuple[str, int | None], str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(decode_utf8(path.read_bytes(), path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -88,9 +88,15 @@ class SliceRange:
             if last > total:
                 raise InputError(f"{name} has {total} slices; --slices {first}:{last} is outside")
             return slice(first - 1, last)
-        count = min(self.middle or total, total)
+        count = min(self.middle or total, total)  # fewer are no error, see `remarks`
         first = (total - count) // 2
         return slice(first, first + count)
+
+    def remarks(self, total: int) -> tuple[str, ...]:
+        """What a user must know of the choice: that a volume of `total` slices has fewer."""
+        if self.ends is not None or self.middle <= total:
+            return ()
+        return (f"it has {total} slices, fewer than {self.middle}: all are taken",)
 
 
 def parse_slices(text: str) -> SliceRange:
