@@ -13,7 +13,7 @@ from nirvana.ops.dispatch import CONV_WIDTH, HEAD_DIMS
 
 
 class FusedStep:
-    """A step from tokens to logits that allocates nothing, so that a CUDA graph can record it.
+    """A step from tokens to logits that waits for nothing, so that a CUDA graph can record it.
 
     The window branch and the Trigger run in parallel to the linear branch, each in a stream of its
     own.
