@@ -4,7 +4,6 @@ python -m experiments.adapt.page [--results FILE] [--out FILE]
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,14 @@ from experiments.adapt.extra import LORA_RANK
 from experiments.adapt.measure import change
 from experiments.adapt.parts import EQUAL, MOST_WORSE
 from experiments.adapt.scores import Nats, Study, largest, show
-from experiments.adapt.verdicts import REFERENCE, differences, goals
+from experiments.adapt.verdicts import (
+    REFERENCE,
+    SIGNIFICANT,
+    differences,
+    goals,
+    model_differences,
+    quarters,
+)
 from experiments.common.program import make_parser, write_page
 from experiments.common.results import Row, read_rows
 from experiments.common.tables import show_p, table
@@ -58,7 +64,8 @@ def _missing(study: Study) -> str:
     """What the study measures and these rows do not have."""
     there = {row["part"] for row in study.rows}
     there |= {row["name"]["condition"] for row in study.part("test")}
-    there |= {row["name"]["device"] for row in study.part("time")}
+    on_gpu = [row["name"] for row in study.part("time") if row["name"]["device"] == "cuda"]
+    there |= {key for name in on_gpu for key in ("cuda", f"{name['model']}, rows {name['rows']}")}
     there |= {f"model {row['name']['model']}" for row in study.part("test")}
     absent = [f"- {said}" for said, needed in prose.MISSING.items() if not {*needed} <= there]
     return prose.ABSENT + "\n" + "\n".join(absent) + "\n" if absent else ""
@@ -80,7 +87,6 @@ def _domains(study: Study) -> str:
 def _table(study: Study) -> str:
     head = [
         "condition",
-        "what",
         "numbers",
         "documents",
         "unseen, last quarter",
@@ -97,9 +103,11 @@ def _table(study: Study) -> str:
         ]
         row = study.row(name)
         most = max(map(len, row["nats"].values()))
-        about = [prose.CONDITIONS.get(name, ""), row.get("numbers", "-"), most]
-        lines.append([f"`{name}`", *about, *cells])
-    return prose.TABLE + table(head, lines)
+        numbers = f"{row['numbers']:,}" if "numbers" in row else "-"
+        lines.append([f"`{name}`", numbers, most, *cells])
+    names = [name for name in study.conditions()[1:] if name in prose.CONDITIONS]
+    legend = "".join(f"- `{name}`: {prose.CONDITIONS[name]}\n" for name in names)
+    return prose.TABLE + "\n" + legend + table(head, lines)
 
 
 def _by_domain(study: Study) -> str:
@@ -128,19 +136,28 @@ def _positions(study: Study) -> str:
 
 
 def _differences(study: Study) -> str:
-    lines = [
-        [f"`{name}`", prose.CONDITIONS[name], len(values), show(values), show_p(p)]
-        for name, values, p in differences(study)
-    ]
-    if not lines:
+    found = differences(study)
+    if not found:
         return ""
+    lines = [
+        [f"`{x.name}`", len(x.values), show(x.values), show_p(x.p), show(x.means), show(x.seen)]
+        for x in found
+    ]
     said = prose.DIFFERENCES.format(reference=REFERENCE, number=len(lines))
-    return said + table(["control", "what", "documents", "difference", "p (Holm)"], lines)
-
-
-def _bits_per_byte(nats: Nats, sizes: Nats, domain: str, count: int | None = None) -> float:
-    pairs = zip(nats[domain][:count], sizes[domain], strict=False)
-    return float(np.mean([sum(n) / math.log(2) / sum(s[: len(n)]) for n, s in pairs]))
+    head = ["control", "documents", "unseen, last quarter", "p (Holm)", "over domains", "seen, all"]
+    beaten = [each for each in found if each.p < SIGNIFICANT and each.values.mean() < 0]
+    listed = {
+        f"`{REFERENCE}` does not beat": [each for each in found if each not in beaten],
+        "Ahead over documents, but the interval over domains includes zero": [
+            each for each in beaten if not t_interval(each.means).excludes_zero
+        ],
+    }
+    ends = [
+        f"\n{text}: {', '.join(f'`{each.name}`' for each in names)}.\n"
+        for text, names in listed.items()
+        if names
+    ]
+    return said + table(head, lines) + "".join(ends)
 
 
 def _scale(study: Study) -> str:
@@ -151,53 +168,88 @@ def _scale(study: Study) -> str:
     lines = []
     for domain, count in study.counts(names).items():
         count = min(count, len(found["bytes"][domain]))
-        cells = [
-            f"{_bits_per_byte(study.row(n)['nats'], found['bytes'], domain, count):.3f}"
-            for n in names
+        bits = [
+            study.bits_per_byte(name, [domain], 0, study.count)[:count].mean() for name in names
         ]
         for packer in ("xz", "ppmd"):
             packed = found["packed"][packer][domain][:count]
             sizes = zip(packed, found["bytes"][domain][:count], strict=True)
-            cells.append(f"{np.mean([8 * p[1] / sum(s) for p, s in sizes]):.3f}")
-        lines.append([domain, count, *cells])
+            bits.append(np.mean([8 * p[1] / sum(s) for p, s in sizes]))
+        lines.append([domain, count, *(f"{each:.3f}" for each in bits)])
     head = ["domain", "documents", *names, "xz", "PPMd"]
     return prose.SCALE.format(tokens=study.tokens) + table(head, lines)
 
 
 def _equal(study: Study) -> str:
-    lines = []
+    if not any(study.has("norm", model) for model in EQUAL):
+        return ""
+    lines, levels = [], []
     for model in ("tiny", *EQUAL, "tiny-joint"):
         adapted = "trained" if model == "tiny-joint" else "norm"
         if not study.has(adapted, model):
             continue
-        bits = "-"
-        if study.has("bytes"):
-            sizes = study.row("bytes")["bytes"]
-            pairs = [
-                [
-                    _bits_per_byte(study.row(c, model)["nats"], sizes, d)
-                    for d in UNSEEN
-                    if d in sizes
-                ]
-                for c in ("frozen", adapted)
-            ]
-            bits = " to ".join(f"{np.mean(each):.3f}" for each in pairs)
         cells = [
             show(study.changes(adapted, domains, part, model))
-            for domains, part in (([*UNSEEN], "last"), ([*UNSEEN], "all"), (SEEN, "all"))
+            for domains in ([*UNSEEN], SEEN)
+            for part in ("last", "all")
         ]
-        lines.append([f"`{model}`", adapted, *cells, bits])
-    if not any(study.has("norm", model) for model in EQUAL):
-        return ""
-    head = [
-        "model",
-        "adapts",
-        "unseen, last quarter",
-        "unseen, all",
-        "seen, all",
-        "bits per byte, unseen",
-    ]
-    return prose.EQUAL.format(text="the text of `experiments.adapt.prepare`") + table(head, lines)
+        lines.append([f"`{model}`", adapted, *cells])
+        if study.has("bytes"):
+            bits = [
+                f"{study.bits_per_byte(condition, domains, *blocks, model).mean():.3f}"
+                for domains in ([*UNSEEN], SEEN)
+                for blocks in quarters(study).values()
+                for condition in ("frozen", adapted)
+            ]
+            pairs = zip(bits[::2], bits[1::2], strict=True)
+            levels.append([f"`{model}`", *map(" to ".join, pairs)])
+    head = ["unseen, last quarter", "unseen, all", "seen, last quarter", "seen, all"]
+    text = prose.EQUAL.format(text="the text of `experiments.adapt.prepare`")
+    text += table(["model", "adapts", *head], lines)
+    if levels:
+        head = [f"{kind}, {quarter}" for kind in ("unseen", "seen") for quarter in quarters(study)]
+        text += prose.LEVELS + table(["model", *head], levels)
+    compared = model_differences(study)
+    if compared:
+        lines = [
+            [f"`{x.name}`", x.kind, len(x.values), show(x.values, 3), show_p(x.p), show(x.means, 3)]
+            for x in compared
+        ]
+        head = ["other model", "what", "documents", "difference", "p (Holm)", "over domains"]
+        text += prose.MODELS.format(number=len(compared)) + table(head, lines)
+    return text + _equal_steps(study)
+
+
+def _equal_steps(study: Study) -> str:
+    """The gain of every equal model by step size, on validation documents that were not seen."""
+    gains: dict[float, dict[str, str]] = {}
+    for model in EQUAL:
+        frozen, rows = _valid_rows(study, model)
+        if frozen is None:
+            continue
+        for row in rows:
+            count = len(frozen["nats"]) // (len(SEEN) + len(VALIDATION))
+            first = len(SEEN) * count
+            found = change(row["nats"][first:], frozen["nats"][first:], "last")
+            size = row["name"]["config"]["lr"]["norm"]
+            gains.setdefault(size, {})[model] = f"{np.mean(found):+.2f}"
+    lines = [[f"{size:g}", *(by.get(m, "-") for m in EQUAL)] for size, by in sorted(gains.items())]
+    head = ["step size", *(f"`{model}`" for model in EQUAL)]
+    return prose.EQUAL_STEPS + table(head, lines) if lines else ""
+
+
+def _valid_rows(study: Study, model: str) -> tuple[Row | None, list[Row]]:
+    """Rows of a model on validation documents: frozen, and under every setting. There is none of
+    the frozen model if its domains do not have as many documents each."""
+    rows = {
+        json.dumps(row["name"]["config"]): row
+        for row in study.part("valid")
+        if row["name"]["model"] == model
+    }
+    frozen = rows.pop('"frozen"', None)
+    if frozen is None or len(frozen["nats"]) % (len(SEEN) + len(VALIDATION)):
+        return None, []
+    return frozen, [row for row in rows.values() if len(row["nats"]) == len(frozen["nats"])]
 
 
 def _lora(study: Study) -> str:
@@ -306,30 +358,26 @@ def _step_sizes(config: Mapping[str, Any]) -> str:
 
 
 def _validation(study: Study) -> str:
-    """Every setting that was tried for `tiny` on validation documents, by kind of domain."""
-    rows = {
-        json.dumps(row["name"]["config"]): row
-        for row in study.part("valid")
-        if row["name"]["model"] == "tiny"
-    }
-    frozen = rows.pop('"frozen"', None)
+    """Every setting that was tried on validation documents, by kind of domain."""
     domains = (*SEEN, *VALIDATION)
-    if frozen is None or len(frozen["nats"]) % len(domains):
-        return ""
-    count = len(frozen["nats"]) // len(domains)  # every domain has as many
-    lines = []
-    for row in rows.values():
-        if len(row["nats"]) != len(frozen["nats"]):
+    lines, count = [], 0
+    for model in ("tiny", *EQUAL):
+        frozen, rows = _valid_rows(study, model)
+        if frozen is None:
             continue
-        config = row["name"]["config"]
-        cells = []
-        for domain in (*VALIDATION, *SEEN):
-            first = domains.index(domain) * count
-            part = "all" if domain in SEEN else "last"
-            own, base = (each["nats"][first : first + count] for each in (row, frozen))
-            cells.append(show(np.array(change(own, base, part))))
-        lines.append([config["chunk"], _step_sizes(config), *cells])
-    head = ["chunk", "step sizes", *VALIDATION, *SEEN]
+        count = len(frozen["nats"]) // len(domains)  # every domain has as many
+        for row in rows:
+            config = row["name"]["config"]
+            cells = []
+            for domain in (*VALIDATION, *SEEN):
+                first = domains.index(domain) * count
+                part = "all" if domain in SEEN else "last"
+                own, base = (each["nats"][first : first + count] for each in (row, frozen))
+                cells.append(f"{np.mean(change(own, base, part)):+.2f}")
+            lines.append([f"`{model}`", config["chunk"], _step_sizes(config), *cells])
+    if not lines:
+        return ""
+    head = ["model", "chunk", "step sizes", *VALIDATION, *SEEN]
     return prose.VALIDATION.format(count=count) + table(head, lines)
 
 

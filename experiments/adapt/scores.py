@@ -1,12 +1,14 @@
 """The rows of the study as changes of bits, document by document."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.adapt.context import size_of
+from experiments.adapt.data import BLOCK
 from experiments.adapt.measure import change
 from experiments.adapt.prose import CONDITIONS
 from experiments.common.results import Row
@@ -50,6 +52,7 @@ class Study:
     def __init__(self, rows: Sequence[Row]):
         self.rows = rows
         self.tokens: int = rows[0]["scale"]["tokens"]
+        self.count = self.tokens // BLOCK
 
     def part(self, part: str) -> list[Row]:
         """The rows of a part."""
@@ -113,11 +116,13 @@ class Study:
                 found += change(own[domain][:count], frozen[domain][:count], part)
         return np.array(found)
 
-    def blocks(self, condition: str, domains: Sequence[str], first: int, stop: int) -> np.ndarray:
+    def blocks(
+        self, condition: str, domains: Sequence[str], first: int, stop: int, model: str = "tiny"
+    ) -> np.ndarray:
         """Change of each document's bits against the frozen model in some blocks, in percent."""
-        own: Nats = self.row(condition)["nats"]
-        frozen: Nats = self.row("frozen")["nats"]
-        counts = self.counts([condition, "frozen"])
+        own: Nats = self.row(condition, model)["nats"]
+        frozen: Nats = self.row("frozen", model)["nats"]
+        counts = self.counts([condition, "frozen"], model)
         pairs = [
             (a[first:stop], b[first:stop])
             for domain in domains
@@ -128,6 +133,35 @@ class Study:
             )
         ]
         return np.array([100 * (sum(a) / sum(b) - 1) for a, b in pairs])
+
+    def bits_per_byte(
+        self,
+        condition: str,
+        domains: Sequence[str],
+        first: int,
+        stop: int,
+        model: str = "tiny",
+    ) -> np.ndarray:
+        """Bits of each document for each of its bytes, of the documents whose bytes are known.
+
+        Args:
+            condition: of the main table.
+            domains: whose documents.
+            first: block that is counted first.
+            stop: block before which the count ends.
+            model: that was measured.
+
+        Returns:
+            `[documents]`.
+        """
+        nats: Nats = self.row(condition, model)["nats"]
+        sizes: Nats = self.row("bytes")["bytes"]
+        pairs = [
+            (own[first:stop], size[first:stop])
+            for domain in domains
+            for own, size in zip(nats.get(domain, []), sizes.get(domain, []), strict=False)
+        ]
+        return np.array([sum(own) / math.log(2) / sum(size) for own, size in pairs])
 
 
 def show(values: Any, digits: int = 2) -> str:
