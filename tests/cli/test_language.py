@@ -173,7 +173,7 @@ def test_generate_repeats_itself_for_the_same_seed(run, model):
         ("generate MODEL --prompt=a --seed 99999999999999999999", "'--seed'"),
         ("generate MODEL --prompt=a --temperature -1", "--temperature = -1.0 must be"),
         ("generate MODEL --prompt=a --temperature 1e-40", "must be 0, or 1e-6 or more"),
-        ("generate MODEL --prompt=a\udcff", "'a\\udcff' not valid Unicode"),
+        ("generate MODEL --prompt=a\udcff", "'a\\udcff': not valid Unicode"),
         ("generate MODEL --prompt=a --max-new-tokens 0", "--max-new-tokens = 0 must be"),
         ("generate MODEL --prompt=a --device gpu", "'gpu' cannot be used"),
         ("generate nowhere --prompt a", "nowhere"),

@@ -110,6 +110,7 @@ def small(monkeypatch):
     monkeypatch.setattr(extra, "LORA_DOCUMENTS", 2)
 
 
+@pytest.mark.timeout(900)
 def test_from_texts_to_the_page(data, small, tmp_path):
     found = load_data(data)
     assert set(found.test) == {*SEEN, *UNSEEN}
