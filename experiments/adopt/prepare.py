@@ -6,16 +6,13 @@ python -m experiments.adopt.prepare --teacher SMOLLM2.gguf --data DATA
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer
 
 from experiments.common.program import make_parser
 from nirvana.data.documents import read_documents
 from nirvana.data.shards import tokenize
 from nirvana.errors import script
 from nirvana.files import atomic_file, atomic_folder, check_outputs
-from nirvana.model.adopt import adopt, load_teacher
+from nirvana.model.adopt import adopt, load_teacher, write_tokenizer
 
 FOLDER = Path(__file__).parent / "data"
 DOMAINS = ("general", "novels", "biomed", "law", "finance")
@@ -57,14 +54,9 @@ def _save_teacher(source: Path, out: Path) -> None:
     found = load_teacher(source)
     if found.gguf is not None:  # its weights are dequantised
         found.model.hf_quantizer.remove_quantization_config(found.model)  # type: ignore[operator]
-    options: dict[str, Any] = {} if found.gguf is None else {"gguf_file": found.gguf}
-    folder = source.parent if found.gguf else source
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True, **options
-    )
     with atomic_folder(out) as partial:
         found.model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        write_tokenizer(found, partial)
 
 
 def _beginning(source: Path, out: Path, megabytes: float) -> Path:

@@ -116,7 +116,7 @@ def adopt(
     with atomic_folder(out) as folder:
         with without_progress_bars():
             model.save_pretrained(folder)
-        report["tokenizer"] = _write_tokenizer(given, folder)
+        report["tokenizer"] = write_tokenizer(given, folder)
         write_json(folder / REPORT, report)
     return report
 
@@ -388,8 +388,19 @@ def _step_0(config: NirvanaConfig) -> str:
     return f"the teacher, up to {config.sliding_window} tokens"
 
 
-def _write_tokenizer(teacher: Teacher, folder: Path) -> str:
-    """Writes the teacher's tokenizer and chat template; describes what was written."""
+def write_tokenizer(teacher: Teacher, folder: Path) -> str:
+    """Writes the teacher's tokenizer and chat template.
+
+    Args:
+        teacher: of `load_teacher`.
+        folder: to write to, which exists.
+
+    Returns:
+        what was written, in words.
+
+    Raises:
+        InputError: the tokenizer cannot be read, or has no token that a text can begin with.
+    """
     source = teacher.path.parent if teacher.gguf else teacher.path
     if teacher.gguf is None and (source / "tokenizer.json").is_file():
         copy_tokenizer(source, folder)

@@ -149,7 +149,7 @@ def test_compression_to_all_coils_changes_no_image(scan: Scan) -> None:
         difference = after[name].images - expected
         # Rounding decides single voxels at the border of the sensitivities.
         assert np.linalg.norm(difference) < 1e-3 * np.linalg.norm(expected), name
-        assert np.abs(difference).max() < 1e-2 * expected.max(), name
+        assert np.abs(difference).max() < 4e-3 * expected.max(), name
 
 
 def test_many_coils_are_compressed_and_few_where_asked(

@@ -49,7 +49,7 @@ def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr):
 
 @triton.jit
 def delta_kernel(
-    x, mixed, A_log, dt_bias, state, o, H, X, K: tl.constexpr, COLUMNS: tl.constexpr,
+    x, mixed, A_log, dt_bias, state, o, H, X, K: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """The gated delta rule for some columns of one head's state; columns are independent."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
