@@ -187,29 +187,30 @@ def _lora_nll(context: Context, row: Tensor, chunk: int, size: float) -> Tensor:
 
 def cost(context: Context) -> None:
     """Seconds of adaptation beside those of reading the same tokens."""
-    tiny = context.model("tiny")
-    chosen = context.settings("tiny", "chosen")
-    tokens, device = context.tokens, {"device": context.device.type}
-    for rows in (1, 32) if context.device.type == "cuda" else (1,):
-        for chunk in sorted({chosen.chunk, 128, 512}):
-            config = AdaptConfig(("norm", "fast"), chunk, lr={"norm": 1e-3, "fast": 1e-3})
-            context.measure(
-                "time",
-                {"model": "tiny", "rows": rows, "tokens": tokens, "chunk": chunk} | device,
-                lambda r=rows, c=config: _cost(tiny, r, tokens, c),
-            )
-    if context.device.type != "cuda":
+    chosen = context.settings("tiny", "chosen").chunk
+    on_gpu = context.device.type == "cuda"
+    for dtype in ("bfloat16", "float32") if on_gpu else ("float32",):
+        model, _ = load_language_model("tiny", context.device)
+        model = model.to(getattr(torch, dtype))
+        for rows in (1, 32) if on_gpu else (1,):
+            for chunk in sorted({chosen, 128, 512, 1024} if on_gpu else {chosen, 128, 512}):
+                _measure_cost(context, model, "tiny", rows, context.tokens, chunk)
+    if not on_gpu:
         return
     context.loaded.clear()
     with torch.device(context.device):
         large = NirvanaForCausalLM(preset("1.3b")).bfloat16().eval()
-    for chunk in (256, 1024, 2048):
-        config = AdaptConfig(("norm", "fast"), chunk, lr={"norm": 1e-3, "fast": 1e-3})
-        context.measure(
-            "time",
-            {"model": "1.3b", "rows": 1, "tokens": LARGE_TOKENS, "chunk": chunk} | device,
-            lambda c=config: _cost(large, 1, LARGE_TOKENS, c),
-        )
+    for rows, chunk in ((1, 512), (1, 1024), (1, 2048), (8, 512)):
+        _measure_cost(context, large, "1.3b", rows, LARGE_TOKENS // rows, chunk)
+
+
+def _measure_cost(
+    context: Context, model: Any, name: str, rows: int, tokens: int, chunk: int
+) -> None:
+    config = AdaptConfig(("norm", "fast"), chunk, lr={"norm": 1e-3, "fast": 1e-3})
+    key = {"model": name, "rows": rows, "tokens": tokens, "chunk": chunk}
+    key |= {"device": context.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    context.measure("time", key, lambda: _cost(model, rows, tokens, config))
 
 
 def _cost(model: Any, rows: int, tokens: int, config: AdaptConfig) -> Row:

@@ -319,12 +319,13 @@ def _time(study: Study) -> str:
         name, times = row["name"], row["times"]
         ratios = [row["ratios"][key] for key in ("prefill", "in chunks")]
         lines.append(
-            [name["model"], name["device"], name["rows"], f"{name['tokens']:,}", name["chunk"]]
+            [name["model"], name["device"], name["dtype"], name["rows"], f"{name['tokens']:,}"]
+            + [name["chunk"]]
             + [f"{times[key]:.3f}" for key in ("prefill", "in chunks", "adapt")]
             + [f"{ratio:.2f}" for ratio in ratios]
             + [f"{row['peak'] / 2**30:.1f}" if row["peak"] else "-"]
         )
-    head = ["model", "device", "rows", "tokens", "chunk", "prefill", "in chunks", "adapt"]
+    head = ["model", "device", "dtype", "rows", "tokens", "chunk", "prefill", "in chunks", "adapt"]
     head += ["adapt / prefill", "adapt / in chunks", "GiB"]
     return prose.TIME + table(head, lines)
 

@@ -108,19 +108,41 @@ def capture_training(
         )
 
 
+def places(model: nn.Module) -> tuple[int, ...]:
+    """The addresses of a model's weights and buffers, which its graphs read."""
+    return tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+
+
+class RecentGraphs(OrderedDict):
+    """The last graphs of a model by what they were captured for; the oldest one makes room.
+
+    A copy is empty, so that a copied model captures its own.
+
+    Args:
+        limit: the largest number of graphs.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __reduce__(self) -> tuple:
+        return RecentGraphs, (self.limit,)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key not in self and len(self) == self.limit:
+            self.popitem(last=False)
+        super().__setitem__(key, value)
+
+
 class GraphCache:
     """Runs a function of tensors for inference, as a CUDA graph from the second call with inputs of
-    the same shapes on; a shape that occurs once is not worth a capture.
-
-    The graphs of the last `MAX_GRAPHS` shapes are kept. A copy of a cache is empty, so that a
-    copied model captures its own.
+    the same shapes on; a shape that occurs once is not worth a capture. The graphs of the last
+    `MAX_GRAPHS` shapes are kept.
     """
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[tuple, Callable[..., Any] | None] = OrderedDict()
-
-    def __reduce__(self) -> tuple:
-        return GraphCache, ()
+        self._graphs = RecentGraphs(MAX_GRAPHS)
 
     def __call__(self, model: nn.Module, function: Callable[..., T], *inputs: Tensor) -> T:
         """Runs the function.
@@ -134,11 +156,8 @@ class GraphCache:
         Returns:
             The result, which the next call with inputs of these shapes overwrites.
         """
-        weights = (*model.parameters(), *model.buffers())
-        key = (*(x.data_ptr() for x in weights), *_shapes(inputs))
+        key = (*places(model), *_shapes(inputs))
         if key not in self._graphs:
-            if len(self._graphs) == MAX_GRAPHS:
-                self._graphs.popitem(last=False)
             self._graphs[key] = None
             return function(*inputs)
         replay = self._graphs[key]

@@ -10,8 +10,10 @@ memory is that of one chunk, whatever the length of the sample. Each row has tas
 own, and those of a row do not depend on the other rows. Weights never change.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,11 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nirvana.adapt.graphs import ChunkReader, refusal
 from nirvana.adapt.optimizer import TaskOptimizer
 from nirvana.adapt.parameters import TaskHooks
 from nirvana.adapt.state import CarriedCache, read_chunk
 from nirvana.model.state import State
 from nirvana.ops import at_least_float32
+
+logger = logging.getLogger(__name__)
 
 
 class Chunk(NamedTuple):
@@ -74,16 +79,21 @@ def read_documents(
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before it adapts")
     chunk, device = optimizer.config.chunk, optimizer.values.device
+    reason = refusal(model)
+    if reason is not None:
+        logger.debug("no CUDA graph reads the chunks: %s", reason)
     # Gradients are needed whatever the caller computes in.
     with torch.inference_mode(False), _frozen(model), TaskHooks(model, optimizer.layout) as hooks:
         tokens, lengths = _in_rows(documents, chunk, device)
-        scores, state = [torch.zeros(len(tokens), 0, device=device)], None
+        scores = [torch.zeros(len(tokens), 0, device=device)]
+        learn = partial(_learn, model, hooks)
+        read = ChunkReader(model, learn, optimizer, graphs=reason is None)
         for begin in range(0, tokens.shape[1] - 1, chunk):
             part = tokens[:, begin : begin + chunk + 1]
             places = torch.arange(begin + 1, begin + part.shape[1], device=device)
             scored = places < lengths[:, None]
             before = optimizer.values
-            nll, gradient, state = _learn(model, hooks, part, scored, optimizer, state)
+            nll, gradient = read(part, scored)
             scores.append(nll)
             if observer is not None:
                 observer(Chunk(begin + 1, nll, scored, before, gradient, optimizer.values))

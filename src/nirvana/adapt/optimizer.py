@@ -1,5 +1,7 @@
 """Steps on the task parameters of several samples at once, each as if it were alone."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ class TaskOptimizer:
         if self.config.optimizer == "sgd":
             return gradient * active
         first, second = self.config.betas
-        self._count += active
+        self._count = self._count + active
         decayed = torch.lerp(gradient, self._first, first)
         self._first = torch.where(active, decayed, self._first)
         decayed = torch.lerp(gradient.square(), self._second, second)
@@ -65,3 +67,15 @@ class TaskOptimizer:
             active: bool `[rows]`.
         """
         self.values = self.values - self.lr * self.direction(gradient, active)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a step reads: the task parameters, the step sizes and the optimiser's state."""
+        return self.values, self.lr, self._first, self._second, self._count
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Goes on from other values.
+
+        Args:
+            tensors: as of `tensors`.
+        """
+        self.values, self.lr, self._first, self._second, self._count = tensors
