@@ -7,7 +7,7 @@ from compile_decode import launch  # type: ignore[import-not-found]  (beside thi
 from nirvana.ops.cuda import conv, sinks, unit
 
 T = 512
-SIZES = [(9, 3, 64, 4), (4, 2, 128, 64)]
+SIZES = [(9, 3, 64, 4), (4, 2, 128, 16)]
 """H, G and K, and the number of sinks: of SmolLM2-135M, and the largest that the kernels take."""
 
 

@@ -68,7 +68,7 @@ def compare(operation, inputs, **more):
         given_back = [x for x in outputs if x is not None]
         sum((x * torch.randn(x.shape).to(x.dtype)).sum() for x in given_back).backward()
         grads = {n: x.grad for n, x in given.items() if x is not None and x.requires_grad}
-        values = {str(i): x.detach() for i, x in enumerate(outputs) if x is not None}
+        values = {str(i): x.detach() for i, x in enumerate(outputs) if x is not None and x.numel()}
         outcomes.append(values | grads)
     fast, exact = outcomes
     errors = {name: relative(fast[name], exact[name]) for name in exact}
@@ -272,7 +272,7 @@ def test_kernels_compute_every_operation_of_an_adopted_model(branches):
     total = sum(g.square().sum() for g in exact[1:]) ** 0.5
     for actual, expected in zip(fast, exact, strict=True):
         error = (actual.float() - expected).norm()
-        assert error < 0.08 * max(expected.norm(), 0.01 * total)
+        assert error < 0.1 * max(expected.norm(), 0.01 * total)
 
 
 def make_model(**overrides):

@@ -39,7 +39,7 @@ CONV_WIDTH = 4
 """Width of the convolution that the linear branch's kernels take."""
 LEAST_WINDOW = 16
 """Smallest window beside which the kernels take sinks; they read them in blocks within it."""
-MAX_SINKS = 64
+MAX_SINKS = 16
 """Largest number of sinks that they take."""
 MAX_TASK_DIM = 128
 """Largest C of the Trigger's kernels: one matrix of a wider bank exceeds a multiprocessor's shared

@@ -60,7 +60,7 @@ def backward(
     lse: Tensor,
     window: int | None,
     cu_seqlens: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, ...],
 ) -> None:
     """Writes the gradients of `forward`.
 

@@ -42,7 +42,7 @@ def _four(x, t, stride, c, T):
 @triton.jit
 def _four_summed(x, t, stride, c, T, count, K: tl.constexpr, REPEATS: tl.constexpr):
     """`_four` of a gradient, summed over the `count` heads of q that a head serves."""
-    x0, x1, x2, x3 = _four(x, t, stride, c, T)
+    x0, x1, x2, x3 = _four(x, t, stride, c, T)  # type: ignore[reportGeneralTypeIssues]
     x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
     if REPEATS > 1:
         for r in range(1, count):

@@ -128,9 +128,9 @@ def _attention_gradients(
     window: int | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    attention.backward(do.contiguous(), q, k, v, o, lse, window, cu_seqlens, grads)
-    return grads
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    attention.backward(do.contiguous(), q, k, v, o, lse, window, cu_seqlens, (dq, dk, dv))
+    return dq, dk, dv
 
 
 @_attention_gradients.register_fake
@@ -206,10 +206,10 @@ def _sinks_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, far, sink_k and sink_v."""
     do = do.contiguous()
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    attention.backward(do, q, k, v, o, lse, window, cu_seqlens, grads)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    attention.backward(do, q, k, v, o, lse, window, cu_seqlens, (dq, dk, dv))
     sums = attention.sums_by_token(lse, q, cu_seqlens)
-    return *grads, *sinks.backward(do, o, sums, far, sink_k, sink_v, window, index)
+    return dq, dk, dv, *sinks.backward(do, o, sums, far, sink_k, sink_v, window, index)
 
 
 @_sinks_gradients.register_fake
