@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
 
-BLOCK, WARPS = 64, 4
-"""Tokens of a program at most, and its warps."""
+BLOCK, CHANNELS = 64, 16
+"""Tokens of a program at most, and the channels of a head for each of its warps."""
 
 
 @triton.jit
@@ -199,4 +199,8 @@ def _arguments(
         given += [x, *x.stride()[:3]]
     block = min(BLOCK, padded(window + 1) // 2)  # the largest power of two within the window
     sizes = {"REPEATS": H // G, "K": K, "NUM": num, "PADDED": padded(num, LEAST), "BLOCK": block}
-    return [*given, index, index.stride(0)], sizes | {"num_warps": WARPS}, (blocks(T, block), G, B)
+    return (
+        [*given, index, index.stride(0)],
+        sizes | {"num_warps": max(1, K // CHANNELS)},
+        (blocks(T, block), G, B),
+    )
