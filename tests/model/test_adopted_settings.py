@@ -177,24 +177,24 @@ def test_wrong_scalings_are_named(scaling, message):
 
 
 def test_settings_without_kernels_are_logged_once(monkeypatch, caplog):
-    """And never computed by a kernel: `linear_branch_fits` refuses them."""
-    config = preset("tiny", num_key_value_heads=1, conv_size=None, num_sinks=4)
+    """And never computed by a kernel."""
+    config = preset("tiny", conv_size=3, num_sinks=100, sliding_window=8)
     monkeypatch.setattr(dispatch, "suits_kernels", lambda x: True)
     dispatch._warn_of.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             warn_without_kernels(torch.ones(1), 64, config.without_kernels)
-    expected = "num_key_value_heads = 1, conv_size = None, num_sinks = 4"
+    expected = "conv_size = 3, num_sinks = 100, sliding_window = 8"
     assert caplog.messages == [f"no GPU kernel takes {expected}: PyTorch computes them"]
-    qkv, beta = torch.ones(1, 9, 3 * 64), torch.ones(1, 9, 1)
-    weight = torch.ones(3 * 64, 4)
-    fits = dispatch.linear_branch_fits
-    assert fits(qkv, weight, beta, 64, None, None, None, True)
-    assert not fits(qkv, None, beta, 64, None, None, None, True)
-    assert not fits(qkv, weight, beta, 64, None, None, None, False)
-    shared = torch.ones(1, 9, 4)  # four heads of q, one of k and v
-    wide = torch.ones(6 * 64, 4)
-    assert not fits(torch.ones(1, 9, 6 * 64), wide, shared, 64, None, None, None, True)
+    qkv, borders = torch.ones(1, 9, 3 * 64), (torch.zeros(1, 9), torch.ones(2))
+    assert not dispatch.linear_branch_fits(qkv, torch.ones(192, 3), 64, None, None, None)
+    assert not dispatch.sink_attention_fits(qkv[..., :64], 100, 16, None, None, None)
+    assert not dispatch.sink_attention_fits(qkv[..., :64], 4, 8, None, None, None)
+    assert not dispatch.sink_attention_fits(qkv[..., :64], 4, 16, None, None, torch.ones(1))
+    adopted = preset("tiny", num_key_value_heads=1, conv_size=None, conv_silu=False, num_sinks=4)
+    assert adopted.without_kernels == ()
+    assert dispatch.linear_branch_fits(qkv, None, 64, *borders, None)
+    assert dispatch.sink_attention_fits(qkv[..., :64], 4, 16, *borders, None)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The kernels of a block against the definitions: the convolution with its gradients, the low-rank
-sum, and SwiGLU. Without a GPU they run in Triton's interpreter; there the definition stands in for
-the libraries' delta rule, so that the operation around it is tested."""
+"""The kernels of a block against the definitions: the convolution and the unit length with their
+gradients, the low-rank sum, and SwiGLU. Without a GPU they run in Triton's interpreter; there the
+definition stands in for the libraries' delta rule, so that the operation around it is tested."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from nirvana.ops import chunked, reference
 pytest.importorskip("triton")
 from triton import knobs
 
-from nirvana.ops.cuda import branches, conv, low_rank, swiglu
+from nirvana.ops.cuda import conv, linear, low_rank, swiglu, unit
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def _where_triton_runs(device):
 
 
 SIZES = [(2, 37, 2, 16), (1, 131, 1, 32), (3, 2, 1, 16)]  # B, T, H, K
+SHARED = [(1, 37, 3, 1, 16), (2, 9, 4, 2, 16)]  # B, T, H, G, K
 
 
 def strided(B, T, D):
@@ -30,29 +31,66 @@ def strided(B, T, D):
     return torch.randn(B, T, D + 5)[..., 2 : D + 2]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("with_state", [False, True], ids=["", "state"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_convolution(size, with_state, packed):
-    B, T, H, K = size
-    x, weight = strided(B, T, 3 * H * K), torch.randn(3 * H * K, 4)
-    state = torch.randn(B, 3 * H * K, 3) if with_state else None
+def mixed(x, weight, heads, K, state=None, segments=None, silu=True):
+    """The q, k and v of the delta rule by definition: `[3, B, T, H, K]`."""
+    y, _ = reference.causal_conv(x, weight, state, segments, silu)
+    H, G = heads
+    q, k, v = y.unflatten(-1, (-1, K)).split([H, G, G], dim=2)
+    k, v = (part.repeat_interleave(H // G, dim=2) for part in (k, v))
+    return torch.stack([reference.unit(q), reference.unit(k), v])
+
+
+def assert_near(actual, right):
+    scale = right.abs().max()
+    torch.testing.assert_close(actual.double() / scale, right / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "silu", "with_state", "packed"),
+    [
+        *(
+            ((B, T, H, H, K), True, with_state, packed)
+            for B, T, H, K in SIZES
+            for with_state in (False, True)
+            for packed in (False, True)
+        ),
+        (SHARED[0], False, True, True),
+        (SHARED[1], True, False, False),
+    ],
+    ids=str,
+)
+def test_convolution(size, silu, with_state, packed):
+    B, T, H, G, K = size
+    D = (H + 2 * G) * K
+    x, weight = strided(B, T, D), torch.randn(D, 4)
+    state = torch.randn(B, D, 3) if with_state else None
     segments = (torch.rand(B, T) < 0.1).cumsum(1) if packed else None
-    actual = conv.forward(x, weight, K, state, segments)
+    actual = conv.forward(x, weight, K, H, state, segments, silu)
 
     x_, weight_ = (y.detach().double().requires_grad_() for y in (x, weight))
     old = None if state is None else state.double()
-    y, _ = reference.causal_conv(x_, weight_, old, segments)
-    q, k, v = y.unflatten(-1, (3, H, K)).unbind(2)
-    expected = torch.stack([reference.unit(q), reference.unit(k), v])
+    expected = mixed(x_, weight_, (H, G), K, old, segments, silu)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
     grads = torch.randn_like(actual)
-    dx, dweight = conv.backward(grads.unbind(0), x, weight, K, state, segments)
+    dx, dweight = conv.backward(grads.unbind(0), x, weight, K, state, segments, silu)
     (expected * grads).sum().backward()
-    for actual, right in ((dx, x_.grad), (dweight, weight_.grad)):
-        scale = right.abs().max()
-        torch.testing.assert_close(actual.double() / scale, right / scale, rtol=0, atol=1e-5)
+    assert_near(dx, x_.grad)
+    assert_near(dweight, weight_.grad)
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+@pytest.mark.parametrize("size", [(2, 37, 2, 2, 16), *SHARED], ids=str)
+def test_unit_without_convolution(size, silu):
+    B, T, H, G, K = size
+    x = linear.even_rows(strided(B, T, (H + 2 * G) * K))
+    actual = unit.forward(x, K, H, silu)
+    x_ = x.detach().double().requires_grad_()
+    expected = mixed(x_, None, (H, G), K, silu=silu)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    grads = torch.randn_like(actual)
+    (expected * grads).sum().backward()
+    assert_near(unit.backward(grads.unbind(0), x, K, silu), x_.grad)
 
 
 @pytest.mark.parametrize("rank", [5, 16])
@@ -113,20 +151,21 @@ def linear_branch(monkeypatch, device):
     """The operation of the linear branch on the CPU."""
     if device != "cpu":
         pytest.skip("test_cuda_backend tests it with the libraries' delta rule")
-    for operation in (branches._linear, branches._linear_gradients):
+    for operation in (linear._linear, linear._linear_gradients):
         operation.register_kernel("cpu")(operation._init_fn)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    monkeypatch.setattr(branches, "_delta_forward", delta_forward)
+    monkeypatch.setattr(linear, "_delta_forward", delta_forward)
 
     def in_a_thread(*given):  # within an operation's own gradient autograd is off
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(delta_backward, *given).result()
 
-    monkeypatch.setattr(branches, "_delta_backward", in_a_thread)
-    return branches.linear_branch
+    monkeypatch.setattr(linear, "_delta_backward", in_a_thread)
+    return linear.linear_branch
 
 
 @pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("kind", ["usual", "shared heads, no convolution"])
 @pytest.mark.parametrize(
     ("fixed", "packed"),
     [
@@ -137,17 +176,22 @@ def linear_branch(monkeypatch, device):
     ],
     ids=str,
 )
-def test_linear_branch_around_the_delta_rule(linear_branch, fixed, packed, final):
+def test_linear_branch_around_the_delta_rule(linear_branch, fixed, packed, kind, final):
     """Gradients flow from the last states and into the first ones; None: there are no first."""
     B, T, H, K = 2, 37, 2, 16
+    D = (3 * H if kind == "usual" else H + 2) * K
     inputs = {
-        "qkv": torch.randn(B, T, 3 * H * K),
-        "conv_weight": torch.randn(3 * H * K, 4) / 2,
+        "qkv": torch.randn(B, T, D),
+        "conv_weight": torch.randn(D, 4) / 2,
         "log_alpha": -torch.nn.functional.softplus(torch.randn(B, T, H) - 3),
         "beta": torch.rand(B, T, H),
     }
-    states = {"conv_state": torch.randn(B, 3 * H * K, 3), "state": torch.randn(B, H, K, K) / 8}
+    states = {"conv_state": torch.randn(B, D, 3), "state": torch.randn(B, H, K, K) / 8}
     inputs |= states if fixed is not None else {}
+    silu = kind == "usual"
+    if kind.endswith("no convolution"):
+        del inputs["conv_weight"]
+        inputs.pop("conv_state", None)
     segments = borders = None
     if packed:
         segments = (torch.rand(B, T) < 0.1).cumsum(1)
@@ -162,7 +206,7 @@ def test_linear_branch_around_the_delta_rule(linear_branch, fixed, packed, final
             name: x.detach().clone().requires_grad_(name not in (fixed or ()))
             for name, x in inputs.items()
         }
-        given = {**dict.fromkeys(states), **leaves}
+        given = {**dict.fromkeys((*states, "conv_weight")), **leaves, "silu": silu}
         outputs = compute(**given, head_dim=K, segments=segments, cu_seqlens=borders, final=final)
         outputs = [x for x in outputs if x is not None]
         torch.manual_seed(1)

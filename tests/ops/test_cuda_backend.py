@@ -50,10 +50,11 @@ def relative(actual, expected):
 def compare(operation, inputs, **more):
     """The outputs and the gradients of a random sum of them, bf16 kernels against float64.
 
-    States in `more["fixed"]` need no gradient."""
-    fixed = more.pop("fixed", ())
+    States in `more["fixed"]` need no gradient; `more["exact"]` is the backend that computes in
+    float64."""
+    fixed, exact = more.pop("fixed", ()), more.pop("exact", "reference")
     outcomes = []
-    for backend, dtype in (("cuda", None), ("reference", torch.float64)):
+    for backend, dtype in (("cuda", None), (exact, torch.float64)):
         given = {
             name: x
             if x is None
@@ -67,7 +68,7 @@ def compare(operation, inputs, **more):
         given_back = [x for x in outputs if x is not None]
         sum((x * torch.randn(x.shape).to(x.dtype)).sum() for x in given_back).backward()
         grads = {n: x.grad for n, x in given.items() if x is not None and x.requires_grad}
-        values = {str(i): x.detach() for i, x in enumerate(outputs) if x is not None}
+        values = {str(i): x.detach() for i, x in enumerate(outputs) if x is not None and x.numel()}
         outcomes.append(values | grads)
     fast, exact = outcomes
     errors = {name: relative(fast[name], exact[name]) for name in exact}
@@ -157,6 +158,121 @@ def test_gradients_of_attention_over_the_past(queries, past, window):
     for name in "kv":
         inputs[name] = torch.randn(2, past + queries, 2, 128, dtype=torch.bfloat16)
     compare(ops.window_attention, inputs, window=window)
+
+
+SHARED = [(2, 131, 4, 2, 128), (1, 517, 9, 3, 64), (2, 512, 9, 3, 64)]  # B, T, H, G, K
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["", "state"])
+@pytest.mark.parametrize(("taps", "silu"), [(None, False), (None, True), (4, False)])
+@pytest.mark.parametrize("size", SHARED, ids=str)
+def test_linear_branch_of_an_adopted_model(size, taps, silu, with_state, packed):
+    """Shared heads of k and v, with and without convolution and SiLU."""
+    B, T, H, G, K = size
+    D = (H + 2 * G) * K
+    inputs = linear_inputs(B, T, H, K, with_state)
+    inputs["qkv"] = torch.randn(B, T, D + 8, dtype=torch.bfloat16)[..., :D]
+    inputs["conv_weight"] = inputs["conv_state"] = None
+    if taps:
+        inputs["conv_weight"] = torch.randn(D, taps, dtype=torch.bfloat16) / 2
+        if with_state:
+            inputs["conv_state"] = torch.randn(B, D, taps - 1, dtype=torch.bfloat16)
+    more = {"head_dim": K, "silu": silu, "fixed": ("conv_state",), **borders_of(B, T, packed)}
+    compare(ops.linear_branch, inputs, **more)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("window", [100, None])
+@pytest.mark.parametrize("size", SHARED, ids=str)
+def test_window_attention_with_shared_heads(size, window, packed):
+    B, T, H, G, K = size
+    heads = {"q": torch.randn(B, T, H, K, dtype=torch.bfloat16)}
+    heads |= {name: torch.randn(B, T, G, K, dtype=torch.bfloat16) for name in "kv"}
+    compare(ops.window_attention, heads, window=window, **borders_of(B, T, packed))
+
+
+def sink_inputs(B, T, past, H, G, K, sinks=4):
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16)
+
+    inputs = {"q": normal(B, T, H, K), "far": normal(B, T, H, K)}
+    inputs |= {name: normal(B, past + T, G, K) for name in "kv"}
+    return inputs | {name: normal(B, sinks + T, G, K) for name in ("sink_k", "sink_v")}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("window", [16, 30])
+@pytest.mark.parametrize("size", SHARED, ids=str)
+def test_sink_attention(size, window, packed):
+    """Of packed documents some are shorter than the window, and some longer."""
+    B, T, *heads = size
+    borders, index = borders_of(B, T, packed), torch.arange(T)[None]
+    if packed:
+        segments = borders["segments"]
+        starts = segments.diff(dim=1, prepend=segments[:, :1]) != 0
+        index = index - torch.where(starts, index, 0).cummax(1).values
+    fixed = {"window": window, "index": index, **borders}
+    compare(ops.sink_attention, sink_inputs(B, T, 0, *heads), exact="chunked", **fixed)
+
+
+@pytest.mark.parametrize("begun", [200, 2])  # tokens of the sample before the new ones
+@pytest.mark.parametrize("queries", [256, 33])
+def test_sink_attention_over_the_past(queries, begun):
+    inputs = sink_inputs(2, queries, 49, 4, 2, 64)
+    index = begun + torch.arange(queries)[None]
+    compare(ops.sink_attention, inputs, exact="chunked", window=50, index=index)
+
+
+def test_distillation_loss():
+    V, N = 1000, 5000
+    labels = torch.randint(V, (N,))
+    labels[::7] = -100
+    fixed = {"labels": labels, "within": torch.rand(N) < 0.6}
+    fixed["taught"] = torch.randn(N, V, dtype=torch.bfloat16)
+    compare(ops.distillation_loss, {"logits": torch.randn(N, V, dtype=torch.bfloat16)}, **fixed)
+
+
+@pytest.mark.parametrize("branches", ["both", "linear", "window"])
+def test_kernels_compute_every_operation_of_an_adopted_model(branches):
+    """In training on packed documents, under autocast; `add_low_rank` of shared heads has none."""
+    settings = {
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 2,
+        "num_prelude_layers": 0,
+        "conv_size": None,
+        "conv_silu": False,
+        "rms_norm_eps": 1e-5,
+        "branches": branches,
+        "trigger_decay": 0.0,
+    }
+    if branches != "linear":
+        settings |= {"num_sinks": 4, "rope_theta": 1e5}
+    if branches == "both":
+        settings |= {"window_output": "full", "interpolation": "independent"}
+    model = make_model(**settings).float().train()
+    tokens, borders = torch.randint(97, (2, 512)), torch.tensor([0, 300, 512, 700, 1024])
+    results = []
+    for half in (True, False):
+        model.zero_grad()
+        half_products = torch.autocast("cuda", torch.bfloat16, enabled=half)
+        with half_products, ops.dispatch.recorded_backends() as used:
+            how = {"labels": tokens, "skip_logits": True}
+            loss = model(tokens, cu_seqlens=borders.int().cpu(), **how).loss
+        loss.backward()
+        results.append([loss.detach()] + [p.grad for p in model.parameters()])
+        if half:
+            without = used.pop("add_low_rank", ["chunked"])
+            assert without == ["chunked"]
+            assert used.keys() >= {"swiglu", "linear_cross_entropy"}
+            assert set(map(tuple, used.values())) == {("cuda",)}, used
+    fast, exact = results
+    total = sum(g.square().sum() for g in exact[1:]) ** 0.5
+    for actual, expected in zip(fast, exact, strict=True):
+        error = (actual.float() - expected).norm()
+        assert error < 0.1 * max(expected.norm(), 0.01 * total)
 
 
 def make_model(**overrides):
@@ -300,7 +416,8 @@ def test_gradients_of_a_compiled_model_are_those_of_float32_on_the_cpu():
 
 
 def test_operations_are_proper():
-    from nirvana.ops.cuda import branches
+    from nirvana.ops.cuda import linear
+    from nirvana.ops.cuda import window as windows
 
     B, T, H, K = 1, 70, 2, 128
     inputs = linear_inputs(B, T, H, K, False)
@@ -309,10 +426,14 @@ def test_operations_are_proper():
         inputs[x].float().requires_grad_() for x in ("conv_weight", "log_alpha", "beta")
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    arguments = (qkv, weight, alpha, beta, K, None, None, None, None, False)
-    torch.library.opcheck(branches._linear, arguments, test_utils=checks)
+    for taps in (weight, None):
+        arguments = (qkv, taps, alpha, beta, K, None, None, None, None, False, True)
+        torch.library.opcheck(linear._linear, arguments, test_utils=checks)
     low_rank, up = torch.randn(B, T, 48).bfloat16(), torch.randn(3, 16, H * K).bfloat16()
     arguments = (qkv, low_rank, up, K, 30, None)
-    torch.library.opcheck(branches._window, arguments, test_utils=checks)
+    torch.library.opcheck(windows._window, arguments, test_utils=checks)
     q, k, v = (torch.randn(B, T, H, K).bfloat16().requires_grad_() for _ in range(3))
-    torch.library.opcheck(branches._attention, (q, k, v, 30, None), test_utils=checks)
+    torch.library.opcheck(windows._attention, (q, k, v, 30, None), test_utils=checks)
+    sinks = (torch.randn(B, 4 + T, H, K).bfloat16().requires_grad_() for _ in range(2))
+    arguments = (q, q, k, v, *sinks, 30, torch.arange(T).expand(B, T), None)
+    torch.library.opcheck(windows._sinks, arguments, test_utils=checks)

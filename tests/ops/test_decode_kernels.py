@@ -1,4 +1,5 @@
-"""The kernels of a decoding step can be compiled for a GPU; there is no need to have one."""
+"""The kernels of a decoding step, and those of adopted models, can be compiled for a GPU; there is
+no need to have one."""
 
 import json
 import os
@@ -14,11 +15,11 @@ SHARED = 227 * 1024
 """Bytes of shared memory that a program may use on an H100 or H200."""
 
 
-def test_they_compile_for_the_1_3b_preset():
-    program = Path(__file__).with_name("compile_decode.py")
+def compiled(program, *arguments):
+    """What a program beside this file prints of the kernels that it compiles."""
     without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, program, "1.3b", "1", "8", "64"],
+        [sys.executable, Path(__file__).with_name(program), *arguments],
         env=without,
         capture_output=True,
         text=True,
@@ -26,7 +27,17 @@ def test_they_compile_for_the_1_3b_preset():
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {k["kernel"] for k in kernels} >= {"product_kernel", "delta_kernel", "attention_kernel"}
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["spilled"] == 0, kernel
+    return {kernel["kernel"] for kernel in kernels}
+
+
+def test_they_compile_for_the_1_3b_preset():
+    names = compiled("compile_decode.py", "1.3b", "1", "8", "64")
+    assert names >= {"product_kernel", "delta_kernel", "attention_kernel"}
+
+
+def test_those_of_adopted_models_compile():
+    names = compiled("compile_adopted.py")
+    assert names >= {"unit_kernel", "conv_kernel", "add_kernel", "gradient_kernel"}

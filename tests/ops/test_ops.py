@@ -408,6 +408,13 @@ def test_cross_entropy_is_its_definition():
     assert_same(ops.linear_cross_entropy, tensors, labels=labels, z_loss=0.1)
 
 
+def test_distillation_loss_is_its_definition():
+    labels = torch.randint(11, (23,))
+    labels[::5] = -100
+    given = {"taught": normal(23, 11), "labels": labels, "within": torch.arange(23) < 12}
+    assert_same(ops.distillation_loss, {"logits": normal(23, 11)}, **given)
+
+
 OPERATIONS = sorted(
     set(ops.__all__)
     - {"BACKENDS", "HAS_KERNELS", "MIN_LOG_ALPHA", "at_least_float32", "in_autocast"}

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from helpers import HELPERS
 from helpers.stand_in import stop
@@ -20,9 +20,11 @@ from nirvana.data.shards import tokenize
 from nirvana.data.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_folder
 from nirvana.model.adopt import adopt
 from nirvana.model.assets import load_language_model
+from nirvana.ops import dispatch
 from nirvana.train.checkpoint import latest
 from nirvana.train.config import DistillConfig
 from nirvana.train.distill import DistillTask, distill, token_losses, with_initial_model
+from nirvana.train.teacher import attention_pairs, prepare_teacher, teacher_logits
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "see", "one", "bird"]
 WINDOW = 6
@@ -236,6 +238,42 @@ def test_mixed_is_what_the_layers_compute(arguments):
     inputs, expected = list(seen), list(outputs)
     for mine, own in zip(task.model.mixed(inputs, positions, None), expected, strict=True):
         torch.testing.assert_close(mine, own)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_teacher_reads_packed_documents(window):
+    """Each as if it were alone, by the library's own attention; in the hooked layers, too."""
+    torch.manual_seed(0)
+    kind = LlamaConfig if window is None else MistralConfig
+    config = kind(
+        vocab_size=31,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        sliding_window=window,
+    )
+    teacher = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    tokens, lengths = torch.randint(31, (1, 40)), (7, 21, 12)
+    parts = tokens.split(lengths, dim=1)
+    with torch.no_grad():
+        alone = torch.cat([teacher(part, use_cache=False).logits for part in parts], dim=1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    segments = torch.arange(3).repeat_interleave(torch.tensor(lengths))[None]
+    given = {"input_ids": tokens, "position_ids": positions}
+    packed = {"segments": segments, "cu_seqlens": None}
+    prepare_teacher(teacher)
+    with dispatch.recorded_backends() as used:
+        together = teacher_logits(teacher, given, packed)
+    assert used == {"window_attention": ["chunked"]}
+    torch.testing.assert_close(together, alone)
+    inputs, outputs = attention_pairs(teacher, given, packed)
+    layer = teacher.model.layers[0]
+    torch.testing.assert_close(inputs[0], layer.input_layernorm(teacher.model.embed_tokens(tokens)))
+    after = teacher.model.embed_tokens(tokens) + outputs[0]
+    after = after + layer.mlp(layer.post_attention_layernorm(after))
+    torch.testing.assert_close(inputs[1], teacher.model.layers[1].input_layernorm(after))
 
 
 def test_token_losses():

@@ -62,8 +62,8 @@ class FusedStep:
         """
         config: NirvanaConfig = model.config
         H, G, K = config.head_sizes
-        known = K in HEAD_DIMS and config.conv_size == CONV_WIDTH
-        known = known and config.hidden_size == H * K == G * K and not config.without_kernels
+        known = K in HEAD_DIMS and config.conv_size == CONV_WIDTH and config.conv_silu
+        known = known and config.hidden_size == H * K == G * K and not config.num_sinks
         known = known and not (config.qkv_bias or config.qk_norm)
         known = known and config.window_output == "low_rank" and config.rope_theta is None
         known = known and config.branches == "both" and config.trigger_step == "plain"

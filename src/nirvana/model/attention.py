@@ -58,7 +58,8 @@ class QKV(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             return qkv
         q, k, v = self.split(qkv)
-        return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2).flatten(2)
+        parts = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2)
+        return parts.flatten(2).to(qkv.dtype)  # autocast normalises in float32
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """q `[B, T, H, K]`, k and v `[B, T, G, K]`, of `[B, T, (H + 2 G) K]`."""
@@ -239,13 +240,14 @@ def attend(
     if states is not None:
         k, v = states.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
+    borders = masks["cu_seqlens"]
     in_reach = states is None and window is not None and window >= T  # all tokens of the row
     if both is not None and window is not None and index is not None and not in_reach:
         near = masks["segments"] if mask is None else None
         sink_k, sink_v = both.unbind(2)
-        return sink_attention(q, far, k, v, sink_k, sink_v, window, index, near, mask)
+        return sink_attention(q, far, k, v, sink_k, sink_v, window, index, near, mask, borders)
     if mask is None:
-        return window_attention(q, k, v, window, masks["segments"], masks["cu_seqlens"])
+        return window_attention(q, k, v, window, masks["segments"], borders)
     return masked_attention(q, k, v, mask)
 
 

@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from nirvana.errors import InputError
+from nirvana.ops.dispatch import CONV_WIDTH, LEAST_WINDOW, MAX_SINKS
 
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -20,8 +21,6 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """Types of `rope_scaling`: the keys that they require, and those that they also know."""
-LINEAR_KERNELS = {"conv_size": 4, "conv_silu": True}
-"""The settings of the linear branch that its GPU kernels take."""
 MAKE_LAYER_TYPES = (
     "num_hidden_layers",
     "num_prelude_layers",
@@ -204,14 +203,12 @@ class NirvanaConfig(PreTrainedConfig):
     def without_kernels(self) -> tuple[str, ...]:
         """The settings, with their values, that no GPU kernel takes."""
         found = []
-        if self.branches != "window" or self.num_prelude_layers > 0:
-            if self.num_key_value_heads != self.num_attention_heads:
-                found.append("num_key_value_heads")
-            found += [
-                name for name, usual in LINEAR_KERNELS.items() if getattr(self, name) != usual
-            ]
-        if self.branches != "linear" and self.num_sinks:
-            found.append("num_sinks")
+        linear = self.branches != "window" or self.num_prelude_layers > 0
+        if linear and self.conv_size not in (CONV_WIDTH, None):
+            found.append("conv_size")
+        if self.branches != "linear" and self.num_sinks and self.sliding_window is not None:
+            found += ["num_sinks"] if self.num_sinks > MAX_SINKS else []
+            found += ["sliding_window"] if self.sliding_window < LEAST_WINDOW else []
         return tuple(f"{name} = {getattr(self, name)}" for name in found)
 
     @property

@@ -32,6 +32,7 @@ __all__ = [
     "at_least_float32",
     "causal_conv",
     "decayed_sum",
+    "distillation_loss",
     "gated_delta_rule",
     "in_autocast",
     "linear_branch",
@@ -167,9 +168,7 @@ def linear_branch(
     if lengths is not None:  # padding writes nothing and keeps the state
         real = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]
         log_alpha, beta = (x * real[..., None] for x in (log_alpha, beta))
-    fits = dispatch.linear_branch_fits(
-        qkv, conv_weight, beta, head_dim, segments, cu_seqlens, conv_state, silu
-    )
+    fits = dispatch.linear_branch_fits(qkv, conv_weight, head_dim, segments, cu_seqlens, conv_state)
     o, recent, last = dispatch.implementation("linear_branch", fits)(
         qkv,
         None if conv_weight is None else at_least_float32(conv_weight),
@@ -266,7 +265,7 @@ def window_attention(
         raise ValueError("segments separate new tokens, not those of the past")
     fits = dispatch.branch_fits(q, q.shape[-1], segments, cu_seqlens)
     compute = dispatch.implementation("window_attention", fits)
-    return compute(q, *_for_each_query(q, k, v), window, segments, cu_seqlens)
+    return compute(q, k, v, window, segments, cu_seqlens)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -281,7 +280,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Returns:
         `[B, T, H, K]`.
     """
-    return dispatch.implementation("masked_attention")(q, *_for_each_query(q, k, v), mask)
+    return dispatch.implementation("masked_attention")(q, k, v, mask)
 
 
 def sink_attention(
@@ -295,6 +294,7 @@ def sink_attention(
     index: Tensor,
     segments: Tensor | None = None,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`window_attention` that also attends to the first tokens of a sample, its sinks.
 
@@ -313,6 +313,7 @@ def sink_attention(
         index: `[B, T]` or `[1, T]`, tokens of its sample before each token.
         segments: `[B, T]`, see the module; only with S = T.
         mask: bool, broadcasts to `[B, 1, T, S]`, true within the window; None: by position.
+        cu_seqlens: `[samples + 1]`, see the module.
 
     Returns:
         `[B, T, H, K]`.
@@ -322,15 +323,10 @@ def sink_attention(
     """
     if segments is not None and mask is None and k.shape[1] != q.shape[1]:
         raise ValueError("segments separate new tokens, not those of the past")
-    k, v, sink_k, sink_v = _for_each_query(q, k, v, sink_k, sink_v)
-    compute = dispatch.implementation("sink_attention")
-    return compute(q, far, k, v, sink_k, sink_v, window, index, segments, mask)
-
-
-def _for_each_query(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Heads of keys or values `[B, S, G, K]`, once for each head of q `[B, T, H, K]`."""
-    H, G = q.shape[2], others[0].shape[2]
-    return others if H == G else tuple(x.repeat_interleave(H // G, dim=2) for x in others)
+    sinks = sink_k.shape[1] - q.shape[1]
+    fits = dispatch.sink_attention_fits(q, sinks, window, segments, cu_seqlens, mask)
+    compute = dispatch.implementation("sink_attention", fits)
+    return compute(q, far, k, v, sink_k, sink_v, window, index, segments, mask, cu_seqlens)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -459,3 +455,24 @@ def linear_cross_entropy(
     h, weight = in_autocast(h), in_autocast(weight)
     fits = dispatch.cross_entropy_fits(h)
     return dispatch.implementation("linear_cross_entropy", fits)(h, weight, labels, z_loss)
+
+
+def distillation_loss(
+    logits: Tensor, taught: Tensor, labels: Tensor, within: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_t KL(p_t || q_t) where `within`, else -log q_t[labels_t], over the tokens whose label is
+    not -100; p is the softmax of `taught`, q that of `logits`, in float32 (float64 for float64).
+
+    Args:
+        logits: `[N, V]`.
+        taught: `[N, V]`, constant: it gets no gradient.
+        labels: `[N]`, int64, in 0..V-1, or -100 (`cross_entropy.IGNORE`).
+        within: bool, `[N]`.
+
+    Returns:
+        the loss; and without gradients the sums of the divergence and of -log q_t[labels_t] over
+        all these tokens. Scalars, float32 (float64 for float64).
+    """
+    fits = dispatch.cross_entropy_fits(logits)
+    compute = dispatch.implementation("distillation_loss", fits)
+    return compute(logits, taught.detach(), labels, within)

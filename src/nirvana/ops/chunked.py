@@ -1,8 +1,8 @@
 """The operations in PyTorch, in chunks, on any device: linear in T in time and memory.
 
-The functions of windows, the Trigger and the loss, which this backend has too, are in `window`,
-`trigger` and `cross_entropy`. While `torch.export` traces, nothing depends on the value of T, so
-that a program exported for a dynamic length holds for every length.
+The functions of windows, the Trigger and the losses, which this backend has too, are in `window`,
+`trigger`, `cross_entropy` and `divergence`. While `torch.export` traces, nothing depends on the
+value of T, so that a program exported for a dynamic length holds for every length.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nirvana.ops.chunks import chunk_count, is_exporting, is_one, pad_segments
 from nirvana.ops.cross_entropy import linear_cross_entropy
+from nirvana.ops.divergence import distillation_loss
 from nirvana.ops.precision import at_least_float32, no_autocast
 from nirvana.ops.reference import UNIT_EPS
 from nirvana.ops.trigger import trigger_apply, trigger_gradient
@@ -20,6 +21,7 @@ __all__ = [
     "add_low_rank",
     "causal_conv",
     "decayed_sum",
+    "distillation_loss",
     "gated_delta_rule",
     "linear_branch",
     "linear_cross_entropy",

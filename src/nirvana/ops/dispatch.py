@@ -25,16 +25,22 @@ KERNELS = (
     "linear_branch",
     "window_branch",
     "window_attention",
+    "sink_attention",
     "swiglu",
     "trigger_gradient",
     "trigger_apply",
     "linear_cross_entropy",
+    "distillation_loss",
 )
 """The operations that `cuda` has kernels for."""
 HEAD_DIMS = (32, 64, 128)
 """Head sizes K that the kernels of both branches take."""
 CONV_WIDTH = 4
 """Width of the convolution that the linear branch's kernels take."""
+LEAST_WINDOW = 16
+"""Smallest window beside which the kernels take sinks; they read them in blocks within it."""
+MAX_SINKS = 16
+"""Largest number of sinks that they take."""
 MAX_TASK_DIM = 128
 """Largest C of the Trigger's kernels: one matrix of a wider bank exceeds a multiprocessor's shared
 memory."""
@@ -127,9 +133,17 @@ def _kernel_module(operation: str) -> Any:
         from nirvana.ops.cuda import cross_entropy
 
         return cross_entropy
-    from nirvana.ops.cuda import branches
+    if operation == "distillation_loss":
+        from nirvana.ops.cuda import divergence
 
-    return branches
+        return divergence
+    if operation == "linear_branch":
+        from nirvana.ops.cuda import linear
+
+        return linear
+    from nirvana.ops.cuda import window
+
+    return window
 
 
 def suits_kernels(x: Tensor) -> bool:
@@ -186,23 +200,34 @@ def branch_fits(
 def linear_branch_fits(
     qkv: Tensor,
     conv_weight: Tensor | None,
-    beta: Tensor,
     head_dim: int,
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
     conv_state: Tensor | None,
-    silu: bool,
 ) -> bool:
     """Whether the kernels of `linear_branch` take a call; arguments as of `branch_fits`.
 
-    They have no gradient of the convolution's state before packed samples, and take as many heads
-    of k and v as of q.
+    They have no gradient of the convolution's state before packed samples.
     """
-    if not silu or conv_weight is None or qkv.shape[-1] != 3 * head_dim * beta.shape[-1]:
-        return False
-    learned = conv_state is not None and conv_state.requires_grad and torch.is_grad_enabled()
-    sizes = conv_weight.shape[1] == CONV_WIDTH and not (learned and segments is not None)
-    return sizes and branch_fits(qkv, head_dim, segments, cu_seqlens)
+    if conv_weight is not None:
+        learned = conv_state is not None and conv_state.requires_grad and torch.is_grad_enabled()
+        if conv_weight.shape[1] != CONV_WIDTH or (learned and segments is not None):
+            return False
+    return branch_fits(qkv, head_dim, segments, cu_seqlens)
+
+
+def sink_attention_fits(
+    q: Tensor,
+    sinks: int,
+    window: int,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+) -> bool:
+    """Whether the kernels of `sink_attention` take a call; arguments as of `branch_fits`, and the
+    mask and the number of sinks."""
+    sizes = window >= LEAST_WINDOW and sinks <= MAX_SINKS and mask is None
+    return sizes and branch_fits(q, q.shape[-1], segments, cu_seqlens)
 
 
 def trigger_fits(x: Tensor) -> bool:
@@ -222,5 +247,5 @@ def swiglu_fits(x: Tensor) -> bool:
 
 
 def cross_entropy_fits(h: Tensor) -> bool:
-    """Whether the loss over chunks of logits is compiled: on a GPU, in any dtype."""
+    """Whether a loss over chunks of logits is compiled: on a GPU, in any dtype."""
     return h.is_cuda

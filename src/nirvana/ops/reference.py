@@ -92,7 +92,7 @@ def linear_branch(
     with no_autocast(qkv.device):
         mixed, recent = causal_conv(at_least_float32(qkv), conv_weight, conv_state, segments, silu)
         q, k, v = mixed.unflatten(-1, (-1, head_dim)).split([H, G, G], dim=2)
-        k, v = (x[:, :, torch.arange(H) * G // H] for x in (k, v))
+        k, v = _served(q, k, v)
         o, last = gated_delta_rule(unit(q), unit(k), v, log_alpha, beta, state, segments)
     return (o, recent, last) if final else (o, None, None)
 
@@ -140,6 +140,7 @@ def window_attention(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """See `nirvana.ops.window_attention`."""
+    k, v = _served(q, k, v)
     S, K = k.shape[1], k.shape[-1]
     past = S - q.shape[1]
     outputs = []
@@ -155,6 +156,7 @@ def window_attention(
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """See `nirvana.ops.masked_attention`."""
+    k, v = _served(q, k, v)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return torch.einsum("bhts,bshk->bthk", weights, v)
@@ -171,8 +173,10 @@ def sink_attention(
     index: Tensor,
     segments: Tensor | None,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """See `nirvana.ops.sink_attention`."""
+    k, v, sink_k, sink_v = _served(q, k, v, sink_k, sink_v)
     B, T, _, K = q.shape
     past, n = k.shape[1] - T, sink_k.shape[1] - T
     rows = []
@@ -271,6 +275,19 @@ def linear_cross_entropy(
     return loss + z_loss * squares, squares.detach()
 
 
+def distillation_loss(
+    logits: Tensor, taught: Tensor, labels: Tensor, within: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `nirvana.ops.distillation_loss`."""
+    counted = labels != -100
+    logits, taught = (at_least_float32(x)[counted] for x in (logits, taught))
+    p = taught.softmax(1)
+    kl = (p * (p / logits.softmax(1)).log()).sum(1)
+    entropy = F.cross_entropy(logits, labels[counted], reduction="none")
+    loss = torch.where(within[counted], kl, entropy).sum()
+    return loss, kl.sum().detach(), entropy.sum().detach()
+
+
 def decayed_sum(
     g: Tensor, decay: Tensor | float, state: Tensor | None, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -281,6 +298,12 @@ def decayed_sum(
         m = _restart(m, segments, t) * decay + g[:, t]
         outputs.append(m)
     return torch.stack(outputs, dim=1), m
+
+
+def _served(q: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+    """Shared heads `[B, S, G, K]`, one for each of the H of q, `[B, T, H, K]`."""
+    H, G = q.shape[2], shared[0].shape[2]
+    return tuple(x[:, :, torch.arange(H) * G // H] for x in shared)
 
 
 def _restart(state: Tensor, segments: Tensor | None, t: int) -> Tensor:

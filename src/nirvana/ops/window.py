@@ -20,6 +20,7 @@ def window_attention(
     In blocks of one window: a block of queries attends to its own and the previous block of keys.
     """
     T, S = q.shape[1], k.shape[1]
+    k, v = _for_each_query(q, k, v)
     if is_one(T):
         k, v = (x if window is None else x[:, -window:] for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -58,6 +59,7 @@ def sink_attention(
     index: Tensor,
     segments: Tensor | None,
     mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """See `nirvana.ops.sink_attention`.
 
@@ -66,6 +68,7 @@ def sink_attention(
     each block has n further keys. In one softmax with two queries: `[q, far]` on keys `[k, 0]`
     within the window and `[0, k]` for sinks.
     """
+    k, v, sink_k, sink_v = _for_each_query(q, k, v, sink_k, sink_v)
     (B, T, _, K), S, n = q.shape, k.shape[1], sink_k.shape[1] - q.shape[1]
     index = index.expand(B, T)
     q = torch.cat([q, far], dim=-1)
@@ -113,8 +116,15 @@ def sink_attention(
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """See `nirvana.ops.masked_attention`."""
+    k, v = _for_each_query(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _for_each_query(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Heads of keys or values `[B, S, G, K]`, once for each head of q `[B, T, H, K]`."""
+    H, G = q.shape[2], others[0].shape[2]
+    return others if H == G else tuple(x.repeat_interleave(H // G, dim=2) for x in others)
 
 
 def _reads_sinks(index: Tensor, n: int, window: int) -> Tensor:

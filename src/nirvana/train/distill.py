@@ -18,27 +18,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 
 from nirvana.config import load_config
 from nirvana.errors import InputError
 from nirvana.model.adopt import load_teacher
 from nirvana.model.config import NirvanaConfig
+from nirvana.model.masks import create_masks
+from nirvana.model.nirvana import compile_blocks
 from nirvana.model.updater import Updater
+from nirvana.ops import distillation_loss
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import DistillConfig, ModelSection
 from nirvana.train.distributed import ProcessContext
 from nirvana.train.language import LanguageTask, document_borders, train_task
 from nirvana.train.loop import Outcome, check_run
 from nirvana.train.saved_model import NOT_COMPARED, find_model
+from nirvana.train.teacher import (
+    attention_pairs,
+    compile_teacher,
+    prepare_teacher,
+    teacher_logits,
+)
 
 WINDOW_DROPOUT = {"attention": (1.0, 0.5), "logits": (0.5, 0.0), "context": (0.0, 0.0)}
 """The default of `distill.window_dropout` by stage, of models with both branches."""
-LOSS_TOKENS = 1024
-"""Tokens of a chunk of the loss: in float32 the logits of all never exist together."""
 PRESET = "tiny"  # all of its fields are overridden
 
 
@@ -65,6 +70,7 @@ class DistillTask(LanguageTask):
         dtype = config.run.autocast_dtype(device) or torch.float32
         # No part of `self.model`: checkpoints do not hold it.
         self.teacher: nn.Module = nn.Module.to(found.model, device, dtype).requires_grad_(False)
+        prepare_teacher(self.teacher)
         self.teacher_length: int = found.model.config.max_position_embeddings
         if self.stage == "logits" and config.data.context_length > self.teacher_length:
             raise InputError(
@@ -78,8 +84,13 @@ class DistillTask(LanguageTask):
 
     def prepare(self, processes: ProcessContext, compiled: bool) -> None:
         """See `LanguageTask.prepare`; the stage "attention" computes no whole blocks, and compiles
-        none."""
-        super().prepare(processes, compiled and self.stage != "attention")
+        the mixers alone. The teacher is compiled, too."""
+        whole = self.stage != "attention"
+        super().prepare(processes, compiled and whole)
+        if compiled:
+            compile_teacher(self.teacher, hooked=not whole)
+        if compiled and not whole:
+            compile_blocks(block.updater for block in self.blocks)
         for block in self.blocks:
             register_fsdp_forward_method(block, "mix")
         register_fsdp_forward_method(self.model, "mixed")
@@ -110,16 +121,18 @@ class DistillTask(LanguageTask):
         borders = document_borders(batch["position_ids"])
         batch = self._on_device(batch)
         given = {name: batch[name] for name in ("input_ids", "position_ids")}
+        masks = create_masks(
+            self.architecture, batch["input_ids"], None, None, batch["position_ids"], borders
+        )
+        packed = {name: masks[name] for name in ("segments", "cu_seqlens")}
         if self.stage == "attention":
-            with torch.no_grad():
-                inputs, targets = _attention(self.teacher, given)
+            inputs, targets = attention_pairs(self.teacher, given, packed)
             outputs = self.model.mixed(inputs, batch["position_ids"], borders)  # type: ignore[operator]
             errors = torch.stack(
                 [_relative_error(y, target) for y, target in zip(outputs, targets, strict=True)]
             )
             return errors.mean(), {"worst_layer": errors.max().detach()}
-        with torch.no_grad():
-            taught = self.teacher(**given, use_cache=False).logits
+        taught = teacher_logits(self.teacher, given, packed)
         logits = self.model(**given, cu_seqlens=borders, use_cache=False).logits
         within = batch["position_ids"] < self.teacher_length
         return token_losses(logits, taught, batch["labels"], within)
@@ -140,25 +153,6 @@ class DistillTask(LanguageTask):
         for number, block in enumerate(self.blocks):
             if isinstance(block.updater, Updater):
                 block.updater.window_kept = None if kept is None else kept[number]
-
-
-def _attention(teacher: nn.Module, given: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs and outputs of a Transformer's attention layers, each `[B, T, D]`."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def hook(part: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
-        inputs.append(named["hidden_states"])
-        outputs.append(output[0])
-
-    layers: Any = teacher.model.layers  # type: ignore[union-attr]
-    hooks = [each.self_attn.register_forward_hook(hook, with_kwargs=True) for each in layers]
-    try:
-        teacher.model(**given, use_cache=False)  # type: ignore[operator]
-    finally:
-        for each in hooks:
-            each.remove()
-    return inputs, outputs
 
 
 def _relative_error(y: Tensor, target: Tensor) -> Tensor:
@@ -182,26 +176,11 @@ def token_losses(
         the mean over the tokens with a label, in nats, and the means "kl" and "cross_entropy" of
         these tokens, detached.
     """
-    rows = [x.flatten(0, 1).split(LOSS_TOKENS) for x in (logits, taught)]
-    marks = [x.flatten().split(LOSS_TOKENS) for x in (labels, within)]
-    totals = [
-        checkpoint(_sums, *chunk, use_reentrant=False) for chunk in zip(*rows, *marks, strict=True)
-    ]
     count = (labels != IGNORE).sum().clamp(min=1)
-    loss, kl, entropy = (torch.stack(x).sum() / count for x in zip(*totals, strict=True))
-    return loss, {"kl": kl.detach(), "cross_entropy": entropy.detach()}
-
-
-def _sums(
-    logits: Tensor, taught: Tensor, labels: Tensor, within: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over tokens of the loss, the divergence and the cross-entropy."""
-    real = labels != IGNORE
-    own, target = (x.float().log_softmax(-1) for x in (logits, taught))
-    kl = F.kl_div(own, target, reduction="none", log_target=True).sum(-1)
-    entropy = F.nll_loss(own, labels, ignore_index=IGNORE, reduction="none")
-    loss = torch.where(within, kl, entropy)
-    return (loss * real).sum(), (kl * real).sum(), (entropy * real).sum()
+    logits, taught = (x.flatten(0, 1) for x in (logits, taught))
+    sums = distillation_loss(logits, taught, labels.flatten(), within.flatten())
+    loss, kl, entropy = (x / count for x in sums)
+    return loss, {"kl": kl, "cross_entropy": entropy}
 
 
 def _dropout(config: DistillConfig, architecture: NirvanaConfig) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -27,8 +28,8 @@ def forward(
 
     Args:
         q: `[B, T, H, K]`.
-        k: `[B, S, H, K]`, the last T of them the queries' own.
-        v: `[B, S, H, K]`.
+        k: `[B, S, G, K]`, the last T of them the queries' own; each of the G heads for H / G of q.
+        v: `[B, S, G, K]`.
         window: tokens that a token attends to, itself included; None means all before it.
         cu_seqlens: `[documents + 1]`, int32, where documents start and end in the batch laid out
             as one row; then S = T.
@@ -37,6 +38,7 @@ def forward(
         o `[B, T, H, K]`, and the logarithms of the softmax's sums, `[B H T]`, float32, for
         `backward`.
     """
+    q, k, v = _read(q, k, v, cu_seqlens)
     if _cudnn_fits(q):
         o = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:3].numel(), dtype=torch.float32)
@@ -46,7 +48,7 @@ def forward(
     q_, k_, v_ = (x if cu_seqlens is None else x.flatten(0, 1) for x in (q, k, v))
     options, bounds = _flash_arguments(q, k, window, cu_seqlens)
     o, lse, *_ = torch.ops.aten._flash_attention_forward(q_, k_, v_, *options, False, **bounds)
-    return o.view(q.shape), lse.flatten()
+    return o.view(q.shape).contiguous(), lse.flatten()
 
 
 def backward(
@@ -58,37 +60,66 @@ def backward(
     lse: Tensor,
     window: int | None,
     cu_seqlens: Tensor | None,
-) -> Tensor:
-    """The gradients of `forward`, for S = T.
+    grads: tuple[Tensor, ...],
+) -> None:
+    """Writes the gradients of `forward`.
+
+    If the softmax has further keys, whose gradients are computed elsewhere, o and lse are those of
+    the whole: the gradients of q, k and v depend on the further keys through these alone.
 
     Args:
         do: `[B, T, H, K]`, contiguous.
         q: `[B, T, H, K]`.
-        k: `[B, T, H, K]`.
-        v: `[B, T, H, K]`.
+        k: `[B, S, G, K]`.
+        v: `[B, S, G, K]`.
         o: `[B, T, H, K]`, contiguous, of `forward`.
         lse: `[B H T]`, of `forward`.
         window: as of `forward`.
         cu_seqlens: as of `forward`.
-
-    Returns:
-        dq, dk and dv side by side, `[B, T, 3, H, K]`.
+        grads: receive dq, dk and dv, in the shapes of q, k and v; rows may have gaps between them.
     """
+    q, k, v = _read(q, k, v, cu_seqlens)
+    B, T, H, _ = q.shape
+    past = k.shape[1] - T
+    if past:  # the kernels take one query for each key: zeros, whose gradients are zero
+        q, o, do = (F.pad(x, (0, 0, 0, 0, past, 0)) for x in (q, o, do))
+        lse = F.pad(lse.view(B, H, T), (past, 0)).flatten()
+        dq = torch.empty_like(q)
+        backward(do, q, k, v, o, lse, window, cu_seqlens, (dq, *grads[1:]))
+        grads[0].copy_(dq[:, past:])
+        return
     if _cudnn_fits(q):
-        B, T, H, K = q.shape
-        grads = q.new_empty(B, T, 3, H, K)
-        graph = _backward_graph(_shape(cu_seqlens, q, k, v), window)
+        graph = _backward_graph(_shape(cu_seqlens, q, k, v, *grads), window)
         given = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "do": do}
-        given |= dict(zip(("dq", "dk", "dv"), grads.unbind(2), strict=True))
-        graph.run(given, cu_seqlens)
-        return grads
+        graph.run(given | dict(zip(("dq", "dk", "dv"), grads, strict=True)), cu_seqlens)
+        return
     rows = [x if cu_seqlens is None else x.flatten(0, 1) for x in (do, q, k, v, o)]
     options, bounds = _flash_arguments(q, k, window, cu_seqlens)
-    B, T, H, _ = q.shape
     lse = lse.view(B, H, T) if cu_seqlens is None else lse.view(H, B * T)
     random = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's state, unused
-    grads = torch.ops.aten._flash_attention_backward(*rows, lse, *options, random, random, **bounds)
-    return torch.stack([grad.view(q.shape) for grad in grads], dim=2)
+    found = torch.ops.aten._flash_attention_backward(*rows, lse, *options, random, random, **bounds)
+    for grad, each in zip(grads, found, strict=True):
+        grad.copy_(each.view(grad.shape))
+
+
+def sums_by_token(lse: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The sums of `forward` as a view `[B, T, H]`: rows hold them head by head, and of packed
+    documents cuDNN holds them token by token."""
+    B, T, H, _ = q.shape
+    if cu_seqlens is None:
+        return lse.view(B, H, T).transpose(1, 2)
+    return lse.view(B, T, H) if _cudnn_fits(q) else lse.view(H, B, T).permute(1, 2, 0)
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """q, k and v as the kernels read them: numbers of a head side by side, and the tokens of packed
+    documents one stride apart from row to row; copies where they are not so."""
+    return tuple(
+        x
+        if x.stride(3) == 1 and (cu_seqlens is None or x.stride(0) == x.shape[1] * x.stride(1))
+        else x.contiguous()
+        for x in (q, k, v)
+    )
 
 
 def _flash_arguments(
@@ -227,13 +258,14 @@ class _Graph:
         self._set_offsets(self.tensors[name], st)
         return self.tensors[name]
 
-    def output(self, name: str, tensor: Any, beside: int = 1) -> None:
-        """Marks an output of the queries' shape, in rows that hold `beside` such tensors."""
-        b, t, h, c = self.shape.dims[0]
-        row = beside * h * c
+    def output(
+        self, name: str, tensor: Any, dims: tuple[int, ...], strides: tuple[int, ...]
+    ) -> None:
+        """Marks an output, `[B, T, H, K]` with these strides."""
+        (b, t, h, c), (sb, st, sh, sc) = dims, strides
         tensor.set_output(True).set_dim([self.shape.documents or b, h, t, c])
-        tensor.set_stride([t * row, c, row, 1])
-        self._set_offsets(tensor, row)
+        tensor.set_stride([sb, sh, st, sc])
+        self._set_offsets(tensor, st)
         self.tensors[name] = tensor
 
     def statistics(self) -> dict[str, list[int]]:
@@ -297,7 +329,7 @@ def _forward_graph(shape: _Shape, window: int | None) -> _Graph:
     made = _Graph(shape)
     q, k, v = (made.input(*x) for x in zip("qkv", shape.dims, shape.strides, strict=True))
     o, lse = made.graph.sdpa(name="window", q=q, k=k, v=v, generate_stats=True, **made.band(window))
-    made.output("o", o)
+    made.output("o", o, shape.dims[0], _dense(shape.dims[0]))
     statistics = made.statistics()
     lse.set_output(True).set_dim(statistics["dim"]).set_stride(statistics["stride"])
     lse.set_data_type(made.cudnn.data_type.FLOAT)
@@ -308,10 +340,10 @@ def _forward_graph(shape: _Shape, window: int | None) -> _Graph:
 @lru_cache(maxsize=32)
 def _backward_graph(shape: _Shape, window: int | None) -> _Graph:
     made = _Graph(shape)
-    q, k, v = (made.input(*x) for x in zip("qkv", shape.dims, shape.strides, strict=True))
-    b, t, h, c = shape.dims[0]
-    dense = (t * h * c, h * c, c, 1)
-    o, do = (made.input(name, shape.dims[0], dense) for name in ("o", "do"))
+    sizes = list(zip(shape.dims, shape.strides, strict=True))  # of q, k and v, and their gradients
+    q, k, v = (made.input(name, *size) for name, size in zip("qkv", sizes[:3], strict=True))
+    b, t, _, _ = shape.dims[0]
+    o, do = (made.input(name, shape.dims[0], _dense(shape.dims[0])) for name in ("o", "do"))
     kind = made.cudnn.data_type.FLOAT
     lse = made.graph.tensor(name="lse", **made.statistics(), data_type=kind)
     made.add_statistics(lse)
@@ -321,6 +353,12 @@ def _backward_graph(shape: _Shape, window: int | None) -> _Graph:
     grads = made.graph.sdpa_backward(
         name="window_backward", q=q, k=k, v=v, o=o, dO=do, stats=lse, **band
     )
-    for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
-        made.output(name, grad, beside=3)
+    for name, grad, size in zip(("dq", "dk", "dv"), grads, sizes[3:], strict=True):
+        made.output(name, grad, *size)
     return made.finish()
+
+
+def _dense(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous `[B, T, H, K]`."""
+    _, t, h, c = dims
+    return t * h * c, h * c, c, 1

@@ -1,13 +1,14 @@
-"""The convolutions of q, k and v, SiLU and the unit length of q and k, for CUDA tensors.
+"""The convolutions of q, k and v, SiLU where it is on, and the unit length of q and k, for CUDA
+tensors. Shared heads of k and v come out once for each head of q that they serve.
 
 A program processes STEPS tokens of one row in order, for a few heads, all of q, of k or of v, and
 keeps the inputs of later tokens in registers, so that each number is read once. Before the first
 token of a sample the inputs are zero, or, at a row's first sample, the state that was passed in.
 
-With a the convolution, four wide, y = silu(a) and, for q and k, u = y r with
+With a the convolution, four wide, y = silu(a) (or a) and, for q and k, u = y r with
 r = (sum y^2 + eps)^-1/2:
 
-    dy = r (du - u sum(u du))          da = dy sigma(a) (1 + a (1 - sigma(a)))
+    dy = r (du - u sum(u du))          da = dy sigma(a) (1 + a (1 - sigma(a)))   (or dy)
     dx_t = sum_j weight[:, 3 - j] da_{t + j}
     dweight[:, 3 - j] = sum_t da_t x_{t - j}
 """
@@ -35,6 +36,18 @@ def _four(x, t, stride, c, T):
     x1 = tl.load(at + stride, t + 1 < T, 0.0)
     x2 = tl.load(at + 2 * stride, t + 2 < T, 0.0)
     x3 = tl.load(at + 3 * stride, t + 3 < T, 0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _four_summed(x, t, stride, c, T, count, K: tl.constexpr, REPEATS: tl.constexpr):
+    """`_four` of a gradient, summed over the `count` heads of q that a head serves."""
+    x0, x1, x2, x3 = _four(x, t, stride, c, T)  # type: ignore[reportGeneralTypeIssues]
+    x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+    if REPEATS > 1:
+        for r in range(1, count):
+            y0, y1, y2, y3 = _four(x, t, stride, c + r * K, T)
+            x0, x1, x2, x3 = x0 + y0, x1 + y1, x2 + y2, x3 + y3
     return x0, x1, x2, x3
 
 
@@ -81,20 +94,24 @@ def _weights(weight, c):
 
 @triton.jit
 def conv_kernel(
-    x, stride, state, segments, weight, out, T, H,
+    x, stride, state, segments, weight, out, T, H, G,
     K: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, HAS_STATE: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     first, row = tl.program_id(0) * STEPS, tl.program_id(2).to(tl.int64)
-    top = tl.program_id(1) * HEADS
+    top = tl.program_id(1) * HEADS  # of the heads that come out, H of each of q, k and v
     inner = tl.arange(0, HEADS)[:, None] * K + tl.arange(0, K)[None, :]
-    c = top * K + inner
+    part = top // H
+    serves = tl.where(part == 0, 1, H // G)
+    read = tl.where(part == 0, 0, H + (part - 1) * G)
+    read += (top % H + tl.arange(0, HEADS)) // serves
+    c = read[:, None] * K + tl.arange(0, K)[None, :]
     x += row * T * stride
     if HAS_STATE:
-        state += row * (3 * H * K) * 3
+        state += row * ((H + 2 * G) * K) * 3
     if HAS_SEGMENTS:
         segments += row * T
-    out += ((top // H) * tl.num_programs(2) + row) * T * (H * K) + top % H * K
+    out += (part * tl.num_programs(2) + row) * T * (H * K) + top % H * K
     w0, w1, w2, w3 = _weights(weight, c)  # type: ignore[reportGeneralTypeIssues]
     x1, x2, x3, before = _start(x, first, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
     for i in range(STEPS // 4):
@@ -106,8 +123,9 @@ def conv_kernel(
                 kept = tl.where(segment == before, 1.0, 0.0)
                 x1, x2, x3, before = x1 * kept, x2 * kept, x3 * kept, segment
             x0 = ahead[j].to(tl.float32)
-            a = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
-            y = a * tl.sigmoid(a)
+            y = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+            if SILU:
+                y = y * tl.sigmoid(y)
             if top < 2 * H:
                 y = y * tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
             tl.store(out + t.to(tl.int64) * (H * K) + inner, y, t < T)
@@ -116,27 +134,28 @@ def conv_kernel(
 
 @triton.jit
 def conv_gradient_kernel(
-    x, stride, state, segments, weight, dq, dk, dv, dx, dweight, T, H,
-    K: tl.constexpr, HEADS: tl.constexpr, STEPS: tl.constexpr, HAS_STATE: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
+    x, stride, state, segments, weight, dq, dk, dv, dx, dweight, T, H, G,
+    K: tl.constexpr, HEADS: tl.constexpr, REPEATS: tl.constexpr, STEPS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SEGMENTS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     first, row = tl.program_id(0) * STEPS, tl.program_id(2).to(tl.int64)
-    top = tl.program_id(1) * HEADS
-    end, D3 = first + STEPS, 3 * H * K
-    inner = tl.arange(0, HEADS)[:, None] * K + tl.arange(0, K)[None, :]
-    c = top * K + inner
+    top = tl.program_id(1) * HEADS  # of the heads of x
+    end, D = first + STEPS, (H + 2 * G) * K
+    channel = tl.arange(0, K)[None, :]
+    c = (top + tl.arange(0, HEADS))[:, None] * K + channel
     x += row * T * stride
-    dx += row * T * D3
+    dx += row * T * D
     if HAS_STATE:
-        state += row * D3 * 3
+        state += row * D * 3
     if HAS_SEGMENTS:
         segments += row * T
-    grad = dq
-    if top >= 2 * H:
-        grad = dv
+    grad, serves, own_top = dq, 1, top
+    if top >= H + G:
+        grad, serves, own_top = dv, REPEATS, top - H - G
     elif top >= H:
-        grad = dk
-    grad += row * T * (H * K) + top % H * K
+        grad, serves, own_top = dk, REPEATS, top - H
+    grad += row * T * (H * K)
+    inner = (own_top + tl.arange(0, HEADS))[:, None] * serves * K + channel
     w0, w1, w2, w3 = _weights(weight, c)  # type: ignore[reportGeneralTypeIssues]
     x1, x2, x3, before = _start(x, first, stride, state, segments, c, T, HAS_STATE, HAS_SEGMENTS)
     # g1..g3: the gradients of x at the three tokens before t, summed so far; near1..near3: 1 where
@@ -147,21 +166,25 @@ def conv_gradient_kernel(
     near2, near3 = near1, near1
     for i in range(STEPS // 4 + 1):  # the last four finish the gradients of those before
         t = first + i * 4
-        ahead, grads = _four(x, t, stride, c, T), _four(grad, t, H * K, inner, T)
+        ahead = _four(x, t, stride, c, T)
+        grads = _four_summed(grad, t, H * K, inner, T, serves, K, REPEATS)
         for j in tl.static_range(4):
             if HAS_SEGMENTS:
                 segment = _segment(segments, t, T, HAS_SEGMENTS)
                 kept = tl.where(segment == before, 1.0, 0.0)
                 x1, x2, x3, before = x1 * kept, x2 * kept, x3 * kept, segment
                 near1, near2, near3 = near1 * kept, near2 * kept, near3 * kept
-            x0, dy = ahead[j].to(tl.float32), grads[j].to(tl.float32)
+            x0, da = ahead[j].to(tl.float32), grads[j]
             a = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
             sigma = tl.sigmoid(a)
-            if top < 2 * H:
-                y = a * sigma
+            if top < H + G:
+                y = a
+                if SILU:
+                    y = a * sigma
                 r = tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
-                dy = r * (dy - y * (r * r * tl.sum(y * dy, 1)[:, None]))
-            da = dy * sigma * (1 + a * (1 - sigma))
+                da = r * (da - y * (r * r * tl.sum(y * da, 1)[:, None]))
+            if SILU:
+                da = da * sigma * (1 + a * (1 - sigma))
             if HAS_SEGMENTS:
                 g1 += da * w1 * near1
                 g2 += da * w2 * near2
@@ -172,7 +195,7 @@ def conv_gradient_kernel(
                 g3 += da * w3
             ready = t - 3
             ours = (ready >= first) & (ready < end) & (ready < T)
-            tl.store(dx + ready.to(tl.int64) * D3 + c, g3, ours)
+            tl.store(dx + ready.to(tl.int64) * D + c, g3, ours)
             own = da * tl.where(t < end, 1.0, 0.0)
             sum0 += own * x0
             sum1 += own * x1
@@ -181,7 +204,7 @@ def conv_gradient_kernel(
             g3, g2, g1 = g2, g1, da * w0
             near3, near2, near1 = near2, near1, near1 * 0 + 1
             x3, x2, x1, t = x2, x1, x0, t + 1
-    part = dweight + (row * tl.num_programs(0) + tl.program_id(0)) * (D3 * 4) + c * 4
+    part = dweight + (row * tl.num_programs(0) + tl.program_id(0)) * (D * 4) + c * 4
     tl.store(part + 3, sum0)
     tl.store(part + 2, sum1)
     tl.store(part + 1, sum2)
@@ -189,26 +212,34 @@ def conv_gradient_kernel(
 
 
 def forward(
-    x: Tensor, weight: Tensor, head_dim: int, state: Tensor | None, segments: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    head_dim: int,
+    num_heads: int,
+    state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
 ) -> Tensor:
     """Convolves q, k and v, and scales q and k to unit length.
 
     Args:
-        x: `[B, T, 3 H K]`, q, k and v side by side; rows may have gaps between them.
-        weight: `[3 H K, 4]`, float32.
+        x: `[B, T, (H + 2 G) K]`, q, k and v side by side; rows may have gaps between them.
+        weight: `[(H + 2 G) K, 4]`, float32.
         head_dim: K, a power of two.
-        state: `[B, 3 H K, 3]`, see `nirvana.ops.causal_conv`.
+        num_heads: H, a multiple of G.
+        state: `[B, (H + 2 G) K, 3]`, see `nirvana.ops.causal_conv`.
         segments: `[B, T]`, contiguous, see `nirvana.ops`.
+        silu: apply SiLU after the convolution.
 
     Returns:
-        `[3, B, T, H, K]` in x's dtype.
+        `[3, B, T, H, K]` in x's dtype; each head of k and v H / G times.
     """
-    B, T, D3 = x.shape
-    H = D3 // (3 * head_dim)
+    B, T, _ = x.shape
+    H, G = num_heads, shared_heads(x, head_dim, num_heads)
     out = torch.empty(3, B, T, H, head_dim, dtype=x.dtype, device=x.device)
-    constants = _constants(H, head_dim, state, segments)
+    constants = _constants(H, head_dim, state, segments, silu)
     grid = (blocks(T, STEPS), 3 * H // constants["HEADS"], B)
-    given = (*_inputs(x, state, segments, weight), out, T, H)
+    given = (*_inputs(x, state, segments, weight), out, T, H, G)
     launch(conv_kernel, grid, *given, STEPS=STEPS, num_warps=WARPS, **constants)
     return out
 
@@ -220,31 +251,39 @@ def backward(
     head_dim: int,
     state: Tensor | None,
     segments: Tensor | None,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `forward`.
 
     Args:
         grads: dq, dk and dv, each `[B, T, H, K]`, contiguous.
         x: as of `forward`, like the arguments that follow.
-        weight: `[3 H K, 4]`, float32.
+        weight: `[(H + 2 G) K, 4]`, float32.
         head_dim: K.
-        state: `[B, 3 H K, 3]`, or None.
+        state: `[B, (H + 2 G) K, 3]`, or None.
         segments: `[B, T]`, or None.
+        silu: as of `forward`.
 
     Returns:
-        dx `[B, T, 3 H K]` in x's dtype, and dweight `[3 H K, 4]` in float32.
+        dx `[B, T, (H + 2 G) K]` in x's dtype, and dweight `[(H + 2 G) K, 4]` in float32.
     """
-    B, T, D3 = x.shape
-    H = D3 // (3 * head_dim)
+    B, T, D = x.shape
+    H = grads[0].shape[2]
+    G = shared_heads(x, head_dim, H)
     parts = blocks(T, GRADIENT_STEPS)
     dweight = torch.empty(B * parts, *weight.shape, dtype=torch.float32, device=x.device)
-    dx = torch.empty(B, T, D3, dtype=x.dtype, device=x.device)
-    constants = _constants(H, head_dim, state, segments)
-    grid = (parts, 3 * H // constants["HEADS"], B)
-    given = (*_inputs(x, state, segments, weight), *grads, dx, dweight, T, H)
-    constants |= {"STEPS": GRADIENT_STEPS, "num_warps": GRADIENT_WARPS}
+    dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
+    constants = _constants(G, head_dim, state, segments, silu)
+    grid = (parts, (H + 2 * G) // constants["HEADS"], B)
+    given = (*_inputs(x, state, segments, weight), *grads, dx, dweight, T, H, G)
+    constants |= {"REPEATS": H // G, "STEPS": GRADIENT_STEPS, "num_warps": GRADIENT_WARPS}
     launch(conv_gradient_kernel, grid, *given, **constants)
     return dx, dweight.sum(0)
+
+
+def shared_heads(x: Tensor, head_dim: int, num_heads: int) -> int:
+    """G of q, k and v side by side, `[B, T, (H + 2 G) K]`."""
+    return (x.shape[-1] // head_dim - num_heads) // 2
 
 
 def _inputs(
@@ -253,9 +292,11 @@ def _inputs(
     return x, x.stride(1), None if state is None else state.contiguous(), segments, weight
 
 
-def _constants(H: int, K: int, state: Tensor | None, segments: Tensor | None) -> dict[str, int]:
-    """Constants of a launch; HEADS divides H, so that a program lies within q, k or v."""
+def _constants(
+    heads: int, K: int, state: Tensor | None, segments: Tensor | None, silu: bool
+) -> dict[str, int]:
+    """Constants of a launch; HEADS divides `heads`, so that a program lies within q, k or v."""
     assert segments is None or segments.is_contiguous()
-    heads = min(H & -H, max(1, CHANNELS // K))
+    heads = min(heads & -heads, max(1, CHANNELS // K))
     borders = {"HAS_STATE": state is not None, "HAS_SEGMENTS": segments is not None}
-    return {"K": K, "HEADS": heads, **borders}
+    return {"K": K, "HEADS": heads, "SILU": silu, **borders}

@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
+FLEXIBLE_LAYOUT = (torch.Tag.flexible_layout,)
+"""Tag of operations that take strided slices of a larger product, so that none is copied."""
 LEAST = 16
 """Smallest number of rows and of columns that `tl.dot` takes."""
 
@@ -29,3 +32,9 @@ def blocks(count: int, size: int) -> int:
 def padded(size: int, least: int = 1) -> int:
     """The next power of two, which `tl.arange` requires, and at least `least`."""
     return max(least, 1 << (size - 1).bit_length())
+
+
+def even_rows(x: Tensor) -> Tensor:
+    """x `[B, T, D]` itself if its tokens have one stride and are contiguous each; else a copy."""
+    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even or (x.shape[0] == 1 and x.stride(2) == 1) else x.contiguous()

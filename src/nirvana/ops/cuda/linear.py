@@ -1,10 +1,9 @@
-"""The two branches of the Updater on half-precision CUDA tensors, as operations that compile.
+"""The linear branch of the Updater on half-precision CUDA tensors, as an operation that compiles.
 
-Each saves little for its backward and recomputes the rest: the linear branch saves its inputs, the
-sums of the decays and the small inverses of the chunks, but not the convolved q, k, v; the window
-branch saves its inputs and output, but not q, k, v with their low-rank terms. The gated delta rule
-itself is fla-core's, or flash-qla's where that is installed and takes the call; both take rows laid
-end to end, with `cu_seqlens` between them.
+It saves its inputs, the sums of the decays and the small inverses of the chunks for its backward,
+and computes the convolved q, k and v again. The gated delta rule itself is fla-core's, or
+flash-qla's where that is installed and takes the call; both take rows laid end to end, with
+`cu_seqlens` between them, and as many heads of k and v as of q, so shared heads are repeated.
 """
 
 from functools import lru_cache
@@ -16,23 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nirvana.ops.chunked import last_inputs
-from nirvana.ops.cuda import attention, conv
-from nirvana.ops.cuda.low_rank import add_low_rank
+from nirvana.ops.cuda import conv, unit
+from nirvana.ops.cuda.launch import FLEXIBLE_LAYOUT, even_rows
 
 HAS_FLASH_QLA = find_spec("flash_qla") is not None
-FLEXIBLE_LAYOUT = (torch.Tag.flexible_layout,)
-"""Tag of operations that take strided slices of a larger product, so that none is copied."""
 CHUNK = 64
 """Tokens of a chunk in both libraries."""
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x `[B, T, D]` itself if its tokens have one stride and are contiguous each; else a copy."""
-    even = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even or (x.shape[0] == 1 and x.stride(2) == 1) else x.contiguous()
-
-
-# The linear branch.
 
 
 @lru_cache(maxsize=64)
@@ -132,12 +120,28 @@ def _continues(segments: Tensor) -> Tensor:
     return (segments[:, :1, None, None] == 0).float()
 
 
+def _mixed(
+    qkv: Tensor,
+    conv_weight: Tensor | None,
+    head_dim: int,
+    num_heads: int,
+    conv_state: Tensor | None,
+    segments: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """The q, k and v of the delta rule, `[3, B, T, H, K]`."""
+    if conv_weight is None:
+        return unit.forward(qkv, head_dim, num_heads, silu)
+    weight = conv_weight.contiguous()
+    return conv.forward(qkv, weight, head_dim, num_heads, conv_state, segments, silu)
+
+
 @torch.library.custom_op(
     "nirvana::linear_branch", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
 )
 def _linear(
     qkv: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     log_alpha: Tensor,
     beta: Tensor,
     head_dim: int,
@@ -146,13 +150,12 @@ def _linear(
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
     final: bool,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, last states (empty unless `final`), and for the backward the sums and inverses."""
-    B, T, D3 = qkv.shape
-    H = D3 // (3 * head_dim)
+    B, T, H = beta.shape
     borders = _equal_rows(B, T, qkv.device) if cu_seqlens is None else cu_seqlens
-    qkv, conv_weight = _rows(qkv), conv_weight.contiguous()
-    mixed = conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
+    mixed = _mixed(even_rows(qkv), conv_weight, head_dim, H, conv_state, segments, silu)
     rows = mixed.view(3, 1, B * T, H, head_dim)
     log_alpha, beta = (x.contiguous().view(1, B * T, H) for x in (log_alpha, beta))
     if state is not None and cu_seqlens is not None and segments is not None:
@@ -178,9 +181,9 @@ def _(
     segments,
     cu_seqlens,
     final,
+    silu,
 ):
-    B, T, D3 = qkv.shape
-    H = D3 // (3 * head_dim)
+    B, T, H = beta.shape
     o = qkv.new_empty(B, T, H, head_dim)
     last = (B, H, head_dim, head_dim) if final else (0,)
     sums = log_alpha.new_empty(1, B * T, H)
@@ -194,22 +197,23 @@ def _linear_gradients(
     do: Tensor,
     dlast: Tensor | None,
     qkv: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     beta: Tensor,
     head_dim: int,
     conv_state: Tensor | None,
     state: Tensor | None,
     segments: Tensor | None,
     cu_seqlens: Tensor | None,
+    silu: bool,
     sums: Tensor,
     inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, conv_weight, log_alpha, beta, and state (empty without a state)."""
-    B, T, D3 = qkv.shape
-    H = D3 // (3 * head_dim)
+    """Gradients of qkv, conv_weight (empty without one), log_alpha, beta, and state (empty without
+    a state)."""
+    B, T, H = beta.shape
     borders = _equal_rows(B, T, qkv.device) if cu_seqlens is None else cu_seqlens
-    qkv, conv_weight = _rows(qkv), conv_weight.contiguous()
-    mixed = conv.forward(qkv, conv_weight, head_dim, conv_state, segments)
+    qkv = even_rows(qkv)
+    mixed = _mixed(qkv, conv_weight, head_dim, H, conv_state, segments, silu)
     if dlast is not None and cu_seqlens is not None:
         documents = dlast.new_zeros(len(borders) - 1, *dlast.shape[1:])
         dlast = documents.index_copy_(0, _row_documents(borders, B, T)[1], dlast)
@@ -226,7 +230,14 @@ def _linear_gradients(
             state,
             borders,
         )
-    dqkv, dweight = conv.backward((dq, dk, dv), qkv, conv_weight, head_dim, conv_state, segments)
+    dq, dk, dv = (grad.view(B, T, H, head_dim) for grad in (dq, dk, dv))
+    if conv_weight is None:
+        dqkv, dweight = unit.backward((dq, dk, dv), qkv, head_dim, silu), sums.new_empty(0)
+    else:
+        weight = conv_weight.contiguous()
+        dqkv, dweight = conv.backward(
+            (dq, dk, dv), qkv, weight, head_dim, conv_state, segments, silu
+        )
     if dstate is None:
         dstate = sums.new_empty(0)
     elif cu_seqlens is not None and segments is not None:
@@ -247,30 +258,29 @@ def _(
     state,
     segments,
     cu_seqlens,
+    silu,
     sums,
     inverse,
 ):
     dalpha, dbeta = (beta.new_empty(beta.shape, dtype=torch.float32) for _ in range(2))
-    dweight = conv_weight.new_empty(conv_weight.shape, dtype=torch.float32)
+    dweight = sums.new_empty((0,) if conv_weight is None else conv_weight.shape)
     dstate = sums.new_empty((0,) if state is None else state.shape)
     return qkv.new_empty(qkv.shape), dweight, dalpha, dbeta, dstate
 
 
 def _linear_save(ctx, inputs, output):
-    qkv, conv_weight, _, beta, ctx.head_dim, conv_state, state, segments, cu_seqlens, final = inputs
+    qkv, conv_weight, _, beta, ctx.head_dim, conv_state, state, *borders, final, ctx.silu = inputs
     _, last, sums, inverse = output
     ctx.final = final
     ctx.mark_non_differentiable(sums, inverse, *(() if final else (last,)))
-    ctx.save_for_backward(
-        qkv, conv_weight, beta, conv_state, state, segments, cu_seqlens, sums, inverse
-    )
+    ctx.save_for_backward(qkv, conv_weight, beta, conv_state, state, *borders, sums, inverse)
 
 
 def _linear_autograd(ctx, do, dlast, *_):
     qkv, conv_weight, beta, conv_state, state, segments, cu_seqlens, sums, inverse = (
         ctx.saved_tensors
     )
-    *grads, dstate = _linear_gradients(
+    dqkv, dweight, dalpha, dbeta, dstate = _linear_gradients(
         do,
         dlast if ctx.final else None,
         qkv,
@@ -281,10 +291,13 @@ def _linear_autograd(ctx, do, dlast, *_):
         state,
         segments,
         cu_seqlens,
+        ctx.silu,
         sums,
         inverse,
     )
-    return *grads, None, None, None if state is None else dstate, None, None, None
+    dweight = None if conv_weight is None else dweight
+    dstate = None if state is None else dstate
+    return dqkv, dweight, dalpha, dbeta, None, None, dstate, None, None, None, None
 
 
 _linear.register_autograd(_linear_autograd, setup_context=_linear_save)
@@ -292,7 +305,7 @@ _linear.register_autograd(_linear_autograd, setup_context=_linear_save)
 
 def linear_branch(
     qkv: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
     log_alpha: Tensor,
     beta: Tensor,
     head_dim: int,
@@ -303,11 +316,13 @@ def linear_branch(
     final: bool,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `nirvana.ops.linear_branch`; `dispatch` lets through only calls with SiLU."""
-    width = conv_weight.shape[1]
+    """See `nirvana.ops.linear_branch`."""
+    width = 1 if conv_weight is None else conv_weight.shape[1]
     recent = last_inputs(qkv, width, conv_state, segments) if final else None
     in_front = 0
-    if conv_state is not None and conv_state.requires_grad and torch.is_grad_enabled():
+    if width == 1:
+        conv_state = None  # of no inputs
+    elif conv_state is not None and conv_state.requires_grad and torch.is_grad_enabled():
         # The convolution's kernel has no gradient of its state. Here the state is tokens in front
         # of the row, which write nothing to the delta rule's state and keep it.
         in_front = width - 1
@@ -316,7 +331,7 @@ def linear_branch(
         conv_state = None
     o, last, _, _ = _linear(
         qkv,
-        conv_weight.float(),
+        None if conv_weight is None else conv_weight.float(),
         log_alpha.float(),
         beta.float(),
         head_dim,
@@ -325,164 +340,6 @@ def linear_branch(
         segments,
         cu_seqlens,
         final,
+        silu,
     )
     return o[:, in_front:], recent, last if final else None
-
-
-# The window branch.
-
-
-def _parts(x: Tensor) -> Tensor:
-    """`[B, T, 3 D]` as `[3, B T, D]`."""
-    return x.flatten(0, 1).unflatten(-1, (3, -1)).transpose(0, 1)
-
-
-def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-    """`[B, T, 3 H K]` as three `[B, T, H, K]`."""
-    return qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
-
-
-@torch.library.custom_op(
-    "nirvana::window_branch", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
-)
-def _window(
-    qkv: Tensor,
-    low_rank: Tensor,
-    up: Tensor,
-    head_dim: int,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = _heads(add_low_rank(_rows(qkv), _rows(low_rank), up.contiguous()), head_dim)
-    return attention.forward(q, k, v, window, cu_seqlens)
-
-
-@_window.register_fake
-def _(qkv, low_rank, up, head_dim, window, cu_seqlens):
-    B, T, D3 = qkv.shape
-    o = qkv.new_empty(B, T, D3 // (3 * head_dim), head_dim)
-    return o, qkv.new_empty(o.shape[:3].numel(), dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "nirvana::window_branch_gradients", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
-)
-def _window_gradients(
-    do: Tensor,
-    qkv: Tensor,
-    low_rank: Tensor,
-    up: Tensor,
-    head_dim: int,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, low_rank and up."""
-    q, k, v = _heads(add_low_rank(_rows(qkv), _rows(low_rank), up.contiguous()), head_dim)
-    grads = attention.backward(do.contiguous(), q, k, v, o, lse, window, cu_seqlens)
-    grads = grads.flatten(2)
-    dlow_rank = torch.bmm(_parts(grads), up.mT).transpose(0, 1).reshape(low_rank.shape)
-    return grads, dlow_rank, torch.bmm(_parts(low_rank).mT, _parts(grads))
-
-
-@_window_gradients.register_fake
-def _(do, qkv, low_rank, up, head_dim, window, cu_seqlens, o, lse):
-    dqkv = qkv.new_empty(qkv.shape)
-    return dqkv, low_rank.new_empty(low_rank.shape), torch.empty_like(up)
-
-
-def _window_save(ctx, inputs, output):
-    qkv, low_rank, up, ctx.head_dim, ctx.window, cu_seqlens = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, low_rank, up, cu_seqlens, o, lse)
-
-
-def _window_autograd(ctx, do, _):
-    qkv, low_rank, up, cu_seqlens, o, lse = ctx.saved_tensors
-    grads = _window_gradients(do, qkv, low_rank, up, ctx.head_dim, ctx.window, cu_seqlens, o, lse)
-    return *grads, None, None, None
-
-
-_window.register_autograd(_window_autograd, setup_context=_window_save)
-
-
-def window_branch(
-    qkv: Tensor,
-    low_rank: Tensor,
-    up: Tensor,
-    head_dim: int,
-    window: int | None,
-    segments: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """See `nirvana.ops.window_branch`; the kernels read the borders from `cu_seqlens`."""
-    return _window(qkv, low_rank, up.to(qkv.dtype), head_dim, window, cu_seqlens)[0]
-
-
-@torch.library.custom_op("nirvana::window_attention", mutates_args=(), device_types="cuda")
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return attention.forward(q, k, v, window, cu_seqlens)
-
-
-@_attention.register_fake
-def _(q, k, v, window, cu_seqlens):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3].numel(), dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "nirvana::window_attention_gradients", mutates_args=(), device_types="cuda"
-)
-def _attention_gradients(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    window: int | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    return attention.backward(do.contiguous(), q, k, v, o, lse, window, cu_seqlens)
-
-
-@_attention_gradients.register_fake
-def _(do, q, k, v, o, lse, window, cu_seqlens):
-    B, T, H, K = q.shape
-    return q.new_empty(B, T, 3, H, K)
-
-
-def _attention_save(ctx, inputs, output):
-    q, k, v, ctx.window, cu_seqlens = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, cu_seqlens, o, lse)
-
-
-def _attention_autograd(ctx, do, _):
-    q, k, v, cu_seqlens, o, lse = ctx.saved_tensors
-    grads = _attention_gradients(do, q, k, v, o, lse, ctx.window, cu_seqlens)
-    return *grads.unbind(2), None, None
-
-
-_attention.register_autograd(_attention_autograd, setup_context=_attention_save)
-
-
-def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int | None,
-    segments: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """See `nirvana.ops.window_attention`; the kernels read the borders from `cu_seqlens`."""
-    past = k.shape[1] - q.shape[1]
-    if past and torch.is_grad_enabled():
-        # The gradient's kernels take one query for each key: zeros for those of the past.
-        q = F.pad(q, (0, 0, 0, 0, past, 0))
-        return _attention(q, k, v, window, cu_seqlens)[0][:, past:]
-    return _attention(q, k, v, window, cu_seqlens)[0]
