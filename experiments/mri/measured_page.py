@@ -3,10 +3,11 @@
 python -m experiments.mri.measured_page
 
 Rows of `experiments.mri.measured` are in measured.jsonl, of `phantom` in phantom.jsonl, of
-`adaptation` in adaptation.jsonl, of `speed` in speed.jsonl and of `study` in study-rows.jsonl; all
-but the first may be missing.
+`adaptation` in adaptation.jsonl, of `speed` in speed.jsonl and of `study` in study-rows.jsonl, and
+what `peers` found for the scans in best-peers.json; all but the first may be missing.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def page(folder: Path) -> str:
         text += f"\n## {scan}, PSNR in dB (SSIM)\n\nPhase encoding along columns | rows.\n"
         text += scores(own, "psnr", "ssim")
         text += "\nWithin the head:\n" + scores(own, "psnr_head", "ssim_head")
+    best = folder / "best-peers.json"
+    if best.exists():
+        text += measured_tables.best_peers(json.loads(best.read_text(encoding="utf-8")), rows)
     parts = {
         "phantom.jsonl": phantom,
         "study-rows.jsonl": measured_tables.simulated,

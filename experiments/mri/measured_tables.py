@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,13 @@ slices. PSNR in dB (SSIM), mean over people. "Codec packaged before" is the meth
 study, three trainings on scans of smooth phase; the codec was trained on scans that look measured.
 """
 
+BEST_PEERS = """
+## BART with the best settings for this scan
+
+`experiments.mri.peers` on the scan itself, which no user could do: every setting varied alone until
+none gains more. Mean PSNR in dB over both directions and an equispaced and a random mask each.
+"""
+
 ADAPTATION = """
 ## Adaptation to a scan
 
@@ -69,6 +77,27 @@ SPEED = """
 `experiments.mri.speed`, milliseconds: one slice alone, and each slice of a volume in one batch.
 Memory is the peak of tensors on a GPU, and of the whole process on a CPU.
 """
+
+
+def best_peers(found: dict[str, Any], rows: Sequence[Row]) -> str:
+    """What a peer reaches with settings that were chosen on the scan.
+
+    Args:
+        found: by `experiments.mri.peers`.
+        rows: of `experiments.mri.measured`, of which those of the same masks count.
+    """
+    body = []
+    for entry in found["chosen"]:
+        masks = [name for name in SAMPLINGS if name.endswith(f" {entry['acceleration']:g}x")]
+        own = [row for row in rows if row["mask"] in masks and row["mask_seed"] == 0]
+        codec = np.mean([row["psnr"] for row in own if row["method"] == "codec"])
+        for name, start in entry["psnr_of_start"].items():
+            settings = ", ".join(f"{key} {value}" for key, value in entry[name].items())
+            figures = [entry["psnr"]["zero-filled"], start, entry["psnr"][name], codec]
+            shown = [f"{figure:.2f}" for figure in figures]
+            body.append([f"{entry['acceleration']:g}x", name, *shown, settings])
+    head = ["mask", "peer", "zero-filled", "the package's settings", "its best", "codec"]
+    return BEST_PEERS + table([*head, "best settings"], body)
 
 
 def simulated(rows: Sequence[Row]) -> str:

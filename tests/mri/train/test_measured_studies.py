@@ -8,12 +8,21 @@ import pytest
 import torch
 
 from experiments.common.results import append_rows, read_rows
-from experiments.mri import adaptation, measured_page, measured_tables, short_page, short_trainings
+from experiments.mri import (
+    adaptation,
+    measured_page,
+    measured_tables,
+    peers,
+    short_page,
+    short_trainings,
+)
 from experiments.mri import speed as speed_program
 from experiments.mri.methods import MEASURED, SHORT, tiny
 from experiments.mri.study import SAMPLINGS
 from nirvana.config import to_dict
 from nirvana.errors import InputError
+from nirvana.mri.classical.grappa import grappa
+from nirvana.mri.classical.peers import GrappaSettings
 from nirvana.mri.data.simulate import simulate_scan
 from nirvana.mri.data.simulation.config import PROPERTIES, REALISTIC, Simulation
 from nirvana.mri.model.checkpoint import save_codec
@@ -191,3 +200,20 @@ def test_gains_on_simulated_people_are_those_of_the_rows():
     before = [row for row in read_rows(measured_tables.SMOOTH_ROWS) if row["method"] == "nirvana"]
     expected = np.mean([mean(row, "measured head", mask) for row in before])
     assert f"| codec packaged before | {expected:.2f} (" in head
+
+
+def test_best_settings_of_a_peer_are_searched_on_a_scan(scans: Path, monkeypatch):
+    """From the package's settings on, and never to worse ones."""
+    given = list(peers.measured_problems(scans, 4.0))
+    assert len(given) == 2 * 2  # directions, kinds of mask
+    monkeypatch.setattr(peers, "GRAPPA", {"regularisation": (1.0, 100.0)})
+    start = GrappaSettings(regularisation=0.01)
+    entry = peers.chosen(given, 4.0, {"grappa": start}, ["grappa"])
+    assert entry["psnr_of_start"]["grappa"] == peers.mean_psnr(
+        lambda acquisition: grappa(acquisition, start, workers=1), given
+    )
+    assert entry["psnr"]["grappa"] > entry["psnr_of_start"]["grappa"]
+    assert entry["grappa"]["regularisation"] in (1.0, 100.0)
+    row = {"method": "codec", "mask": "random 4x", "mask_seed": 0, "psnr": 40.0}
+    text = measured_tables.best_peers({"chosen": [entry]}, [row, {**row, "mask_seed": 1}])
+    assert f"| {entry['psnr']['grappa']:.2f} | 40.00 | kernel" in text
