@@ -2,14 +2,11 @@
 
     python -m experiments.mri.measured --method bart-l1-wavelet --scans scans.npz
     python -m experiments.mri.measured --method codec --codec FOLDER --scans scans.npz
-    python -m experiments.mri.measured ... --codec FOLDER --adapt gains
-    python -m experiments.mri.measured ... --codec FOLDER --scratch 300
 
 An .npz file holds scans by name, complex `[slices, coils, H, W]` with the centre of k-space near
 the middle. Every scan is scored as it is and transposed, with phase encoding along the other axis,
 under the four samplings of the study and `MASKS` masks each. Results are rows of a .jsonl file, one
-for each scan, direction and mask. `--adapt` adapts the codec to each undersampled scan first;
-`--scratch` does so from random weights, as zero-shot self-supervised learning does.
+for each scan, direction and mask.
 """
 
 import argparse
@@ -29,17 +26,13 @@ from experiments.mri.study import SAMPLINGS, Method, classical
 from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.mri.adapt.adaptation import adapt_to_scan
-from nirvana.mri.adapt.config import ScanAdaptConfig
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.model.checkpoint import load_codec
-from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.fourier import ifft2c, rss
 
 MASKS = 3  # seeds of each sampling
-ALL_LR = 3e-5  # step size with which all weights adapt
 
 
 def scans(files: Sequence[Path]) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -62,13 +55,13 @@ def scans(files: Sequence[Path]) -> Iterator[tuple[str, str, np.ndarray]]:
             yield name, "rows", np.ascontiguousarray(kspace.swapaxes(-2, -1))
 
 
-def evaluate(method: Method, files: Sequence[Path]) -> Iterator[Row]:
-    """A row of scores for every scan, direction and mask."""
+def evaluate(method: Method, files: Sequence[Path], masks: int = MASKS) -> Iterator[Row]:
+    """A row of scores for every scan, direction and mask, `masks` of each sampling."""
     for name, direction, kspace in scans(files):
         target = rss(ifft2c(torch.from_numpy(kspace))).numpy()
         inside = head_mask(target)
         for sampling, settings in SAMPLINGS.items():
-            for seed in range(MASKS):
+            for seed in range(masks):
                 mask = settings.mask(kspace.shape[-1], seed)
                 started = time.perf_counter()
                 image = method(Acquisition(kspace, mask.numpy(), name=name))
@@ -108,7 +101,12 @@ def method_of(options: argparse.Namespace) -> Method:
                 f"--method {options.method} needs --codec, or one of {', '.join(CLASSICAL)}"
             )
         return classical(options.method, 1)
-    return codec_method(options)
+    model = load_codec(options.codec, choose_device(options.device))
+
+    def method(acquisition: Acquisition, /) -> np.ndarray:
+        return torch.cat([each.magnitude for each in model.images(acquisition)]).numpy()
+
+    return method
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,25 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(read_rows(options.results))
 
 
-def codec_method(options: argparse.Namespace) -> Method:
-    """The method of the codec, which first adapts to each scan if that is requested."""
-    model = load_codec(options.codec, choose_device(options.device))
-    config = None
-    if options.scratch:
-        torch.manual_seed(0)
-        model = CodecModel(model.config, model.backbone).to(model.device).eval()
-        config = ScanAdaptConfig("all", options.scratch, lr=5e-4, patience=8, seed=0)
-    elif options.adapt:
-        lr = ALL_LR if options.adapt == "all" else ScanAdaptConfig.lr
-        config = ScanAdaptConfig(options.adapt, lr=lr)
-
-    def method(acquisition: Acquisition, /) -> np.ndarray:
-        adapted = model if config is None else adapt_to_scan(model, acquisition, config).codec
-        return torch.cat([each.magnitude for each in adapted.images(acquisition)]).numpy()
-
-    return method
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The program's options."""
     parser = make_parser("experiments.mri.measured", __doc__)
@@ -146,12 +125,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--method", required=True, help="name in the rows; without --codec: " + ", ".join(CLASSICAL)
     )
     parser.add_argument("--codec", type=Path, help="folder of a codec")
-    parser.add_argument(
-        "--adapt", choices=("gains", "backbone", "all"), help="adapt it to each scan"
-    )
-    parser.add_argument(
-        "--scratch", type=int, default=0, help="steps by which random weights adapt instead"
-    )
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-measured.jsonl"))
     parser.add_argument("--device", default="auto")

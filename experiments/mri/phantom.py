@@ -103,7 +103,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-phantom.jsonl"))
     parser.add_argument("--device", default="auto")
-    parser.set_defaults(adapt=None, scratch=0)  # of `method_of`
     return parser.parse_args(arguments)
 
 

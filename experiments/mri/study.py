@@ -25,6 +25,7 @@ from torch import Tensor
 from experiments.common.program import make_parser
 from experiments.common.results import append_row, read_rows
 from experiments.mri.methods import CLASSICAL, CODECS, recipe_of, tiny
+from experiments.mri.speed import peak_memory, speed
 from nirvana.bench.measure import commit
 from nirvana.config import to_dict
 from nirvana.device import choose_device
@@ -42,7 +43,7 @@ from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.methods import classical_method
 from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel
-from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
+from nirvana.mri.physics.fourier import ifft2c, rss
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig, MriDataSection
 from nirvana.mri.train.task import ReconstructionTask
@@ -221,33 +222,6 @@ def evaluate(method: Method, archive: Any, only: int) -> list[dict[str, Any]]:
     return [{**row, **scores.result()} for row, scores in jobs]
 
 
-def speed(model: CodecModel, device: torch.device, small: bool) -> dict[str, float | None]:
-    """Seconds and memory of slices of 320 x 320 and 16 coils after a warm-up: a single slice, and
-    each of eight in a volume."""
-    side, coils, count = (64, 2, 2) if small else (320, 16, 8)
-    kspace = fft2c(torch.rand(count, coils, side, side).to(torch.complex64))
-    mask = Sampling().mask(side, 0)
-    kspace *= mask
-
-    def seconds(volume: Tensor) -> float:
-        times = []
-        for _ in range(4):
-            started = time.perf_counter()
-            model.reconstruct(volume, mask, batch_size=count)
-            times.append(time.perf_counter() - started)
-        return float(np.median(times[1:]))
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    return {
-        "side": side,
-        "coils": coils,
-        "seconds": seconds(kspace[:1]),
-        "seconds_in_volume": seconds(kspace) / count,
-        "memory_gib": peak_memory(device),
-    }
-
-
 def classical(name: str, workers: int) -> Method:
     """The classical method of a name; sigpy's and pygrappa's use that many processes."""
     norm: Any = "l2" if name == "bart-sense" else "l1"
@@ -259,11 +233,6 @@ def classical(name: str, workers: int) -> Method:
     }
     method = classical_method(methods.get(name, lambda acquisition: bart_pics(acquisition, norm)))
     return lambda acquisition: np.stack([image.magnitude for image in method(acquisition)])
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """Peak of tensor memory on a GPU, GiB; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -321,7 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row |= json.loads(about.read_text())
         row["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         row["weights_bytes"] = (folder / "model.safetensors").stat().st_size
-        row["speed"] = speed(model, device, options.tiny)
+        side, coils, count = (64, 2, 2) if options.tiny else (320, 16, 8)
+        row["speed"] = speed(model, side, coils, count)
 
         def method(acquisition: Acquisition, /) -> np.ndarray:
             return torch.cat([each.magnitude for each in model.images(acquisition, 8)]).numpy()

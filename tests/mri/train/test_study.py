@@ -138,9 +138,8 @@ def test_the_committed_rows_give_the_committed_page():
 
 def test_the_committed_measured_rows_give_their_page():
     folder = measured_page.HERE
-    rows, discs = (read_rows(folder / name) for name in ("measured.jsonl", "phantom.jsonl"))
     page_text = (folder / "RESULTS.md").read_text(encoding="utf-8")
-    assert page_text == measured_page.page(rows, discs).rstrip("\n") + "\n"
+    assert page_text == measured_page.page(folder).rstrip("\n") + "\n"
 
 
 def test_methods_are_scored_on_measured_scans(tmp_path: Path, head_slices: np.ndarray):
@@ -149,7 +148,7 @@ def test_methods_are_scored_on_measured_scans(tmp_path: Path, head_slices: np.nd
     np.savez(tmp_path / "scans.npz", head=np.asarray(scan.kspace))
     save_codec(CodecModel(tiny(MEASURED["codec"]), None), tmp_path / "codec")
     places = ("--scans", tmp_path / "scans.npz", "--device", "cpu", "--results")
-    rows = tmp_path / "rows.jsonl"
+    rows = tmp_path / "measured.jsonl"
     run("measured", "--method", "codec", "--codec", tmp_path / "codec", *places, rows)
     run("measured", "--method", "zero-filled", *places, rows)
     scores = read_rows(rows)
@@ -160,13 +159,13 @@ def test_methods_are_scored_on_measured_scans(tmp_path: Path, head_slices: np.nd
         return float(np.mean([row["psnr"] for row in chosen]))
 
     assert mean("codec") > mean("zero-filled")
-    discs = tmp_path / "discs.jsonl"
+    discs = tmp_path / "phantom.jsonl"
     run("phantom", "--method", "codec", "--codec", tmp_path / "codec", *places, discs)
     found = read_rows(discs)
     assert len(found) == 2 * 4
     assert all(0 < row["recovered"] < 1.1 for row in found)
     out = tmp_path / "MEASURED.md"
-    run("measured_page", "--results", rows, "--phantom", discs, "--out", out)
+    run("measured_page", "--folder", tmp_path, "--out", out)
     assert "| codec |" in out.read_text()
 
 
