@@ -27,7 +27,7 @@ def capturable() -> bool:
 
 
 def record(
-    function: Callable[[], T], device: torch.device, warmups: int = 1
+    function: Callable[[], T], device: torch.device, warmups: int = 1, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, T]:
     """Records a function without arguments as a CUDA graph.
 
@@ -37,6 +37,8 @@ def record(
         device: CUDA device of these tensors, which need not be the current one.
         warmups: runs before the recording, on a side stream, which set up what cannot be set up
             during a capture (cuBLAS workspaces, compiled kernels).
+        pool: of `torch.cuda.graph_pool_handle`, whose memory graphs share that do not need each
+            other's results; None for memory of its own.
 
     Returns:
         The graph, and the function's result, whose tensors each replay overwrites.
@@ -49,7 +51,7 @@ def record(
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             output = function()
     return graph, output
 

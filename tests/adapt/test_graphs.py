@@ -34,18 +34,21 @@ class Recorded:
             function()
         self.function, self.output = function, function()
 
+    def pool(self):
+        return None
+
     def replay(self):
-        for old, new in zip(
-            pytree.tree_leaves(self.output), pytree.tree_leaves(self.function()), strict=True
-        ):
-            old.copy_(new)
+        leaves = [pytree.tree_leaves(x) for x in (self.output, self.function())]
+        for old, new in zip(*leaves, strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """Lets graphs be recorded on the CPU, and counts them."""
 
-    def record(function, device, warmups=1):
+    def record(function, device, warmups=1, pool=None):
         graph = Recorded(function, device, warmups)
         return graph, graph.output
 
@@ -86,7 +89,7 @@ def test_replays_are_the_plain_chunks_to_the_bit(small_model, recorded, name):
             patched.setattr(chunks, "refusal", lambda model: "compared with")
             expected = adapted(plain, documents, config)
         assert_equal(adapted(model, documents, config), expected)
-    assert recorded.count == 1
+    assert recorded.count == 2  # for the first chunk, and for those after a full window
     assert "_chunk_graphs" not in vars(plain)
 
 
@@ -97,7 +100,7 @@ def test_step_sizes_and_starts_may_change_between_documents(small_model, recorde
     other = replace(config, lr={"norm": 0.02, "fast": -0.01})
     documents = rows(40)
     found = adapted(model, documents, other, task)
-    assert recorded.count == 1
+    assert recorded.count == 2
     plain_task = adapted(plain, documents, other, task)
     assert_equal(found, plain_task)
     assert not torch.equal(found[0], adapted(model, documents, config, task)[0])
@@ -108,7 +111,7 @@ def test_what_a_graph_does_not_read_gets_another(small_model, recorded):
     first = adapted(model, documents, config)
     model.model.layers[-1].updater.trigger.enabled = False
     second = adapted(model, documents, config)
-    assert recorded.count == 2
+    assert recorded.count == 2  # of chunks after a full window
     assert not torch.equal(first[0], second[0])
     adapted(model, documents, replace(config, betas=(0.5, 0.9)))
     adapted(model, documents, replace(config, seed=3))
@@ -124,11 +127,11 @@ def test_weights_that_moved_get_another(small_model, recorded):
     with torch.no_grad():
         weight.mul_(1.5)  # in place: the graph reads it
     changed = adapted(model, documents, config)
-    assert recorded.count == 1
+    assert recorded.count == 2  # the second one of first chunks
     assert not torch.equal(changed[0], before[0])
     weight.data = weight.data / 1.5
     torch.testing.assert_close(adapted(model, documents, config)[0], before[0])
-    assert recorded.count == 2
+    assert recorded.count == 3
 
 
 def test_a_state_that_grows_is_read_without_a_graph(small_model, recorded):
@@ -155,12 +158,14 @@ def test_reasons_for_no_graph(small_model):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graphs_of_the_packaged_model(dtype):
-    """In bfloat16 the kernels compute, whose gradients of shared weights are added in any order;
-    those of task parameters are not shared."""
+@pytest.mark.parametrize(
+    ("dtype", "most", "mean"), [("float32", 2e-3, 1e-4), ("bfloat16", 0.3, 5e-3)]
+)
+def test_graphs_of_the_packaged_model(dtype, most, mean):
+    """Logits in bfloat16 are multiples of 1/16 where a token's -ln p is 8, and steps in another
+    order of sums move some of them by one."""
     model, _ = nirvana.load("tiny", "cuda")
-    model = model.to(dtype)
+    model = model.to(getattr(torch, dtype))
     documents = [torch.randint(4000, (length,)) for length in (900, 513, 700)]
     for config in (AdaptConfig(ALL, chunk=128), AdaptConfig(("norm",), chunk=128, steps=2)):
         for _ in range(2):
@@ -169,5 +174,6 @@ def test_graphs_of_the_packaged_model(dtype):
                 patched.setattr(chunks, "refusal", lambda model: "compared with")
                 expected = adapted(model, documents, config)
             for a, b in zip(found[:3], expected[:3], strict=True):
-                torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
-    assert len(model._chunk_graphs) == 2
+                assert (a - b).abs().max() < most
+                assert abs(a.mean() - b.mean()) < mean
+    assert len([graph for graph in model._chunk_graphs.values() if graph]) == 4

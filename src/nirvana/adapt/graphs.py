@@ -1,8 +1,9 @@
 """Reading and learning a chunk as one CUDA graph.
 
 A chunk is short, and its scores and gradient are thousands of small kernels, which take longer to
-launch than to run. The state of a model with a window has the same shapes after every chunk but the
-first ones, so one graph reads all later chunks, and those of the next documents.
+launch than to run. One graph reads the first chunk of every document; and since the state of a
+model with a window has the same shapes as soon as the window is full, another reads all chunks from
+there on.
 """
 
 import copy
@@ -10,12 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from nirvana.adapt.optimizer import TaskOptimizer
-from nirvana.adapt.state import CarriedCache
 from nirvana.cuda_graphs import RecentGraphs, capturable, places, record
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.model.state import State
@@ -23,10 +24,9 @@ from nirvana.model.updater import Updater
 
 logger = logging.getLogger(__name__)
 
-GRAPHS = 2
-"""Graphs that a model keeps, each with the memory of one chunk."""
+GRAPHS = 4
+"""Graphs that a model keeps, which share the memory of one chunk."""
 
-Carried = State | CarriedCache | None
 Learn = Callable[[Tensor, Tensor, TaskOptimizer, Any], tuple[Tensor, Tensor, Any]]
 """Reads tokens `[B, c + 1]`, of which those of the mask `[B, c]` are scored, after a state, and
 teaches an optimiser: -ln p `[B, c]`, the gradient `[rows, N]`, and the state after the chunk."""
@@ -65,15 +65,15 @@ class ChunkReader:
         model: the model.
         learn: reads a chunk and teaches.
         optimizer: that is taught.
-        graphs: whether a CUDA graph may do it: where there is no `refusal`.
+        graphs: whether CUDA graphs may do it: where there is no `refusal`.
     """
 
     def __init__(
         self, model: PreTrainedModel, learn: Learn, optimizer: TaskOptimizer, graphs: bool
     ) -> None:
-        self._learn, self._optimizer, self._state = learn, optimizer, None
-        self._graph: ChunkGraph | None = None
-        self._steady, self._kept, self._key = False, None, ()
+        self._learn, self._optimizer = learn, optimizer
+        self._state, self._before = None, None
+        self._kept: RecentGraphs | None = None
         if graphs:
             self._kept = vars(model).setdefault("_chunk_graphs", RecentGraphs(GRAPHS))
             self._key = (*places(model), *_settings(model), _numbers(optimizer))
@@ -88,85 +88,81 @@ class ChunkReader:
         Returns:
             -ln p `[B, c]` and its gradient `[rows, N]`, both before the first step.
         """
-        optimizer = self._optimizer
-        if self._graph is None:
-            self._graph = self._find(part, scored)
-        if self._graph is not None:
-            return self._graph(part, scored, optimizer)
-        before = self._state
-        nll, gradient, self._state = self._learn(part, scored, optimizer, before)
-        self._steady = _shapes(before) == _shapes(self._state)
+        read = self._find(part, scored) or self._learn
+        self._before = _shapes(self._state)
+        nll, gradient, self._state = read(part, scored, self._optimizer, self._state)
         return nll, gradient
 
     def _find(self, part: Tensor, scored: Tensor) -> "ChunkGraph | None":
-        """The graph for a chunk after the current state, captured if this is worth it."""
-        if self._kept is None or self._state is None:
+        """The graph for a chunk after the current state, captured where one like it was read."""
+        if self._kept is None:
             return None
-        key = (*self._key, _shapes((part, scored, self._optimizer.tensors(), self._state)))
-        if key not in self._kept:
-            if not self._steady:
-                return None
-            self._kept[key] = ChunkGraph(self._learn, part, scored, self._optimizer, self._state)
-        graph = self._kept[key]
-        graph.start(self._state)
-        self._state = None  # it goes on in the graph's memory
-        return graph
+        task, shapes = self._optimizer.tensors(), _shapes(self._state)
+        key = (*self._key, _shapes((part, scored, task)), shapes)
+        if self._kept.get(key) is None and (self._state is None or shapes == self._before):
+            graph = None
+            if key in self._kept:
+                pool = next((each.pool for each in self._kept.values() if each), None)
+                given = part, scored, self._optimizer, self._state
+                graph = ChunkGraph(self._learn, *given, pool)
+            self._kept[key] = graph
+        return self._kept.get(key)
 
 
 class ChunkGraph:
-    """A chunk's reading and learning, captured; the state stays in the graph's memory.
+    """A chunk's reading and learning, captured.
 
     Args:
         learn: reads a chunk and teaches, with the hooks that are in force now.
         part: tokens, of the shape of all chunks.
         scored: their mask.
         optimizer: with the settings and shapes of all optimisers that it will teach.
-        state: before the chunk, with the shapes of the one after.
+        state: before the chunk.
+        pool: of another graph of the model, whose memory this one shares; None: of its own.
     """
 
     def __init__(
-        self, learn: Learn, part: Tensor, scored: Tensor, optimizer: TaskOptimizer, state: State
+        self,
+        learn: Learn,
+        part: Tensor,
+        scored: Tensor,
+        optimizer: TaskOptimizer,
+        state: State | None,
+        pool: Any,
     ) -> None:
         own = copy.copy(optimizer)
         self._learn = learn  # holds the fixed factors of "low_rank", which the graph reads
-        self._given = pytree.tree_map(_clone, (part, scored, optimizer.tensors()))
-        self._state = pytree.tree_map(_clone, state)
+        self._given = pytree.tree_map(_clone, (part, scored, optimizer.tensors(), state))
 
-        def read() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-            part, scored, task = self._given
+        def read() -> tuple[Tensor, Tensor, tuple[Tensor, ...], State]:
+            part, scored, task, state = self._given
             own.load(task)
-            nll, gradient, after = learn(part, scored, own, self._state)
-            _copy(self._state, after)
-            return nll, gradient, own.tensors()
+            nll, gradient, after = learn(part, scored, own, state)
+            return nll, gradient, own.tensors(), after
 
-        self._graph, self._results = record(read, part.device)
-
-    def start(self, state: State) -> None:
-        """Lets the next chunk follow a state.
-
-        Args:
-            state: of the shapes that were captured.
-        """
-        _copy(self._state, state)
+        self._graph, self._results = record(read, part.device, pool=pool)
+        self.pool = self._graph.pool()
 
     def __call__(
-        self, part: Tensor, scored: Tensor, optimizer: TaskOptimizer
-    ) -> tuple[Tensor, Tensor]:
-        """Reads a chunk and teaches; see `ChunkReader`.
+        self, part: Tensor, scored: Tensor, optimizer: TaskOptimizer, state: State | None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Reads a chunk and teaches.
 
         Args:
             part: `[B, c + 1]`.
             scored: bool `[B, c]`.
             optimizer: that is taught.
+            state: before the chunk.
 
         Returns:
-            -ln p `[B, c]` and its gradient `[rows, N]`.
+            -ln p `[B, c]`, its gradient `[rows, N]`, and the state after the chunk, which the next
+            replay of a graph of the pool overwrites.
         """
-        _copy(self._given, (part, scored, optimizer.tensors()))
+        _copy(self._given, (part, scored, optimizer.tensors(), state))
         self._graph.replay()
-        nll, gradient, task = pytree.tree_map(_clone, self._results)
-        optimizer.load(task)
-        return nll, gradient
+        nll, gradient, task, after = self._results
+        optimizer.load([x.clone() for x in task])
+        return nll.clone(), gradient.clone(), after
 
 
 def _settings(model: Any) -> tuple[Any, ...]:
@@ -195,6 +191,5 @@ def _clone(x: Any) -> Any:
 def _copy(into: Any, source: Any) -> None:
     """Copies the tensors of a tree into those of another of the same form."""
     pairs = zip(pytree.tree_leaves(into), pytree.tree_leaves(source), strict=True)
-    for old, new in pairs:
-        if isinstance(old, Tensor):
-            old.copy_(new)
+    old, new = zip(*(pair for pair in pairs if isinstance(pair[0], Tensor)), strict=True)
+    torch._foreach_copy_(old, new)  # pyright: ignore[reportPrivateImportUsage]
