@@ -200,8 +200,8 @@ def cost(context: Context) -> None:
     context.loaded.clear()
     with torch.device(context.device):
         large = NirvanaForCausalLM(preset("1.3b")).bfloat16().eval()
-    for rows, chunk in ((1, 512), (1, 1024), (1, 2048), (8, 512)):
-        _measure_cost(context, large, "1.3b", rows, LARGE_TOKENS // rows, chunk)
+    for chunk in (2048, 1024, 512):
+        _measure_cost(context, large, "1.3b", 1, LARGE_TOKENS, chunk)
 
 
 def _measure_cost(
