@@ -292,7 +292,7 @@ def run(options: argparse.Namespace, others: list[str]) -> None:
 
     Raises:
         InputError: for wrong options or settings.
-        GateError: after the summary, which says where, was written.
+        GateError: after the summary, which names the gate, was written.
     """
     check(options)
     writable_json(options.out / "summary.json")

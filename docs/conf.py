@@ -88,7 +88,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "write_computation_times": False,
     "nested_sections": False,
-    "first_notebook_cell": "# In a fresh environment:  pip install 'nirvana[mri]'",
+    "first_notebook_cell": "# Needs nirvana with its extra mri; see the page Install",
 }
 
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")

@@ -30,7 +30,7 @@ print(f"{ids.shape[1]} tokens")
 # window and near 0 where it reads the long memory.
 
 
-def costs(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[TriggerTrace, ...]]:
+def score(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[TriggerTrace, ...]]:
     """Bits of every token after the first, and the traces."""
     with torch.no_grad():
         out = model(ids, output_trigger=True)
@@ -38,9 +38,9 @@ def costs(ids: torch.Tensor) -> tuple[torch.Tensor, tuple[TriggerTrace, ...]]:
     return -log_p.gather(1, ids[0, 1:, None])[:, 0] / math.log(2), out.trigger
 
 
-bits, traces = costs(ids)
+bits, traces = score(ids)
 with nirvana.without_trigger(model):
-    bits_without, _ = costs(ids)
+    bits_without, _ = score(ids)
 for i, trace in enumerate(traces, start=model.config.num_prelude_layers + 1):
     before, after = float(trace.loss_before.mean()), float(trace.loss_after.mean())
     print(f"layer {i}: loss {before:.3f} before the step, {after:.3f} after")

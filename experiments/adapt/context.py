@@ -97,7 +97,7 @@ class Context:
         return self.loaded["tiny"][1]
 
     def domains(self, split: str) -> dict[str, list[Document]]:
-        """The documents of a split, as many as are asked for."""
+        """The documents of a split, as many as the options name."""
         domains = self.data.test if split == "test" else self.data.valid
         return {domain: each[: self.documents] for domain, each in domains.items()}
 

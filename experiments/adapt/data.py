@@ -1,15 +1,11 @@
 """The prepared data of the study, and where its rows lie."""
 
 import hashlib
-import json
-import lzma
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nirvana.errors import InputError
-from nirvana.files import atomic_folder, sha256
+from experiments.common.prepared import load_prepared
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "data"
@@ -59,25 +55,13 @@ def load_data(folder: Path) -> Data:
     Raises:
         InputError: for data that `experiments.adapt.prepare` did not write.
     """
-    train, texts = folder / "train.tar.xz", folder / "documents.json.xz"
-    for file in (train, texts):
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; write it with experiments.adapt.prepare")
-    shards = folder / f"shards-{sha256(train)[:8]}"
-    try:
-        if not shards.is_dir():
-            with atomic_folder(shards) as new, tarfile.open(train) as tar:
-                tar.extractall(new, filter="data")
-        found = json.loads(lzma.decompress(texts.read_bytes()))
-    except (lzma.LZMAError, tarfile.TarError, EOFError, ValueError) as error:
-        raise InputError(
-            f"{folder}: damaged: {error}; write it again with experiments.adapt.prepare"
-        ) from None
+    shards, found, identity = load_prepared(
+        folder, "documents.json.xz", "experiments.adapt.prepare"
+    )
     test, valid = (
         {domain: [Document(**each) for each in documents] for domain, documents in split.items()}
         for split in (found["test"], found["valid"])
     )
-    identity = sha256(train)[:8] + sha256(texts)[:8]
     return Data(test, valid, found["recall"], shards, identity)
 
 

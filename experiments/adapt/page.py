@@ -67,7 +67,7 @@ def _missing(study: Study) -> str:
     on_gpu = [row["name"] for row in study.part("time") if row["name"]["device"] == "cuda"]
     there |= {key for name in on_gpu for key in ("cuda", f"{name['model']}, rows {name['rows']}")}
     there |= {f"model {row['name']['model']}" for row in study.part("test")}
-    absent = [f"- {said}" for said, needed in prose.MISSING.items() if not {*needed} <= there]
+    absent = [f"- {part}" for part, needed in prose.MISSING.items() if not {*needed} <= there]
     return prose.ABSENT + "\n" + "\n".join(absent) + "\n" if absent else ""
 
 
@@ -143,7 +143,7 @@ def _differences(study: Study) -> str:
         [f"`{x.name}`", len(x.values), show(x.values), show_p(x.p), show(x.means), show(x.seen)]
         for x in found
     ]
-    said = prose.DIFFERENCES.format(reference=REFERENCE, number=len(lines))
+    section = prose.DIFFERENCES.format(reference=REFERENCE, number=len(lines))
     head = ["control", "documents", "unseen, last quarter", "p (Holm)", "over domains", "seen, all"]
     beaten = [each for each in found if each.p < SIGNIFICANT and each.values.mean() < 0]
     listed = {
@@ -157,7 +157,7 @@ def _differences(study: Study) -> str:
         for text, names in listed.items()
         if names
     ]
-    return said + table(head, lines) + "".join(ends)
+    return section + table(head, lines) + "".join(ends)
 
 
 def _scale(study: Study) -> str:
@@ -263,8 +263,10 @@ def _lora(study: Study) -> str:
         own = study.row("chosen")["nats"][domain][:count]
         found = [np.array(change(nats, frozen, "last")) for nats in (row["nats"], own)]
         lines.append([domain, *map(show, found), show(found[1] - found[0])])
-    said = prose.LORA.format(rank=LORA_RANK, numbers=rows[0]["numbers"], count=len(rows[0]["nats"]))
-    return said + table(["domain", "LoRA", "`chosen`", "`chosen` minus LoRA"], lines)
+    section = prose.LORA.format(
+        rank=LORA_RANK, numbers=rows[0]["numbers"], count=len(rows[0]["nats"])
+    )
+    return section + table(["domain", "LoRA", "`chosen`", "`chosen` minus LoRA"], lines)
 
 
 def _recall(study: Study) -> str:

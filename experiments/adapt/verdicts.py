@@ -67,9 +67,9 @@ def goals(study: Study) -> str:
     """The first section: which goals are met, those that are not met first."""
     lines = []
     for name, goal in (("chosen", ADAPTED), ("trained", TRAINED), ("trained, start", TRAINED)):
-        said = prose.GOAL.format(goal=f"{goal:.0f}", condition=name)
+        goal_text = prose.GOAL.format(goal=f"{goal:.0f}", condition=name)
         if not study.has(name):
-            lines.append([said, "-", "not measured"])
+            lines.append([goal_text, "-", "not measured"])
             continue
         found = _of_domains(study, name, [*UNSEEN], "last")
         values, means = np.concatenate([*found.values()]), [x.mean() for x in found.values()]
@@ -79,7 +79,7 @@ def goals(study: Study) -> str:
         verdict = _verdict(values, goal) if numbers <= MOST_NUMBERS else "missed: too many numbers"
         if verdict == "met" and _verdict(means, goal) != "met":
             verdict = "met over documents; over domains on average, not by the interval"
-        lines.append([said, figure, verdict])
+        lines.append([goal_text, figure, verdict])
     for name in ("chosen", "trained", "trained, start"):
         if study.has(name):
             lines.append(_seen(study, name))
@@ -204,19 +204,19 @@ def _seen(study: Study, name: str) -> list[str]:
         for domain in SEEN
         if domain in study.row("frozen")["nats"]
     }
-    worst = max(found, key=lambda domain: found[domain].mean())
+    worst_domain = max(found, key=lambda domain: found[domain].mean())
     high = max(found, key=lambda domain: t_interval(found[domain]).high)
-    figure = f"worst: {worst}, {show(found[worst])} %"
-    if high != worst:
+    figure = f"worst: {worst_domain}, {show(found[worst_domain])} %"
+    if high != worst_domain:
         figure += f"; interval that reaches furthest: {high}, {show(found[high])} %"
-    verdict = _verdict(found[worst], MOST_WORSE)
+    verdict = _verdict(found[worst_domain], MOST_WORSE)
     if verdict == "met":
         verdict = _verdict(found[high], MOST_WORSE)
     return [prose.SEEN_GOAL.format(limit=MOST_WORSE, condition=name), figure, verdict]
 
 
 def _cost(study: Study) -> list[str]:
-    said = prose.COST_GOAL.format(limit=MOST_TIME)
+    goal = prose.COST_GOAL.format(limit=MOST_TIME)
     for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
         ratios: dict[str, list[float]] = {}
         for row in study.part("time"):
@@ -231,8 +231,8 @@ def _cost(study: Study) -> list[str]:
         verdict = "missed everywhere"
         if min(found) <= MOST_TIME:
             verdict = "met" if max(found) <= MOST_TIME else "met by some, see Time"
-        return [said, f"on a {name}, {figure}", verdict if device == "cuda" else "no H200"]
-    return [said, "-", "not measured"]
+        return [goal, f"on a {name}, {figure}", verdict if device == "cuda" else "no H200"]
+    return [goal, "-", "not measured"]
 
 
 def _controls(study: Study) -> list[str]:
@@ -245,8 +245,8 @@ def _controls(study: Study) -> list[str]:
     absent = [f"`{name}`" for name in CONTROLS if not study.has(name)]
     absent += [] if study.part("lora") else [f"`{LORA}`"]
     absent += [f"`{model}`" for model in EQUAL if not study.has("norm", model)]
-    said = {"ahead of": ahead, "behind": behind, "no difference shown to": unclear}
-    figure = "; ".join(f"{key} {', '.join(names)}" for key, names in said.items() if names)
+    groups = {"ahead of": ahead, "behind": behind, "no difference shown to": unclear}
+    figure = "; ".join(f"{key} {', '.join(names)}" for key, names in groups.items() if names)
     verdicts = ["missed"] if behind or unclear else [] if absent else ["met"]
     verdicts += [f"not measured: {', '.join(absent)}"] if absent else []
     return [prose.CONTROL_GOAL, figure or "-", "; ".join(verdicts)]

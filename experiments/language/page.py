@@ -80,7 +80,7 @@ def _greek(results: Results) -> str:
         return ""
     others = [context_scores(row, domain, greek=False).figure for row in runs]
     own = [each.values[place] / each.weights[place] for each in scores]
-    said = prose.GREEK.format(bits=np.mean(own), others=np.mean(others))
+    section = prose.GREEK.format(bits=np.mean(own), others=np.mean(others))
     head = ["model"]
     for setting in SETTINGS:
         head += [f"{setting}, all pieces", f"{setting}, without Greek"]
@@ -93,14 +93,14 @@ def _greek(results: Results) -> str:
         ]
         if results.runs(variant, "A"):
             rows.append([f"`{variant}`", *cells])
-    return said + "\nBits per byte of the novels.\n" + table(head, rows)
+    return section + "\nBits per byte of the novels.\n" + table(head, rows)
 
 
 def _setup(results: Results) -> str:
     first = next((x for x in results.rows if x["variant"] == REFERENCE), results.rows[0])
     budget = first["budget"]
     base = first["parameters"]
-    said = prose.SETUP.format(
+    section = prose.SETUP.format(
         **{key: budget[key] for key in ("size", "tokens", "rows", "lr", "warmup")},
         model=first["model"],
         steps=first["steps"],
@@ -115,7 +115,7 @@ def _setup(results: Results) -> str:
             about = [_describe(variant), f"{number:,}", f"{number / base - 1:+.1%}", width, counts]
             rows.append([f"`{variant}`", *about])
     head = ["model", "description", "parameters", f"vs {first['variant']}", "SwiGLU", "runs"]
-    return said + table(head, rows)
+    return section + table(head, rows)
 
 
 def _describe(variant: str) -> str:
@@ -138,11 +138,11 @@ def _texts(results: Results, setting: str) -> str:
             found = [results.differences(variant, REFERENCE, setting, x) for x in sets]
             cells = [show_runs(each, 4, sign=True) for each in found]
             differences.append([f"`{variant}`", len(found[0]), *cells])
-    said = f"\n## Setting {setting}: bits per byte\n" + table(head, rows)
+    section = f"\n## Setting {setting}: bits per byte\n" + table(head, rows)
     if differences:
-        said += f"\nMinus `{REFERENCE}`, seed by seed, without correction (exploratory).\n"
-        said += table(head, differences)
-    return said
+        section += f"\nMinus `{REFERENCE}`, seed by seed, without correction (exploratory).\n"
+        section += table(head, differences)
+    return section
 
 
 def _single(results: Results, setting: str) -> list[str]:
@@ -184,7 +184,7 @@ def _recall(results: Results, setting: str) -> str:
 
 
 def _ablations(results: Results) -> str:
-    said = ""
+    section = ""
     for setting in SETTINGS:
         kinds = domains_of(setting)
         rows = []
@@ -199,8 +199,8 @@ def _ablations(results: Results) -> str:
                 rows.append([f"`{variant}`", _describe(variant), *shown])
         if rows:
             head = [f"{split}, {kind}" for split in ("valid", "test") for kind in kinds]
-            said += f"\nSetting {setting}.\n" + table(["variant", "difference", *head], rows)
-    return prose.ABLATIONS.format(reference=REFERENCE) + said if said else ""
+            section += f"\nSetting {setting}.\n" + table(["variant", "difference", *head], rows)
+    return prose.ABLATIONS.format(reference=REFERENCE) + section if section else ""
 
 
 def _cost(results: Results) -> str:
@@ -247,7 +247,7 @@ def _packaged(candidates: Sequence[Row]) -> str:
 
 
 def _inside(results: Results, images: Path) -> str:
-    said = "\n## Gates and fast parameters\n"
+    section = "\n## Gates and fast parameters\n"
     rows = []
     for setting in SETTINGS:
         for variant in results.variants(setting):
@@ -264,30 +264,30 @@ def _inside(results: Results, images: Path) -> str:
             if variant in DRAWN:
                 name, title = f"{variant}-{setting}.png", f"{variant}, setting {setting}"
                 draw_gates(runs[0]["trigger"], images / name, title)
-                said += f"\n![{title}](images/{name})\n"
+                section += f"\n![{title}](images/{name})\n"
     if not rows:
-        return said + "\nNo run with a Trigger yet.\n"
+        return section + "\nNo run with a Trigger yet.\n"
     head = ["model", "setting", "runs", "fast", "gates", "embedded", "constant"]
-    return said + prose.INSIDE + table(head, rows)
+    return section + prose.INSIDE + table(head, rows)
 
 
 def _record(results: Results) -> str:
-    said = "\n## Record\n\n"
+    section = "\n## Record\n\n"
     if results.rows:
         environments = [row["environment"] for row in results.rows]
         for key in ("device", "commit", "python"):
-            said += f"- {key}: {', '.join(sorted({str(each[key]) for each in environments}))}\n"
+            section += f"- {key}: {', '.join(sorted({str(each[key]) for each in environments}))}\n"
         versions = {f"{k} {v}" for each in environments for k, v in each["versions"].items() if v}
-        said += f"- versions: {', '.join(sorted(versions))}\n"
+        section += f"- versions: {', '.join(sorted(versions))}\n"
         skipped = sum(row["skipped"] for row in results.rows)
-        said += f"- steps skipped because loss or gradient was not finite: {skipped}\n"
+        section += f"- steps skipped because loss or gradient was not finite: {skipped}\n"
         losses = [row["losses"][-1][1] for row in results.rows]
         last = [loss for loss in losses if loss is not None]
-        said += f"- last training losses: {min(last):.3f} to {max(last):.3f} nats a token\n"
+        section += f"- last training losses: {min(last):.3f} to {max(last):.3f} nats a token\n"
     if results.left_out:
-        said += f"- runs of another budget, not shown: {results.left_out}\n"
+        section += f"- runs of another budget, not shown: {results.left_out}\n"
     missing = results.missing()
-    return said + f"- missing runs (model/setting/seed): {', '.join(missing) or 'none'}\n"
+    return section + f"- missing runs (model/setting/seed): {', '.join(missing) or 'none'}\n"
 
 
 if __name__ == "__main__":

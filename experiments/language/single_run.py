@@ -106,15 +106,15 @@ def configuration(
 def train(
     task: LanguageTask,
     config: LanguageConfig,
-    world: ProcessContext,
+    processes: ProcessContext,
     compiled: bool,
     log_progress: Callable[[str], None],
 ) -> tuple[Trainer, dict[str, Any]]:
     """The package's own training steps, without checkpoints: a run takes a minute."""
-    task.prepare(world, compiled)
+    task.prepare(processes, compiled)
     parameters = list(task.trainable())
     optimizer = build_optimizer(parameters, config.optim, task.undecayed)
-    trainer = Trainer(task, config.optim, config.run, parameters, optimizer, world)
+    trainer = Trainer(task, config.optim, config.run, parameters, optimizer, processes)
     task.model.train()
     steps, losses, rates = config.run.steps, [], []
     every = max(1, steps // LOGGED)
@@ -130,7 +130,7 @@ def train(
         "losses": losses,
         # Blocks are compiled in the first steps.
         "tokens_per_second": round(median(rates[1:] or rates)),
-        "memory_gib": round(peak_memory(world.device) / 2**30, 2),
+        "memory_gib": round(peak_memory(processes.device) / 2**30, 2),
         "skipped": line["skipped"],
     }
 

@@ -84,16 +84,16 @@ def conclude(comparisons: Sequence[Comparison]) -> str:
     """One sentence on what the comparisons of a question show."""
     intervals = [t_interval(each.differences) for each in comparisons]
     number = len(comparisons)
-    apart = sum(each.excludes_zero for each in intervals)
+    excluding = sum(each.excludes_zero for each in intervals)
     shown = [each for each in comparisons if each.corrected < LEVEL]
-    if not apart:
+    if not excluding:
         return (
             f"**Not shown.** None of {number} t intervals excludes zero "
             f"(smallest p {show_p(min(each.p for each in comparisons))}, before correction)."
         )
     lower = sum(each.differences.mean() < 0 for each in comparisons)
     direction = f"{lower} of {number} differences are below zero"
-    raw = f"{apart} of {number} t intervals exclude zero"
+    raw = f"{excluding} of {number} t intervals exclude zero"
     if not shown:
         smallest = show_p(min(each.corrected for each in comparisons))
         return (
@@ -106,17 +106,20 @@ def conclude(comparisons: Sequence[Comparison]) -> str:
 
 def show_verdicts(results: Results) -> str:
     """A verdict and its table for every question."""
-    said = prose.VERDICTS
+    section = prose.VERDICTS
     for question in QUESTIONS:
         comparisons = compare(results, question)
-        said += f"\n### {question.title}\n"
+        section += f"\n### {question.title}\n"
         if not comparisons:
-            said += "\nNothing to compare: no pair has two runs of the same seeds.\n"
+            section += "\nNothing to compare: no pair has two runs of the same seeds.\n"
             continue
-        said += f"\n{conclude(comparisons)} {len(comparisons)} comparisons.\n"
-        said += _show_comparisons(results, question, comparisons)
+        section += f"\n{conclude(comparisons)} {len(comparisons)} comparisons.\n"
+        section += _show_comparisons(results, question, comparisons)
     return (
-        said + _verdict_of_recall(results) + _verdict_of_tasks(results) + _verdict_of_probe(results)
+        section
+        + _verdict_of_recall(results)
+        + _verdict_of_tasks(results)
+        + _verdict_of_probe(results)
     )
 
 
@@ -164,10 +167,12 @@ def _verdict_of_recall(results: Results) -> str:
     if not any(results.benchmarked(setting) for setting in SETTINGS):
         return title + "\nNo run was scored on the recall tasks.\n"
     if best < prose.NEXT_TO_NONE:
-        said = f"**No.** No run has more than {best:.1%} of the answers right in any task"
+        verdict = f"**No.** No run has more than {best:.1%} of the answers right in any task"
     else:
-        said = f"**Partly.** The best run has {best:.1%} of the answers right in its best task"
-    return title + f"\n{said}. The bits of an answer are below; they rank nothing at this size.\n"
+        verdict = f"**Partly.** The best run has {best:.1%} of the answers right in its best task"
+    return (
+        title + f"\n{verdict}. The bits of an answer are below; they rank nothing at this size.\n"
+    )
 
 
 def _verdict_of_tasks(results: Results) -> str:
@@ -178,14 +183,14 @@ def _verdict_of_tasks(results: Results) -> str:
     names = sorted({name for _, name, gain, p in tests if gain > 0 and p < LEVEL})
     above = sum(gain > 0 and p < LEVEL for _, _, gain, p in tests)
     below = sum(gain < 0 and p < LEVEL for _, _, gain, p in tests)
-    said = (
+    verdict = (
         f"**Hardly.** {above} of {len(tests)} accuracies lie above chance, {below} below (t tests "
         "over questions, each with its mean points over runs; corrected by Holm in each setting)"
     )
     if names:
-        said += f"; those above are on {', '.join(names)}"
+        verdict += f"; those above are on {', '.join(names)}"
     return title + (
-        f"\n{said}. On several sets all models have the same accuracy to three digits, which a "
+        f"\n{verdict}. On several sets all models have the same accuracy to three digits, which a "
         "constant answer would have, too.\n"
     )
 
@@ -220,9 +225,11 @@ def show_tasks(results: Results, setting: str) -> str:
             cells.append(f"**{mean:.3f}**" if (variant, name) in above else f"{mean:.3f}")
         chance = f"{about['chance']:.3f}" if about["chance"] else "none"
         rows.append([name, len(about["points"]), chance, *cells])
-    said = prose.TASKS.format(setting=setting)
-    said += f"\nBold: above chance after Holm's correction of {len(tests)} tests over questions.\n"
-    return said + table(["set", "questions", "chance", *(f"`{v}`" for v in variants)], rows)
+    section = prose.TASKS.format(setting=setting)
+    section += (
+        f"\nBold: above chance after Holm's correction of {len(tests)} tests over questions.\n"
+    )
+    return section + table(["set", "questions", "chance", *(f"`{v}`" for v in variants)], rows)
 
 
 def _verdict_of_probe(results: Results) -> str:

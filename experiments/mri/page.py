@@ -159,8 +159,8 @@ def show_gains(found: Sequence[Gain], over_runs: bool) -> str:
 def verdict_of_backbone(found: Sequence[Gain]) -> str:
     better = [gain for gain in found if gain.corrected < LEVEL and gain.by_run.mean() > 0]
     worse = [gain for gain in found if gain.corrected < LEVEL and gain.by_run.mean() < 0]
-    apart = [gain for gain in found if t_interval(gain.by_run).excludes_zero]
-    number = f"{len(apart)} of {len(found)} t intervals over runs exclude zero"
+    excluding = [gain for gain in found if t_interval(gain.by_run).excludes_zero]
+    number = f"{len(excluding)} of {len(found)} t intervals over runs exclude zero"
     if not better:
         against = [gain for gain in found if gain.method == "none"]
         behind = sum(gain.by_run.mean() < 0 for gain in against)
@@ -176,11 +176,11 @@ def verdict_of_backbone(found: Sequence[Gain]) -> str:
 def verdict_of_others(found: Sequence[Gain]) -> str:
     """What is shown, method by method, after correction."""
     shown = [gain for gain in found if gain.corrected < LEVEL and gain.by_person.mean() > 0]
-    apart = sum(gain.over_people.excludes_zero for gain in found)
+    excluding = sum(gain.over_people.excludes_zero for gain in found)
     ahead = sum(gain.by_person.mean() > 0 for gain in found)
     text = (
-        f"{ahead} of {len(found)} mean gains are above zero, {apart} of {len(found)} t intervals "
-        f"over people exclude zero, {len(shown)} remain after Holm's correction"
+        f"{ahead} of {len(found)} mean gains are above zero, {excluding} of {len(found)} t "
+        f"intervals over people exclude zero, {len(shown)} remain after Holm's correction"
     )
     by_place = defaultdict(list)
     for gain in shown:

@@ -35,8 +35,8 @@ OTHERS = """
 Classical methods have no training runs, so their unit is the person; against the U-Net and the
 VarNet p is the larger one of the t tests over people and over runs. Gain of `nirvana` in PSNR, dB;
 {number} comparisons. At 8x the classical methods have few calibration columns (five to ten) for
-ESPIRiT. BART's settings were chosen for 8x, and its rows stay above the zero-filled image; sigpy's
-were tuned at 4x, and on unseen people its L1-wavelet falls below that image at 8x.
+ESPIRiT. BART's settings were chosen for 8x, and its scores stay above those of the zero-filled
+image; sigpy's were tuned at 4x, and on unseen people its L1-wavelet falls below that image at 8x.
 """
 
 MEASURED = """
@@ -67,10 +67,10 @@ of a kind (T1 after contrast medium, tumour) that training lacks; *inverted cont
 test volumes' brightness, in place of an unknown sequence. *Measured head* and *measured knee* are
 k-space of one coil and one slice each; only their undersampling is simulated.
 
-**Budget.** Every trained method gets the same slices in the same order, as often as the table
-says, with the same optimiser. Seeds differ in the initial weights only: at the commits below, the
-data's generators used the step and ignored the seed, which was fixed later. So the intervals over
-runs do not cover another draw of the training data. The backbone is frozen. Times taken while
+**Budget.** Every trained method gets the same slices in the same order and the same optimiser; the
+table gives the number of steps. Seeds differ in the initial weights only: at the commits below, the
+data's generators used the step and ignored the seed, which was fixed later. The intervals over runs
+therefore do not cover another draw of the training data. The backbone is frozen. Times taken while
 other programs used the GPU are upper bounds, or left out.
 
 **Classical methods** use ESPIRiT sensitivities. `bart-` methods are BART's programs, with settings

@@ -137,13 +137,13 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
     coils = [name for name in archive.files if name.startswith("coils/")]
     coils = coils if options.arrays and recipe_of(options.method).arrays else []
     config = configuration(options, options.steps or 1000)
-    with init_distributed(options.device) as world:
+    with init_distributed(options.device) as processes:
         torch.manual_seed(options.seed)
-        pool = SlicePool([torch.from_numpy(archive[name]) for name in names], world.device)
+        pool = SlicePool([torch.from_numpy(archive[name]) for name in names], processes.device)
         arrays = [torch.from_numpy(archive[name]) for name in coils]
-        task = ReconstructionTask(config, world.device, pool, arrays)
-        compiled = config.run.compile and world.device.type == "cuda"
-        task.prepare(world, compiled)
+        task = ReconstructionTask(config, processes.device, pool, arrays)
+        compiled = config.run.compile and processes.device.type == "cuda"
+        task.prepare(processes, compiled)
         started = time.perf_counter()
         if not options.steps:
             settled = Path(config.run.out) / "config.json"
@@ -155,7 +155,7 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
             task.config = config
         # Measuring the speed has drawn random numbers: start again from the seed.
         torch.manual_seed(options.seed)
-        fit(task, config.optim, config.run, to_dict(config), True, world)
+        fit(task, config.optim, config.run, to_dict(config), True, processes)
     model = task.model.eval()
     assert isinstance(model, CodecModel)
     seconds = time.perf_counter() - started
@@ -175,7 +175,7 @@ def train(options: argparse.Namespace, archive: Any) -> tuple[CodecModel, dict[s
             "steps": config.run.steps,
             "slices": slices,
             "slices_per_second": slices / seconds,
-            "memory_gib": peak_memory(world.device),
+            "memory_gib": peak_memory(processes.device),
         },
     }
     return model, facts

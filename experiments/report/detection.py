@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.common.results import Row
+from experiments.report.rows import READ
 from nirvana.mri.reports.score import auc
 from nirvana.statistics import t_interval
 
@@ -49,13 +50,13 @@ def detect(rows: Sequence[Row], fixed: float) -> Detection:
     """The figures of some rows.
 
     Args:
-        rows: with "truth" and "said" as `Facts`, "finding" as its probability, "threshold".
+        rows: with "truth" and `READ` as `Facts`, "finding" as its probability, "threshold".
         fixed: threshold of the comparison at fixed false findings, see `at_false`.
     """
     normal = [row for row in rows if not row["truth"].finding]
     lesions = [row for row in large(rows) if row["truth"].finding]
-    found = [row for row in lesions if row["said"].finding]
-    hallucinated = sum(row["said"].finding for row in normal)
+    found = [row for row in lesions if row[READ].finding]
+    hallucinated = sum(row[READ].finding for row in normal)
 
     def area(kept: Sequence[Row]) -> float:
         return auc([row["finding"] for row in kept], [row["truth"].finding for row in kept])
@@ -65,12 +66,12 @@ def detect(rows: Sequence[Row], fixed: float) -> Detection:
         normals=len(normal),
         auc=area(large(rows)),
         auc_all=area(rows),
-        sensitivity=_share(lesions, lambda row: row["said"].finding),
-        false=_share(normal, lambda row: row["said"].finding),
+        sensitivity=_share(lesions, lambda row: row[READ].finding),
+        false=_share(normal, lambda row: row[READ].finding),
         sensitivity_fixed=_share(lesions, lambda row: row["finding"] >= fixed),
         false_fixed=_share(normal, lambda row: row["finding"] >= fixed),
         f1=2 * len(found) / max(len(found) + hallucinated + len(lesions), 1),
-        side=_share(found, lambda row: row["said"].side == row["truth"].side),
+        side=_share(found, lambda row: row[READ].side == row["truth"].side),
     )
 
 

@@ -31,6 +31,7 @@ from experiments.report.detection import (
     show_people,
 )
 from experiments.report.packaged import NAME, RESULTS
+from experiments.report.rows import READ
 from experiments.report.study_tables import Cells
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
@@ -87,7 +88,7 @@ def load(files: Sequence[Path]) -> Cells:
     for file in files:
         for row in read_rows(file):
             row["truth"] = Facts(**row["truth"])
-            row["said"] = None if row["said"] is None else Facts(**row["said"])
+            row[READ] = None if row[READ] is None else Facts(**row[READ])
             cells[row["model"], row["kind"], row["acceleration"], row["wording"]].append(row)
     if not cells:
         raise InputError("there are no rows; run experiments.report.packaged or .study first")
@@ -120,7 +121,7 @@ def check(cells: Cells, study: dict[str, Any], validation: dict[str, Any]) -> No
     wanted = best_threshold(validation["present"], likely, study["hallucinated"])["threshold"]
     if any(row["threshold"] != wanted for row in cells[model, "wording", 4.0, 0]):
         raise InputError(
-            f"rows were read with another threshold than {wanted}, which study.json asks for; "
+            f"rows were read with another threshold than {wanted}, that of study.json; "
             "remove them and run experiments.report.study again"
         )
 
@@ -212,7 +213,7 @@ def by_size(rows: Sequence[Row]) -> str:
     body = []
     for low, high in BINS:
         own = [row for row in rows if row["truth"].finding and low <= row["size"] < high]
-        share = f"{np.mean([row['said'].finding for row in own]):.2f}" if own else "-"
+        share = f"{np.mean([row[READ].finding for row in own]):.2f}" if own else "-"
         body.append([f"{low:g} to {high:g} mm", len(own), share])
     return table(["longest diameter", "slices", "sensitivity"], body)
 

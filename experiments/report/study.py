@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from experiments.common.program import make_parser
+from experiments.report.rows import READ
 from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import atomic_file, write_json
@@ -100,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--{name}", type=type(size.default), help=f"{size.default} if not given"
         )
     given = parser.parse_args(arguments)
-    asked = {size.name: getattr(given, size.name) for size in fields(Study)}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    study = replace(TOY if given.toy else Study(), **asked)
+    given_sizes = {size.name: getattr(given, size.name) for size in fields(Study)}
+    given_sizes = {name: value for name, value in given_sizes.items() if value is not None}
+    study = replace(TOY if given.toy else Study(), **given_sizes)
     brains = load_brain_slices(given.brain_slices)
     first = Path(given.backbones[0]).name
     write_json(given.out / "study.json", {"model": first, "start": given.start, **vars(study)})
@@ -296,22 +297,22 @@ def read(reporter: Reporter, batch: ReportBatch, cell: Cell) -> Iterator[dict[st
     valid = [True] * len(tokens)
     if cell.kind == "curve":
         finding = reporter.findings(tokens, cell.wording)
-        said: list[Facts | None] = [None] * len(tokens)
+        reported: list[Facts | None] = [None] * len(tokens)
     elif cell.kind == "free":
         finding = [None] * len(tokens)
-        said = [parsed(text) for text in reporter.write(tokens)]
-        valid = [facts is not None for facts in said]
-        said = [facts or NORMAL for facts in said]
+        reported = [parsed(text) for text in reporter.write(tokens)]
+        valid = [facts is not None for facts in reported]
+        reported = [facts or NORMAL for facts in reported]
     else:
         readings = reporter.read(tokens, cell.wording)
         finding = [reading.finding for reading in readings]
-        said = [reading.facts for reading in readings]
+        reported = [reading.facts for reading in readings]
     for i, truth in enumerate(batch.facts):
-        facts = said[i]
+        facts = reported[i]
         yield {
             "i": i,
             "truth": truth.to_dict(),
-            "said": None if facts is None else facts.to_dict(),
+            READ: None if facts is None else facts.to_dict(),
             "valid": valid[i],
             "finding": finding[i],
             "size": float(batch.size[i]),

@@ -9,6 +9,7 @@ from typing import Any
 from experiments.common.results import Row
 from experiments.common.tables import table
 from experiments.report.detection import large, show_people
+from experiments.report.rows import READ, with_facts
 from nirvana.mri.reports.grammar import NORMAL, Facts, parse, write
 from nirvana.mri.reports.score import (
     FACTS,
@@ -59,7 +60,7 @@ def figures(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     found = []
     for person in sorted({row["subject"] for row in rows}):
         own = [row for row in rows if row["subject"] == person]
-        found.append(flat(score([x["truth"] for x in own], [x["said"] for x in own])))
+        found.append(flat(score([x["truth"] for x in own], [x[READ] for x in own])))
     return [show_people([each[name] for each in found]) for name in names]
 
 
@@ -92,7 +93,7 @@ def controls(cells: Cells, model: str) -> str:
     truth = [row["truth"] for row in main]
     most = majority(truth)
     frequent = most_frequent([facts for facts in truth if facts.finding])
-    shifted = [row["said"] for row in main[len(main) // 2 :] + main[: len(main) // 2]]
+    shifted = [row[READ] for row in main[len(main) // 2 :] + main[: len(main) // 2]]
     free = cells[model, "free", 4.0, 0]
     rows: list[tuple[str, Sequence[Row]]] = [
         (model, main),
@@ -101,10 +102,10 @@ def controls(cells: Cells, model: str) -> str:
         ("the same, fully sampled scan (ground truth)", cells[model, "full image", 1.0, 0]),
         ("trained on the zero-filled image", cells["zero-filled", "wording", 4.0, 0]),
         ("no image", cells[model, "no image", 4.0, 0]),
-        ("reports of other slices (shuffled)", with_said(main, shifted)),
-        ("majority report", with_said(main, [most] * len(main))),
-        ("most frequent finding, always", with_said(main, [frequent] * len(main))),
-        ("oracle: the true facts through the grammar", with_said(main, oracle(truth))),
+        ("reports of other slices (shuffled)", with_facts(main, shifted)),
+        ("majority report", with_facts(main, [most] * len(main))),
+        ("most frequent finding, always", with_facts(main, [frequent] * len(main))),
+        ("oracle: the true facts through the grammar", with_facts(main, oracle(truth))),
     ]
     names = ["f1.finding", "side_accuracy", "exact", "hallucination", "omission"]
     body = [[label, *figures(chosen, names)] for label, chosen in rows]
@@ -115,10 +116,6 @@ def controls(cells: Cells, model: str) -> str:
 
 def oracle(truth: Sequence[Facts]) -> list[Facts]:
     return [parse(write(facts, number % 6)) for number, facts in enumerate(truth)]
-
-
-def with_said(rows: Sequence[Row], said: Sequence[Facts]) -> list[Row]:
-    return [{**row, "said": facts} for row, facts in zip(rows, said, strict=True)]
 
 
 def curve(cells: Cells, model: str) -> str:
@@ -155,14 +152,14 @@ def rules(main: Sequence[Row], validation: dict[str, Any]) -> str:
     body = []
     for limit in LIMITS:
         chosen = best_threshold(present, validation["finding"]["wording 0"], limit)
-        said = [something if row["finding"] >= chosen["threshold"] else NORMAL for row in rows]
+        reported = [something if row["finding"] >= chosen["threshold"] else NORMAL for row in rows]
         body.append(
             [
                 f"{limit:.1%}",
                 f"{chosen['threshold']:.4f}",
                 f"{chosen['f1']:.3f}",
                 f"{chosen['hallucination']:.3f}",
-                *figures(with_said(rows, said), ["f1.finding", "hallucination"]),
+                *figures(with_facts(rows, reported), ["f1.finding", "hallucination"]),
             ]
         )
     head = ["limit on validation normals", "threshold", "validation: F1", "false findings"]

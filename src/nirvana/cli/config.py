@@ -27,6 +27,10 @@ ConfigArgument = Annotated[
     ),
 ]
 """The configuration of a training, as the path of its file."""
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")]
+AcceptChangesOption = Annotated[
+    bool, typer.Option("--accept-changes", help="Resume with other settings or data than before.")
+]
 
 
 def config(

@@ -1,20 +1,15 @@
 """`nirvana distill`: an adopted model learns from its teacher."""
 
-from typing import Annotated
-
 import typer
 
-from nirvana.cli.config import ConfigArgument
+from nirvana.cli.config import AcceptChangesOption, ConfigArgument, ResumeOption
 
 
 def distill(
     ctx: typer.Context,
     config: ConfigArgument,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
-    accept_changes: Annotated[
-        bool,
-        typer.Option("--accept-changes", help="Resume with other settings or data than before."),
-    ] = False,
+    resume: ResumeOption = False,
+    accept_changes: AcceptChangesOption = False,
 ) -> None:
     """Trains an adopted model on its teacher, one stage at a time: nirvana distill distill
 

@@ -18,7 +18,7 @@ from nirvana.cli.adapt import (
     adapt_config,
     require_adapt,
 )
-from nirvana.cli.config import ConfigArgument
+from nirvana.cli.config import AcceptChangesOption, ConfigArgument, ResumeOption
 from nirvana.cli.console import SEEDS, DeviceOption
 from nirvana.errors import InputError
 from nirvana.files import decode_utf8
@@ -80,11 +80,8 @@ def tokenizer(
 def train(
     ctx: typer.Context,
     config: ConfigArgument,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
-    accept_changes: Annotated[
-        bool,
-        typer.Option("--accept-changes", help="Resume with other settings or data than before."),
-    ] = False,
+    resume: ResumeOption = False,
+    accept_changes: AcceptChangesOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print estimates only.")
     ] = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nirvana.cli.config import ConfigArgument
+from nirvana.cli.config import AcceptChangesOption, ConfigArgument, ResumeOption
 from nirvana.cli.console import SEEDS, DeviceOption, JsonOption, output
 from nirvana.cli.reading import (
     AxesOption,
@@ -200,11 +200,8 @@ def evaluate(
 def train(
     ctx: typer.Context,
     config: ConfigArgument,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in run.out.")] = False,
-    accept_changes: Annotated[
-        bool,
-        typer.Option("--accept-changes", help="Resume with other settings or data than before."),
-    ] = False,
+    resume: ResumeOption = False,
+    accept_changes: AcceptChangesOption = False,
 ) -> None:
     """Trains a codec on a frozen backbone. Any setting can follow: --optim.lr 1e-3"""
     from nirvana.mri.train import task

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.common.results import read_rows
 from experiments.report import detection, packaged, page, study
+from experiments.report.rows import READ
 from helpers.drawn_brain import drawn_brain_slices
 from helpers.small_codec import small_backbone
 from nirvana import InputError
@@ -108,14 +109,14 @@ def test_the_packaged_reporters_rows_are_written_once(tmp_path: Path) -> None:
         packaged.main([*given, "--at-once", "0"])
 
 
-def row(person: str, finding: float, lesion: bool, said: bool, size: float = 12.0) -> dict:
+def row(person: str, finding: float, lesion: bool, found: bool, size: float = 12.0) -> dict:
     truth = MASS if lesion else NORMAL
-    read = MASS if said else NORMAL
+    read = MASS if found else NORMAL
     size = size if lesion else 0.0
     return {
         "subject": f"test/{person}",
         "truth": truth,
-        "said": read,
+        READ: read,
         "finding": finding,
         "size": size,
         "threshold": 0.5,

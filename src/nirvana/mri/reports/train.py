@@ -292,7 +292,7 @@ def train_reporter(config: ReportConfig, resume: bool = False) -> Outcome:
     """
     read = [config.data.brain_slices, config.run.initial or None, config.codec.weights]
     check_run(config.run.out, None, read)
-    with init_distributed(config.run.device) as world:
+    with init_distributed(config.run.device) as processes:
         torch.manual_seed(config.run.seed)
-        task = ReportTask(config, world.device)
-        return fit(task, config.optim, config.run, to_dict(config), resume, world)
+        task = ReportTask(config, processes.device)
+        return fit(task, config.optim, config.run, to_dict(config), resume, processes)

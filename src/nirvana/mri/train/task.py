@@ -163,11 +163,11 @@ class ReconstructionTask(Task):
                     rows.setdefault(prefix + name, []).append(scores.get(name, np.nan))
         return {name: float(np.mean(values)) for name, values in rows.items()}
 
-    def prepare(self, world: ProcessContext, compiled: bool) -> None:
+    def prepare(self, processes: ProcessContext, compiled: bool) -> None:
         """Shards codec and backbone over several processes (FSDP2), or prepares CUDA graphs.
 
         Args:
-            world: the processes.
+            processes: the processes.
             compiled: capture a CUDA graph for each shape of batch when it first occurs, except of
                 steps with reports.
 
@@ -175,13 +175,13 @@ class ReconstructionTask(Task):
             InputError: compiled with accumulation, whose gradients a replay would overwrite, or in
                 several processes, whose sharded weights move.
         """
-        self.world = world
-        if world.size > 1:
+        self.processes = processes
+        if processes.size > 1:
             if compiled:
-                raise InputError(f"run.compile must be false in {world.size} processes")
+                raise InputError(f"run.compile must be false in {processes.size} processes")
             backbone = self.model.backbone
             blocks = [] if backbone is None else list(backbone.base_model.layers)  # type: ignore[union-attr,arg-type]
-            shard(self.model, blocks, self.config.parallel, world)
+            shard(self.model, blocks, self.config.parallel, processes)
             # A validation reconstructs by this method, which must gather the shards as `forward`.
             register_fsdp_forward_method(self.model, "batch_images")
             self.frozen_before = self._backbone_bits()
@@ -204,7 +204,7 @@ class ReconstructionTask(Task):
     def export(self, folder: Path) -> None:
         """Writes the codec without its backbone."""
         model = self.model
-        if self.world.size > 1:  # this process holds a shard; the newest checkpoint is whole
+        if self.processes.size > 1:  # this process holds a shard; the newest checkpoint is whole
             model = _new_codec(self.config)
             if self.config.run.initial:
                 _load_initial(model, self.config)
@@ -333,16 +333,16 @@ def train(
     data, weights = config.data, [config.codec.weights, config.run.initial or None]
     files = [*expand(data.train), *expand(data.valid), *data.coil_maps, data.reports or None]
     check_run(config.run.out, config_path, [*files, *weights])
-    with init_distributed(config.run.device) as world:
+    with init_distributed(config.run.device) as processes:
         torch.manual_seed(config.run.seed)
-        task = ReconstructionTask(config, world.device)
+        task = ReconstructionTask(config, processes.device)
         return fit(
             task,
             config.optim,
             config.run,
             to_dict(config),
             resume,
-            world,
+            processes,
             accept_changes=accept_changes,
         )
 
