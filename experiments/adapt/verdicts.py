@@ -222,7 +222,7 @@ def _cost(study: Study) -> list[str]:
         for row in study.part("time"):
             about = row["name"]
             if about["device"] == device:
-                of = f"`{about['model']}`, {about['dtype']}, documents at a time: {about['rows']}"
+                of = f"`{about['model']}`, {about['dtype']}, batch of {about['rows']}"
                 ratios.setdefault(of, []).append(row["ratios"]["prefill"])
         if not ratios:
             continue
