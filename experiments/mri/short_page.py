@@ -42,7 +42,7 @@ PROPERTIES = """
 ## What the properties of the simulation are worth
 
 PSNR in dB of the codec without a group of properties minus that of the training of the same seed
-with all of them: below zero, the group helps. One training each unless "trainings" says more, so a
+with all of them: below zero, the group helps. One training each unless "trainings" is larger, so a
 difference has to be compared with the one between trainings that differ in the seed alone, in the
 last line. `everything` is a plain scan of smooth phase, even coils and white noise.
 """

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nirvana.adapt.graphs import ChunkReader, refusal
+from nirvana.adapt.chunk_graphs import ChunkReader, refusal
 from nirvana.adapt.optimizer import TaskOptimizer
 from nirvana.adapt.parameters import TaskHooks
 from nirvana.adapt.state import CarriedCache, read_chunk

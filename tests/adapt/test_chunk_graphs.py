@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils import _pytree as pytree
 
 import nirvana
-from nirvana.adapt import AdaptConfig, adapt_documents, chunks, graphs
+from nirvana.adapt import AdaptConfig, adapt_documents, chunk_graphs, chunks
 from nirvana.adapt.config import GROUPS
 
 ALL = tuple(GROUPS)
@@ -55,7 +55,7 @@ def recorded(monkeypatch):
     # A replay here runs the hooks again, and must find those of the recording in the model.
     hooks = functools.cache(chunks.TaskHooks)
     monkeypatch.setattr(chunks, "TaskHooks", hooks)
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(chunk_graphs, "record", record)
     monkeypatch.setattr(chunks, "refusal", lambda model: None)
     Recorded.count = 0
     return Recorded
@@ -116,7 +116,7 @@ def test_what_a_graph_does_not_read_gets_another(small_model, recorded):
     adapted(model, documents, replace(config, betas=(0.5, 0.9)))
     adapted(model, documents, replace(config, seed=3))
     assert recorded.count == 4
-    assert len(model._chunk_graphs) == graphs.GRAPHS
+    assert len(model._chunk_graphs) == chunk_graphs.GRAPHS
     assert len(copy.deepcopy(model)._chunk_graphs) == 0
 
 
@@ -142,18 +142,18 @@ def test_a_state_that_grows_is_read_without_a_graph(small_model, recorded):
 
 def test_reasons_for_no_graph(small_model):
     model = small_model()
-    assert "not on a GPU" in str(graphs.refusal(model))
+    assert "not on a GPU" in str(chunk_graphs.refusal(model))
     model.__class__ = type("OnGPU", (type(model),), {"device": torch.device("cuda")})
     model.__class__.__module__ = "nirvana.model.nirvana"
-    assert graphs.refusal(model) is None
+    assert chunk_graphs.refusal(model) is None
     handle = model.lm_head.register_forward_hook(lambda *given: None)
-    assert "hooks" in str(graphs.refusal(model))
+    assert "hooks" in str(chunk_graphs.refusal(model))
     handle.remove()
     model.model.layers[-1].updater.window_kept = torch.ones(1, 1, 1)
-    assert "dropped" in str(graphs.refusal(model))
+    assert "dropped" in str(chunk_graphs.refusal(model))
     model.model.layers[-1].updater.window_kept = None
     get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
-    assert "adapters" in str(graphs.refusal(model))
+    assert "adapters" in str(chunk_graphs.refusal(model))
 
 
 @pytest.mark.gpu
