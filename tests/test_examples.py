@@ -98,6 +98,7 @@ def notebook(path: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes on two busy cores
 @pytest.mark.parametrize("name", sorted(CHECKS))
 def test_an_example_runs_as_a_notebook(name, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra docs")
@@ -108,7 +109,7 @@ def test_an_example_runs_as_a_notebook(name, tmp_path):
     lines = [line.removeprefix(" " * 8) for line in CHECKS[name].splitlines()]
     book.cells.append(nbformat.v4.new_code_cell("\n".join(lines)))
     client = nbclient.NotebookClient(
-        book, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        book, timeout=850, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
     pictures = [

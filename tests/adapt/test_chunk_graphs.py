@@ -143,8 +143,9 @@ def test_a_state_that_grows_is_read_without_a_graph(small_model, recorded):
 def test_reasons_for_no_graph(small_model):
     model = small_model()
     assert "not on a GPU" in str(chunk_graphs.refusal(model))
-    model.__class__ = type("OnGPU", (type(model),), {"device": torch.device("cuda")})
-    model.__class__.__module__ = "nirvana.model.nirvana"
+    on_gpu = type("OnGPU", (type(model),), {"device": torch.device("cuda")})
+    on_gpu.__module__ = "nirvana.model.nirvana"
+    model.__class__ = on_gpu
     assert chunk_graphs.refusal(model) is None
     handle = model.lm_head.register_forward_hook(lambda *given: None)
     assert "hooks" in str(chunk_graphs.refusal(model))
@@ -152,6 +153,10 @@ def test_reasons_for_no_graph(small_model):
     model.model.layers[-1].updater.window_kept = torch.ones(1, 1, 1)
     assert "dropped" in str(chunk_graphs.refusal(model))
     model.model.layers[-1].updater.window_kept = None
+    model.lm_head.to("meta")
+    assert "several devices" in str(chunk_graphs.refusal(model))
+    model = small_model()
+    model.__class__ = on_gpu
     get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
     assert "adapters" in str(chunk_graphs.refusal(model))
 

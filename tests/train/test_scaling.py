@@ -141,12 +141,13 @@ def test_a_gpu_without_kernels_is_not_measured(scaling, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes(tmp_path):
     """The whole program; on the CPU losses are equal to the bit."""
     command = [sys.executable, BENCHMARKS / "scaling.py", "--gpus", "2", "--out", tmp_path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *SMALL, *MODEL], env=environment, capture_output=True, text=True, timeout=200
+        [*command, *SMALL, *MODEL], env=environment, capture_output=True, text=True, timeout=550
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())

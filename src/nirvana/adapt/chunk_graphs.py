@@ -42,6 +42,8 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "its state is a cache that grows"
     if model.device.type != "cuda":
         return "it is not on a GPU"
+    if len({weight.device for weight in model.parameters()}) > 1:
+        return "it lies on several devices"
     if not capturable():
         return "autocast, or one of several processes"
     if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
