@@ -7,7 +7,6 @@ there on.
 """
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,6 @@ from nirvana.cuda_graphs import RecentGraphs, capturable, places, record
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.model.state import State
 from nirvana.model.updater import Updater
-
-logger = logging.getLogger(__name__)
 
 GRAPHS = 4
 """Graphs that a model keeps, which share the memory of one chunk."""
