@@ -185,7 +185,8 @@ def test_the_teacher_separates_packed_documents(arguments):
     ids, positions = batch["input_ids"][:1], batch["position_ids"][:1]
     starts = [*(positions[0] == 0).nonzero()[:, 0].tolist(), positions.shape[1]]
     assert len(starts) > 2
-    packed = task.teacher(input_ids=ids, position_ids=positions, use_cache=False).logits
+    borders = {"segments": (positions == 0).cumsum(1), "cu_seqlens": None}
+    packed = teacher_logits(task.teacher, {"input_ids": ids, "position_ids": positions}, borders)
     for begin, end in pairwise(starts):
         alone = task.teacher(input_ids=ids[:, begin:end]).logits
         torch.testing.assert_close(packed[:, begin:end], alone, rtol=0, atol=1e-4)
