@@ -22,7 +22,7 @@ import torch
 from experiments.common.program import make_parser
 from experiments.common.results import Row, append_row, read_rows
 from experiments.mri.measured import MASKS, scans
-from experiments.mri.study import SAMPLINGS
+from experiments.mri.study import SAMPLINGS, codec_method
 from nirvana.bench.measure import commit
 from nirvana.device import choose_device
 from nirvana.errors import script
@@ -62,11 +62,6 @@ def problems(options: argparse.Namespace) -> Iterator[tuple[Row, Acquisition, np
                 yield row, Acquisition(kspace, mask, name=name), target
 
 
-def magnitude(codec: CodecModel, acquisition: Acquisition) -> np.ndarray:
-    """The images of a scan, float32 `[slices, H, W]`."""
-    return torch.cat([each.magnitude for each in codec.images(acquisition)]).numpy()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     check_outputs({"--results": options.results}, [*options.scans, options.codec])
@@ -87,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row["seconds"] = time.perf_counter() - started
         inside = head_mask(target)
         for name, codec in (("before", model), ("after", adapted.codec)):
-            row[name] = score(target, magnitude(codec, acquisition), inside)
+            row[name] = score(target, codec_method(codec)(acquisition), inside)
         row["record"] = {name: x for name, x in adapted.record.items() if name != "config"}
         append_row(options.results, row)
         gain = row["after"]["psnr"] - row["before"]["psnr"]

@@ -22,7 +22,7 @@ from rich.table import Table
 from experiments.common.program import make_parser
 from experiments.common.results import Row, append_rows, read_rows
 from experiments.mri.methods import CLASSICAL
-from experiments.mri.study import SAMPLINGS, Method, classical
+from experiments.mri.study import SAMPLINGS, Method, classical, codec_method
 from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
@@ -101,12 +101,7 @@ def method_of(options: argparse.Namespace) -> Method:
                 f"--method {options.method} needs --codec, or one of {', '.join(CLASSICAL)}"
             )
         return classical(options.method, 1)
-    model = load_codec(options.codec, choose_device(options.device))
-
-    def method(acquisition: Acquisition, /) -> np.ndarray:
-        return torch.cat([each.magnitude for each in model.images(acquisition)]).numpy()
-
-    return method
+    return codec_method(load_codec(options.codec, choose_device(options.device)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

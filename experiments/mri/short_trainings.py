@@ -25,7 +25,6 @@ from nirvana.bench.measure import commit
 from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.simulation.config import PROPERTIES
 from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.model.checkpoint import load_codec, save_codec
@@ -84,10 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = load_codec(folder, choose_device(options.device))
     cuda = trained.device.type == "cuda"
     row["device"] = torch.cuda.get_device_name(trained.device) if cuda else "cpu"
-
-    def method(acquisition: Acquisition, /) -> np.ndarray:
-        return torch.cat([each.magnitude for each in trained.images(acquisition, 8)]).numpy()
-
+    method = study.codec_method(trained, 8)
     row["scans"] = list(measured.evaluate(method, options.scans, options.masks))
     if options.simulated:
         row["volumes"] = study.evaluate(method, archive, 1 if options.tiny else 0)

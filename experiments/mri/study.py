@@ -222,6 +222,16 @@ def evaluate(method: Method, archive: Any, only: int) -> list[dict[str, Any]]:
     return [{**row, **scores.result()} for row, scores in jobs]
 
 
+def codec_method(codec: CodecModel, batch_size: int = 4) -> Method:
+    """A codec as a method: its images of a scan, `batch_size` slices at once."""
+
+    def method(acquisition: Acquisition, /) -> np.ndarray:
+        images = codec.images(acquisition, batch_size)
+        return torch.cat([each.magnitude for each in images]).numpy()
+
+    return method
+
+
 def classical(name: str, workers: int) -> Method:
     """The classical method of a name; sigpy's and pygrappa's use that many processes."""
     norm: Any = "l2" if name == "bart-sense" else "l1"
@@ -292,9 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row["weights_bytes"] = (folder / "model.safetensors").stat().st_size
         side, coils, count = (64, 2, 2) if options.tiny else (320, 16, 8)
         row["speed"] = speed(model, side, coils, count)
-
-        def method(acquisition: Acquisition, /) -> np.ndarray:
-            return torch.cat([each.magnitude for each in model.images(acquisition, 8)]).numpy()
+        method = codec_method(model, 8)
 
     started = time.perf_counter()
     row["volumes"] = evaluate(method, archive, 1 if options.tiny else 0)
