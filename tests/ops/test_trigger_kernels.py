@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nirvana import NirvanaForCausalLM, preset
-from nirvana.ops import decayed_sum, dispatch, reference
+from nirvana.ops import decayed_sum, dispatch, limits, reference
 
 pytest.importorskip("triton")
 from nirvana.ops.cuda import trigger as kernels
@@ -182,5 +182,5 @@ def test_task_vectors_too_wide_for_the_kernels_are_computed_by_pytorch(task_dim)
     assert model.model.bank.weight.grad.isfinite().all()
     with dispatch.recorded_backends() as used, torch.no_grad():
         model(ids)
-    name = "cuda" if task_dim <= dispatch.MAX_TASK_DIM else "chunked"
+    name = "cuda" if task_dim <= limits.MAX_TASK_DIM else "chunked"
     assert used["trigger_gradient"] == used["trigger_apply"] == [name]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.ops import suits_kernels
-from nirvana.ops.dispatch import CONV_WIDTH, HEAD_DIMS
+from nirvana.ops.limits import CONV_WIDTH, HEAD_DIMS
 
 
 class FusedStep:

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from nirvana.errors import InputError
-from nirvana.ops.dispatch import CONV_WIDTH, LEAST_WINDOW, MAX_SINKS
+from nirvana.ops.limits import CONV_WIDTH, LEAST_WINDOW, MAX_SINKS
 
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),

@@ -18,6 +18,7 @@ from torch import Tensor
 from nirvana.device import HAS_KERNELS
 from nirvana.ops import chunked, reference
 from nirvana.ops.chunks import is_exporting
+from nirvana.ops.limits import CONV_WIDTH, HEAD_DIMS, LEAST_WINDOW, MAX_SINKS, MAX_TASK_DIM
 
 BACKENDS = ("reference", "chunked", "cuda")
 """The names of the backends."""
@@ -33,17 +34,6 @@ KERNELS = (
     "distillation_loss",
 )
 """The operations that `cuda` has kernels for."""
-HEAD_DIMS = (32, 64, 128)
-"""Head sizes K that the kernels of both branches take."""
-CONV_WIDTH = 4
-"""Width of the convolution that the linear branch's kernels take."""
-LEAST_WINDOW = 16
-"""Smallest window beside which the kernels take sinks; they read them in blocks within it."""
-MAX_SINKS = 16
-"""Largest number of sinks that they take."""
-MAX_TASK_DIM = 128
-"""Largest C of the Trigger's kernels: one matrix of a wider bank exceeds a multiprocessor's shared
-memory."""
 
 _forced: str | None = None
 _recorded: dict[str, list[str]] | None = None
