@@ -1,7 +1,7 @@
 """What the benchmarks of training share: made-up documents, and the settings of a short training.
 
 Documents are random words whose number is log-normal, as in web text (a median of 400, a mean of
-800 words); what they say does not matter to the time.
+800 words); their content does not affect the time.
 """
 
 import json

@@ -32,7 +32,7 @@ OPTIONAL = {
 # Rooms that only who has an extra enters: their modules may import it on being imported.
 ROOMS = {"app/": "app", "mri/": "mri", "evaluate/harness.py": "eval", "ops/cuda/": "cuda"}
 
-# Declared although no module imports them: another package does once it is asked to.
+# Declared although no module imports them: another package does on request.
 INDIRECT = {"tensorboard": "torch.utils.tensorboard"}
 
 # Extras of those who work on the package, not of its users.

@@ -85,9 +85,9 @@ def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "a" / "b.json"
-    for asked in (writable_file, lambda path: replaceable_folder(path, [])):
+    for refuse in (writable_file, lambda path: replaceable_folder(path, [])):
         with pytest.raises(InputError, match=r"b\.json cannot be written: .*file is no folder"):
-            asked(below)
+            refuse(below)
     with pytest.raises(InputError, match="is a folder; give a file"):
         writable_file(tmp_path)
     with pytest.raises(InputError, match=r"b\.json cannot be written"):
@@ -200,9 +200,9 @@ def test_only_regular_files_are_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for path in (tmp_path / "pipe", tmp_path / "link", os.devnull):
-        for asked in (writable_file, writable_json):
+        for refuse in (writable_file, writable_json):
             with pytest.raises(InputError, match="is not a regular file"):
-                asked(path)
+                refuse(path)
     with pytest.raises(InputError, match="is not a regular file"):
         write_json(tmp_path / "link", {})
     (tmp_path / "circle").symlink_to("circle")
@@ -215,14 +215,14 @@ def test_only_regular_files_are_replaced(tmp_path):
 
 @pytest.mark.parametrize("name", ["log.json", "/dev/stdout"])
 def test_the_programs_own_output_is_not_replaced(tmp_path, name):
-    program = f"from nirvana.files import write_json; print('said'); write_json({name!r}, [])"
+    program = f"from nirvana.files import write_json; print('output'); write_json({name!r}, [])"
     with open(tmp_path / "log.json", "w") as log:
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=tmp_path, stdout=log, stderr=subprocess.PIPE
         )
     assert done.returncode == 1
     assert b"takes the program's own output" in done.stderr
-    assert (tmp_path / "log.json").read_text() == "said\n"
+    assert (tmp_path / "log.json").read_text() == "output\n"
 
 
 def test_results_replace_results_alone(tmp_path):
@@ -238,7 +238,7 @@ def test_results_replace_results_alone(tmp_path):
             writable_json(path)
 
 
-def test_outputs_are_apart_from_inputs_and_one_another(tmp_path):
+def test_outputs_are_distinct_from_inputs_and_one_another(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a").write_text("")
     (tmp_path / "in" / "twin").hardlink_to(tmp_path / "in" / "a")
@@ -302,7 +302,7 @@ def test_a_file_system_without_locks_lets_everyone_in(tmp_path, monkeypatch, num
 
 
 def test_nothing_is_imported_that_windows_lacks():
-    """Apart from what other packages import on this system."""
+    """Beside what other packages import on this system."""
     program = (
         "import sys, filelock, psutil, torch\n"
         "sys.modules['fcntl'] = sys.modules['resource'] = None\n"

@@ -127,7 +127,7 @@ def test_the_packaged_model_reads_and_writes():
     assert loss < 6  # an untrained model pays ln 8192 = 9.0
 
 
-def test_unknown_names_and_folders_are_told(tmp_path):
+def test_unknown_names_and_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"no language model 'huge'.*tiny"):
         resolve("huge")
     with pytest.raises(InputError, match=r"no MRI codec 'tiny'.*codec"):

@@ -87,10 +87,10 @@ def test_the_recipe_has_the_ranges_of_the_package():
         stated[renamed.get(name, name)] = ends
     assert stated.pop("python") == PROJECT["project"]["requires-python"]
     extras = PROJECT["project"]["optional-dependencies"]
-    asked = [Requirement(line) for line in [*PROJECT["project"]["dependencies"], *extras["mri"]]]
+    required = [Requirement(line) for line in [*PROJECT["project"]["dependencies"], *extras["mri"]]]
     ranges = {
         each.name: ",".join(sorted(map(str, each.specifier), reverse=True))
-        for each in asked
+        for each in required
         if each.marker is None or each.marker.evaluate({"sys_platform": "linux"})
     }
     assert stated == ranges

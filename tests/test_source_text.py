@@ -14,12 +14,18 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src" / "nirvana").rglob("*.py"))
 PROGRAMS = [
     path
-    for room in ("benchmarks", "examples", "experiments")
+    for room in ("benchmarks", "docs", "examples", "experiments", "tests")
     for path in (ROOT / room).rglob("*.py")
+    if path != Path(__file__)
+]
+PAGES = [
+    path
+    for room in (".", "docs", "benchmarks", "experiments", "src/nirvana/assets")
+    for path in (ROOT / room).glob("*.md" if room == "." else "**/*.md")
 ]
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Attributes):[ \t]*(.*)$", re.MULTILINE)
 
-# What was once said in a private language, and the field's words for it.
+# Words of a private language that were replaced, and the field's words for it.
 REPLACED = {
     "World": "ProcessContext",
     "world": "processes",
@@ -115,8 +121,8 @@ def test_names_are_the_fields() -> None:
 
 
 def test_a_program_prints_and_returns() -> None:
-    """It does not speak; and the project cites what its readers have."""
-    for path in (*SOURCES, *PROGRAMS):
+    """No verb of speech for a program; and the project cites what its readers have."""
+    for path in (*SOURCES, *PROGRAMS, *PAGES):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             where = f"{path.name}:{number}: {line.strip()}"
             assert path.name in QUOTED or not SPEECH.search(line), where

@@ -28,7 +28,7 @@ from nirvana.mri.train.task import train
 # Slices to learn from, and others to test on
 # -------------------------------------------
 # One volume is all that the dependencies carry. Training slices and test slices of the same head
-# are alike, so the scores below say that the training works, not that the codec would work on
+# are alike, so the scores below show that the training works, not that the codec would work on
 # another person.
 
 path = Path(str(files("nibabel") / "tests" / "data" / "example4d.nii.gz"))

@@ -1,4 +1,4 @@
-"""The one exception that means: what the user handed in is wrong; and programs that tell it."""
+"""The one exception that means that the user's input is wrong; and programs that print it."""
 
 import sys
 from collections.abc import Callable

@@ -120,7 +120,7 @@ def test_what_a_graph_does_not_read_gets_another(small_model, recorded):
     assert len(copy.deepcopy(model)._chunk_graphs) == 0
 
 
-def test_weights_that_moved_get_another(small_model, recorded):
+def test_weights_at_another_address_get_another(small_model, recorded):
     model, config, documents = small_model(), CONFIGS["adam"], rows(40)
     before = adapted(model, documents, config)
     weight = model.model.norm.weight

@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -11,22 +10,6 @@ from PIL import Image
 
 import nirvana
 from nirvana.adapt import AdaptConfig, adapt_documents, load_task
-from nirvana.cli import main
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Calls the program in an empty folder; returns exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["nirvana", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -171,9 +154,9 @@ def test_figures_that_are_not_finite_are_null(run, tmp_path, texts):
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["files"]["code.jsonl"]["bits_per_byte"] is None
     assert results["files"]["code.jsonl"]["each"]["bits"] == [None, None]
-    code, _, said = run("generate", "tiny", "--prompt", texts[0], *steps)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "the adaptation diverged" in said
+    code, _, err = run("generate", "tiny", "--prompt", texts[0], *steps)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the adaptation diverged" in err
 
 
 def test_one_document_has_no_halves(run, tmp_path):

@@ -88,7 +88,7 @@ def test_the_page_is_served_and_nothing_is_left(tmp_path: Path):
 
 @needs_gradio
 def test_a_slow_computer_may_answer_late(monkeypatch, tmp_path: Path):
-    """Gradio asks its own page for an answer within three seconds, and would raise without one."""
+    """Gradio requests its own page, and raises if there is no answer within three seconds."""
     from gradio import networking
 
     from nirvana.app.config import AppConfig

@@ -1,11 +1,9 @@
 """`nirvana bench`, as a user calls it: figures, files, exit codes."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
-
-from nirvana.cli import main
 
 SMALL = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--eager", "--steps", 1)
 SIZES = (
@@ -23,23 +21,14 @@ SIZES = (
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Calls the program in an empty folder; returns exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["nirvana", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return call
+def bench(run):
+    """Calls `nirvana bench`."""
+    return partial(run, "bench")
 
 
-def test_every_part_has_its_figures(run, tmp_path):
+def test_every_part_has_its_figures(bench, tmp_path):
     arguments = (*SMALL, *SIZES, "--new-tokens", 4, "--peers", "llama,llama_compiled")
-    code, out, err = run(*arguments, "--json", "figures.json")
+    code, out, err = bench(*arguments, "--json", "figures.json")
     assert code == 0, err
     assert "tokens/s" in out
     results = json.loads((tmp_path / "figures.json").read_text())
@@ -73,7 +62,7 @@ def test_every_part_has_its_figures(run, tmp_path):
         assert ("time_share_of_trigger" in row) == off
 
 
-def test_a_model_that_fails_keeps_its_row(run, monkeypatch, tmp_path):
+def test_a_model_that_fails_keeps_its_row(bench, monkeypatch, tmp_path):
     from nirvana.bench import peers
 
     def missing(config):
@@ -81,13 +70,13 @@ def test_a_model_that_fails_keeps_its_row(run, monkeypatch, tmp_path):
 
     monkeypatch.setitem(peers.PEERS, "gated_deltanet", missing)
     arguments = (*SMALL, *SIZES, "--parts", "prefill", "--peers", "gated_deltanet")
-    assert run(*arguments, "--json", "figures.json")[0] == 0
+    assert bench(*arguments, "--json", "figures.json")[0] == 0
     ours, peer = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert ours["ms"] > 0
     assert peer["failed"] == "not installed: No module named 'fla.models'"
 
 
-def test_our_own_failure_is_listed_and_ends_in_1(run, monkeypatch, tmp_path):
+def test_our_own_failure_is_listed_and_ends_in_1(bench, monkeypatch, tmp_path):
     import torch
 
     from nirvana.bench import parts
@@ -96,14 +85,14 @@ def test_our_own_failure_is_listed_and_ends_in_1(run, monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("too much")
 
     monkeypatch.setitem(parts.PARTS, "prefill", full)
-    code, out, _ = run(*SMALL, "--parts", "prefill", "--peers", "none", "--json", "figures.json")
+    code, out, _ = bench(*SMALL, "--parts", "prefill", "--peers", "none", "--json", "figures.json")
     assert code == 1
     assert "memory" in out
     (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert row["failed"] == "out of memory"
 
 
-def test_a_wrong_gradient_stops_before_any_figure(run, monkeypatch, tmp_path):
+def test_a_wrong_gradient_stops_before_any_figure(bench, monkeypatch, tmp_path):
     """The scale is right and the direction too, in all parameters but one, which is off by half."""
     from nirvana.bench import gate
 
@@ -115,7 +104,7 @@ def test_a_wrong_gradient_stops_before_any_figure(run, monkeypatch, tmp_path):
 
     right = gate.outcome
     monkeypatch.setattr(gate, "outcome", wrong)
-    code, out, err = run(*SMALL, *SIZES, "--json", "figures.json")
+    code, out, err = bench(*SMALL, *SIZES, "--json", "figures.json")
     assert code == 1
     assert "no figures" in err
     assert "layers.2.updater.in_proj.weight" in err
@@ -137,9 +126,9 @@ def test_the_trigger_is_back_after_its_absence():
     assert [module for module in model.modules() if isinstance(module, Trigger)] == before
 
 
-def test_warm_names_the_caches_and_measures_nothing(run, tmp_path):
+def test_warm_names_the_caches_and_measures_nothing(bench, tmp_path):
     how = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--warm")
-    code, out, err = run(*how, "--parts", "prefill,decode", *SIZES)
+    code, out, err = bench(*how, "--parts", "prefill,decode", *SIZES)
     assert code == 0, err
     lines = out.splitlines()
     sizes = [line.partition(":")[0] for line in lines[1:-2]]
@@ -149,7 +138,7 @@ def test_warm_names_the_caches_and_measures_nothing(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "reason"),
     [
         (("--preset", "13b"), "unknown preset"),
         (("--parts", "train,fly"), "--parts 'fly'"),
@@ -166,9 +155,9 @@ def test_warm_names_the_caches_and_measures_nothing(run, tmp_path):
         (("--warm", "--eager"), "--warm"),
     ],
 )
-def test_wrong_options_get_one_line(run, wrong, told):
-    code, out, err = run("--preset", "tiny", *wrong)
+def test_wrong_options_get_one_line(bench, wrong, reason):
+    code, out, err = bench("--preset", "tiny", *wrong)
     assert code == 2
     assert not out
-    assert told in err
+    assert reason in err
     assert err.count("\n") == 1

@@ -7,25 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-from nirvana import cli
 from nirvana.cli.demo import BYTES_PER_TEXT, found_texts
 from nirvana.model.config import preset
 from nirvana.mri.reports.grammar import parse
 from nirvana.mri.reports.score import auc
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    """Runs `nirvana ARGUMENTS` in this process: exit code, output, errors."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["nirvana", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
 
 
 def test_three_kinds_of_text_are_found():
@@ -37,10 +22,10 @@ def test_three_kinds_of_text_are_found():
         assert all(text.strip() for text in documents)
 
 
-def test_demo(program, tmp_path):
+def test_demo(run, tmp_path):
     own = tmp_path / "mine.txt"
     own.write_text("The patient was admitted with chest pain and shortness of breath.")
-    code, out, err = program("demo", "--out", tmp_path / "demo", "--text", own)
+    code, out, err = run("demo", "--out", tmp_path / "demo", "--text", own)
     assert code == 0, err
     assert "Continuation" in out
     assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == [
@@ -114,13 +99,11 @@ def make_inputs(folder) -> None:
         (["generate", "tiny"], "--prompt"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(
-    program, tmp_path, monkeypatch, arguments, message
-):
+def test_wrong_input_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
     make_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = program(*arguments)
+    code, out, err = run(*arguments)
     assert code == 2
     assert out == ""
     assert err.startswith("nirvana: ")
@@ -129,9 +112,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_missing_extra_is_named(program, tmp_path, monkeypatch):
+def test_a_missing_extra_is_named(run, tmp_path, monkeypatch):
     make_inputs(tmp_path)
     monkeypatch.setitem(sys.modules, "h5py", None)
     monkeypatch.delitem(sys.modules, "nirvana.mri.io", raising=False)
-    code, _, err = program("mri", "reconstruct", tmp_path / "nan.h5", "--out", tmp_path / "new")
+    code, _, err = run("mri", "reconstruct", tmp_path / "nan.h5", "--out", tmp_path / "new")
     assert (code, err) == (2, "nirvana: this needs h5py: pip install 'nirvana[mri]'\n")

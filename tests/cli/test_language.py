@@ -10,25 +10,9 @@ import pytest
 import torch
 
 from nirvana import NirvanaConfig, NirvanaForCausalLM
-from nirvana.cli import main
 from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
 
 TEXT = "The cat sat on the mat, and the dog sat on the cat. "
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Calls the program in an empty folder; returns exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["nirvana", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -240,23 +224,23 @@ def test_a_damaged_tokenizer_is_one_line(run, model, tmp_path):
     whole = (copy / "tokenizer.json").read_text()
     for damaged in (whole[: len(whole) // 2], "{}", "[]"):
         (copy / "tokenizer.json").write_text(damaged)
-        code, _, said = run("generate", copy, "--prompt", "the")
+        code, _, err = run("generate", copy, "--prompt", "the")
         assert code == 2
-        assert said.count("\n") == 1
-        assert "copy: not a readable tokenizer" in said
+        assert err.count("\n") == 1
+        assert "copy: not a readable tokenizer" in err
 
 
-def test_results_are_asked_for_before_the_work(run, model, tmp_path):
+def test_outputs_are_checked_before_the_work(run, model, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    code, _, said = run("eval", model, "--data", "text.txt", "--json", tmp_path)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "is a folder; give a file to write" in said
+    code, _, err = run("eval", model, "--data", "text.txt", "--json", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a folder; give a file to write" in err
 
 
 def test_a_prompt_that_cannot_be_read(run, model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    code, _, said = run("generate", model, "--prompt", "-")
-    assert (code, said) == (2, "nirvana: --prompt -: the standard input is closed\n")
+    code, _, err = run("generate", model, "--prompt", "-")
+    assert (code, err) == (2, "nirvana: --prompt -: the standard input is closed\n")
 
 
 def _called(*arguments, **options):
@@ -285,18 +269,18 @@ def test_a_full_output_is_one_line():
     assert done.stderr == "nirvana: the output cannot be written: No space left on device\n"
 
 
-def test_an_interruption_is_told(run, model, monkeypatch):
+def test_an_interruption_prints_one_line(run, model, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nirvana.model.assets.load_language_model", interrupted)
-    code, _, said = run("generate", model, "--prompt", "the")
-    assert (code, said) == (130, "interrupted\n")
+    code, _, err = run("generate", model, "--prompt", "the")
+    assert (code, err) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5_000])
 def test_json_that_no_parser_takes(run, tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
-    code, _, said = run("eval", "tiny", "--data", "a.jsonl")
+    code, _, err = run("eval", "tiny", "--data", "a.jsonl")
     assert code == 2
-    assert "a.jsonl, line 1: not JSON" in said
+    assert "a.jsonl, line 1: not JSON" in err

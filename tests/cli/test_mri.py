@@ -147,7 +147,9 @@ def test_a_folder_of_scans_and_volumes_is_reconstructed(
     assert len(list((out / "a" / "dicom").iterdir())) == given.shape[2]
 
 
-def test_a_broken_scan_in_a_folder_is_told_before_any_work(full_scan: Path, tmp_path: Path) -> None:
+def test_a_broken_scan_in_a_folder_is_refused_before_any_work(
+    full_scan: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "scans"
     folder.mkdir()
     _undersampled(full_scan, folder / "a.h5")

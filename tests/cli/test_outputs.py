@@ -1,4 +1,4 @@
-"""No command replaces what it reads, or anything else that it was not asked to replace."""
+"""No command replaces what it reads, or any file that it was not to replace."""
 
 import hashlib
 import inspect
@@ -238,11 +238,11 @@ def _refused(
     monkeypatch.setattr(sys, "argv", ["nirvana", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2, said
-    assert said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2, err
+    assert err.count("\n") == 1
     assert _contents(folder) == before
-    return said
+    return err
 
 
 def _arguments(command: str, **given: str) -> list[str]:
@@ -281,9 +281,9 @@ def test_an_output_is_no_input(command, output, given, place, monkeypatch, capsy
     if given == "task_data":
         path += "/copa.jsonl"  # the folder itself may hold other things
     for spelling in _spellings(path):
-        said = _refused(_arguments(command, **{output: spelling}), place, monkeypatch, capsys)
-        assert any(reason in said for reason in REASONS), said
-        assert str(Path(spelling)) in said or str(place) in said
+        err = _refused(_arguments(command, **{output: spelling}), place, monkeypatch, capsys)
+        assert any(reason in err for reason in REASONS), err
+        assert str(Path(spelling)) in err or str(place) in err
 
 
 @pytest.mark.parametrize(("command", "output", "given"), PAIRS)
@@ -295,15 +295,15 @@ def test_an_output_lies_in_no_input_and_contains_none(
     # Of the other two, single files are read, beside which there is room.
     if (Path(path).is_dir() and given not in ("task_data", "source")) or command == "export":
         for inside in (f"{path}/new{suffix}", f"{path}/a/b/new{suffix}"):
-            said = _refused(_arguments(command, **{output: inside}), place, monkeypatch, capsys)
-            assert "lies in the input" in said, said
+            err = _refused(_arguments(command, **{output: inside}), place, monkeypatch, capsys)
+            assert "lies in the input" in err, err
     if not suffix and output != "run":  # a run adds to its folder and replaces none of the others
         above = Path("above")
         above.mkdir()
         Path(path).rename(above / path)
-        moved = {given: f"above/{path}", output: "above"}
-        said = _refused(_arguments(command, **moved), place, monkeypatch, capsys)
-        assert "give a new or empty folder" in said or "contains the input" in said, said
+        elsewhere = {given: f"above/{path}", output: "above"}
+        err = _refused(_arguments(command, **elsewhere), place, monkeypatch, capsys)
+        assert "give a new or empty folder" in err or "contains the input" in err, err
 
 
 @pytest.mark.parametrize("command", CASES)

@@ -74,7 +74,7 @@ def _run(*arguments: str) -> Result:
 
 
 def _contents(folder: Path) -> dict[str, Any]:
-    """All results, without what tells when and how fast they were made."""
+    """All results, without dates and times."""
     found: dict[str, Any] = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
@@ -295,26 +295,26 @@ def test_some_slices(scans: Path, codec: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_slices_than_asked_for_are_told(scans: Path, codec: Path, tmp_path: Path) -> None:
+def test_fewer_slices_than_requested_are_remarked(scans: Path, codec: Path, tmp_path: Path) -> None:
     """By reconstruct and evaluate, of scans and of volumes that scans are simulated of."""
     volume = tmp_path / "volume.npy"
     np.save(volume, np.random.default_rng(0).random((4, 40, 48), dtype=np.float32))
     remark = "it has 4 slices, fewer than 40: all are taken"
-    for count, told in (("40", 1), ("5", 0), ("4", 0), ("0", 0), ("1:4", 0)):
+    for count, times in (("40", 1), ("5", 0), ("4", 0), ("0", 0), ("1:4", 0)):
         for path in (scans / "scan0.h5", volume):
             out = tmp_path / path.stem / count.replace(":", "-")
             arguments = _arguments(path, out, codec, "--formats", "hdf5", "--slices", count)
             printed = _run(*arguments).stdout
-            assert printed.count(f"{path.stem}: {remark}") == told
+            assert printed.count(f"{path.stem}: {remark}") == times
             found = json.loads((out / "metrics.json").read_text())
-            assert found["remarks"].count(remark) == told
+            assert found["remarks"].count(remark) == times
             if count == "5":
                 assert remark.replace("40", "5") in found["remarks"]
         scored = _run(
             *("evaluate", str(scans / "scan0.h5"), str(volume), "--codec", str(codec)),
             *("--device", "cpu", "--no-wavelet", "--slices", count),
         )
-        assert scored.stdout.count(remark) == 2 * told
+        assert scored.stdout.count(remark) == 2 * times
 
 
 def test_every_image_of_a_file_gets_a_folder(codec: Path, tmp_path: Path) -> None:

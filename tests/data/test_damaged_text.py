@@ -37,7 +37,7 @@ def zst(data, **options):
 
 
 def streamed_zst(data):
-    """Blocks of a frame that does not say how much it holds."""
+    """Blocks of a frame whose header has no content size."""
     out = io.BytesIO()
     with zstandard.ZstdCompressor().stream_writer(out, closefd=False) as writer:
         for start in range(0, len(data), 50_000):

@@ -1,4 +1,4 @@
-"""The loader: rows are what the seed and the step say, and nothing leaks between documents."""
+"""The loader: rows follow from the seed and the step, and nothing leaks between documents."""
 
 from itertools import pairwise
 

@@ -167,7 +167,7 @@ def test_wrong_input_writes_nothing(tmp_path, name, content, message):
     assert [p.name for p in tmp_path.iterdir()] == ([name] if name else [])
 
 
-def test_empty_documents_are_left_out_and_told(tmp_path):
+def test_empty_documents_are_left_out_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a b"}\n{"text": " "}\n\n{"text": "c"}\n')
     with pytest.warns(UserWarning, match=r"left out: 1, the first is .*line 2"):

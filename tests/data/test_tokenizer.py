@@ -1,4 +1,4 @@
-"""A tokenizer's folder is data: nothing in it is executed, and nobody is asked to allow it."""
+"""A tokenizer's folder is data: nothing in it is executed, and there is no prompt to allow it."""
 
 import json
 import shutil
@@ -71,8 +71,8 @@ def test_a_models_own_code_is_not_executed(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "trace").exists()
 
 
-def test_no_command_executes_or_asks(folder, tmp_path):
-    """On a terminal, where the library would ask, with somebody who says yes to everything."""
+def test_no_command_executes_or_prompts(folder, tmp_path):
+    """On a terminal, where the library would prompt, with yes as the answer to everything."""
     pty = pytest.importorskip("pty")
     change(folder / "tokenizer_config.json", auto_map=AUTO_MAPS[0], tokenizer_class="Tokenizer")
     change(folder / "config.json", model_type=None)

@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory):
 
 class Inductor(nn.Module):
     """Foretells what followed the longest earlier match of the latest tokens: what a perfect
-    reader of a context does, without being told any answer. It sees `window` tokens back."""
+    reader of a context does, without access to any answer. It sees `window` tokens back."""
 
     def __init__(self, window=10**9, order=12):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The paired bootstrap: its interval holds the truth as often as it says, and pairing helps."""
+"""The paired bootstrap: its interval covers the truth as often as its level, and pairing helps."""
 
 import json
 
@@ -16,7 +16,7 @@ def scores(values, weights=None, content=""):
 
 
 def drawn(random, difference, number=60):
-    """Documents of unequal difficulty and size; B costs `difference` bits a byte more."""
+    """Documents of unequal difficulty and size; B needs `difference` bits a byte more."""
     sizes = random.integers(100, 1000, number).astype(float)
     a = sizes * random.normal(1.5, 0.5, number)
     return scores(a, sizes), scores(a + sizes * random.normal(difference, 0.05, number), sizes)
@@ -39,8 +39,8 @@ def test_pairing_sees_what_the_spread_of_documents_would_hide():
     assert found.high < 0
     shuffled = np.random.default_rng(2).permutation(len(b.values))
     rates = (b.values / b.weights)[shuffled] * b.weights
-    apart = paired_bootstrap([(a, scores(rates, b.weights))])
-    assert apart.low < 0 < apart.high
+    unpaired = paired_bootstrap([(a, scores(rates, b.weights))])
+    assert unpaired.low < 0 < unpaired.high
 
 
 def test_laws():

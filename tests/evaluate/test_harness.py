@@ -63,8 +63,8 @@ def test_generation_ends_at_stop_words(model, tokenizer):
     harness = HarnessModel(model, tokenizer)
 
     def write(**settings):
-        asked = requests("generate_until", [("The cat sat", {"max_gen_toks": 6, **settings})])
-        return harness.generate_until(asked)[0]
+        requested = requests("generate_until", [("The cat sat", {"max_gen_toks": 6, **settings})])
+        return harness.generate_until(requested)[0]
 
     text = write()
     assert len(text) > 2
@@ -115,19 +115,19 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_local_tasks_ask_what_they_should(model, tokenizer, folder, monkeypatch, sign):
+def test_local_tasks_request_the_right_continuations(model, tokenizer, folder, monkeypatch, sign):
     names = ["arc_easy", "winogrande", "lambada", "pubmed_qa"]
 
-    said = set()
+    seen = set()
     for name in names:
         pairs, gold = answers(TASKS[name].read(task_file(name, folder))[0])
         assert pairs[gold] in RIGHT
-        said |= set(pairs)
+        seen |= set(pairs)
 
-    def know(harness, asked):
+    def know(harness, requested):
         """Knows the right continuations and prefers them, or the wrong ones."""
-        assert {request.args for request in asked} <= said
-        values = [sign * float(request.args in RIGHT) for request in asked]
+        assert {request.args for request in requested} <= seen
+        values = [sign * float(request.args in RIGHT) for request in requested]
         return [(value, value > 0) for value in values]
 
     monkeypatch.setattr(HarnessModel, "loglikelihood", know)

@@ -1,4 +1,4 @@
-"""Bits per byte: what the definition says, whatever the pieces."""
+"""Bits per byte: equal to the definition, whatever the pieces."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def test_positions_sum_to_the_whole(model, tokenizer):
     assert len(score.positions) == 6
 
 
-def test_positions_are_where_they_say():
+def test_losses_by_position_count_every_token_once():
     nll = torch.zeros(200).double()
     nll[[63, 64, 130]] = torch.tensor([1.0, 2.0, 4.0]).double()
     scores = by_position(nll, range(200))

@@ -1,4 +1,4 @@
-"""Needles and associative recall: whoever reads the context finds the answers, others do not."""
+"""Needles and associative recall: readers of the context find the answers, other models do not."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def needles(tokenizer):
 
 @pytest.mark.parametrize("task", [1, 2, 3])
 @pytest.mark.parametrize("length", [300, 401])
-def test_a_problem_is_what_it_says(needles, tokenizer, task, length):
+def test_a_problem_has_its_length_and_answers(needles, tokenizer, task, length):
     values = set()
     for problem in needles(task, length):
         assert len(problem.tokens) == length
@@ -102,18 +102,18 @@ def test_impossible_needles(needles, arguments, message):
 
 
 @pytest.mark.parametrize(("length", "pairs"), [(33, 8), (64, 8), (200, 1), (301, 60)])
-def test_mqar_is_what_it_says(length, pairs):
+def test_mqar_has_its_pairs_and_queries(length, pairs):
     for problem in make_mqar(0, range(1, 200), length, pairs, 10):
         assert (len(problem.tokens), problem.tokens[0]) == (length, 0)
-        told = problem.tokens[1 : 1 + 2 * pairs]
-        memory = dict(zip(told[::2], told[1::2], strict=True))
-        assert len({*told}) == 2 * pairs
+        facts = problem.tokens[1 : 1 + 2 * pairs]
+        memory = dict(zip(facts[::2], facts[1::2], strict=True))
+        assert len({*facts}) == 2 * pairs
         rest = problem.tokens[1 + 2 * pairs :]
         assert len(problem.answers) == pairs
         for start, stop in problem.answers:
             assert stop == start + 1
             assert memory[problem.tokens[start - 1]] == problem.tokens[start]
-        assert all(rest.count(token) == 1 for token in told)
+        assert all(rest.count(token) == 1 for token in facts)
 
 
 def test_mqar_reader_and_guesser(inductor, guesser):

@@ -10,12 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.adopt import measure, prepare, study
 from experiments.common.results import read_rows
+from helpers.words import WORDS
 from nirvana.data.shards import TokenShards
 from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
 from nirvana.model.adopt import adopt
 from nirvana.model.assets import load_language_model
-
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "see", "one", "bird"]
 
 
 @pytest.fixture(scope="module")

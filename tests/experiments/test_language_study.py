@@ -20,32 +20,11 @@ from experiments.language import (
     verdicts,
 )
 from experiments.language.data import CANDIDATES, HERE, RESULTS, load_data
+from helpers.words import WORDS
 from nirvana.errors import InputError, script
 from nirvana.evaluate.perplexity import score_documents
 from nirvana.evaluate.tasks import TASKS
 from nirvana.statistics import t_interval
-
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "bird",
-    "near",
-    "two",
-    "old",
-    "dogs",
-    "while",
-    "rain",
-    "fell",
-    "over",
-    "fields",
-]
 
 
 def sentences(random, count):
@@ -244,9 +223,9 @@ def test_the_page_of_verdicts_agrees(recorded):
     for comparisons in others:
         assert "**Not shown.**" in verdicts.conclude(comparisons)
         assert f"none of {len(comparisons)} |" in verdicts_page
-    apart = sum(t_interval(each.differences).excludes_zero for each in transformer)
+    excluding = sum(t_interval(each.differences).excludes_zero for each in transformer)
     smallest = min(each.corrected for each in transformer)
-    assert f"all {len(transformer)} comparisons and {apart} intervals" in verdicts_page
+    assert f"all {len(transformer)} comparisons and {excluding} intervals" in verdicts_page
     assert f"smallest p {smallest:.2g}" in verdicts_page
 
 

@@ -2,7 +2,7 @@
 
 Its source distribution, from the package index that pip uses, holds the model and training mixins.
 The generation mixin is in its repository alone, at the tag of the installed version. A tag can move
-and has no checksum, so that code is fetched and run only if `NIRVANA_PEER_TAG=1` asks for it. Both
+and has no checksum, so that code is fetched and run only with `NIRVANA_PEER_TAG=1`. Both
 go to a folder in the user's cache, never into this repository.
 """
 
@@ -39,7 +39,7 @@ def load() -> str | None:
     So are those of generation without the tag: then the answer is the reason, else None.
 
     Raises:
-        Unavailable: if the model tests cannot be had, or the tag was asked for and cannot.
+        Unavailable: if the model tests, or the tag where it is required, cannot be had.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nirvana" / "peer"
     folder = cache / f"transformers-{VERSION}"

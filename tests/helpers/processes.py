@@ -44,7 +44,7 @@ def fused():
 
 
 def in_fused_form(original, groups, **options):
-    """AdamW in its fused form, whatever was asked for."""
+    """AdamW in its fused form, whatever the configuration."""
     return original(groups, **{**options, "fused": True})
 
 

@@ -50,7 +50,7 @@ class StandIn(Task):
         assert not self.model.training
         return {"noise": float(torch.rand(()))}
 
-    def prepare(self, world, compiled):
+    def prepare(self, processes, compiled):
         self.compiled += compiled
 
     def export(self, folder):
@@ -69,15 +69,15 @@ ALONE = ProcessContext(torch.device("cpu"))
 
 
 def train(out, hooks=None, resume=False, config=None, accept_changes=False, optim=OPTIM, **more):
-    """Trains a stand-in; returns it, the outcome, and what was said."""
-    task, said = StandIn(hooks), []
+    """Trains a stand-in; returns it, the outcome, and the lines that were logged."""
+    task, logged = StandIn(hooks), []
     run, config = run_config(out, **more), config or {"a": 1}
-    outcome = fit(task, optim, run, config, resume, ALONE, said.append, accept_changes)
-    return task, outcome, said
+    outcome = fit(task, optim, run, config, resume, ALONE, logged.append, accept_changes)
+    return task, outcome, logged
 
 
 def stop():
-    """A hook that asks the run to stop, as a job scheduler does."""
+    """A hook that signals the run to stop, as a job scheduler does."""
     signal.raise_signal(signal.SIGTERM)
 
 

@@ -155,8 +155,8 @@ def test_precision_tokenizer_and_chat_template_are_kept(tmp_path):
     model, tokenizer = load_language_model(tmp_path / "out", dtype=torch.bfloat16)
     assert report["tokenizer"] == "the teacher's"
     assert model.config.dtype == torch.bfloat16
-    said = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert said == "Hi!"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert rendered == "Hi!"
     text = "The patients were randomly assigned."
     assert tokenizer(text) == AutoTokenizer.from_pretrained(packaged("tiny"))(text)
 

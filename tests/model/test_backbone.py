@@ -1,4 +1,4 @@
-"""Backbones of every kind: built, the same every time, told apart."""
+"""Backbones of every kind: built, the same every time, and distinguished."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_a_nirvana_is_no_transformer(tmp_path):
         load_backbone("transformer", str(tmp_path / "model"))
 
 
-def test_fingerprints_tell_one_bit_when_asked():
+def test_fingerprints_distinguish_one_bit_on_request():
     model = torch.nn.Linear(2, 2)
     rounded, exact = fingerprint(model), fingerprint(model, None)
     with torch.no_grad():

@@ -72,7 +72,7 @@ def test_a_row_is_classified_by_its_last_token(make, side):
 
 
 @torch.no_grad()
-def test_without_a_mask_the_padding_token_tells(make):
+def test_without_a_mask_the_padding_token_marks_padding(make):
     model = make(NirvanaForSequenceClassification)
     rows = [torch.randint(3, 61, (n,)) for n in LENGTHS]
     tokens, mask = padded(rows, "right")

@@ -240,7 +240,7 @@ def test_the_source_is_never_replaced(tmp_path):
     assert load_file(tmp_path / "src" / "model.safetensors").keys() == state.keys()
 
 
-def test_a_model_of_ours_asks_for_reverse(tmp_path):
+def test_a_model_of_ours_requires_reverse(tmp_path):
     released_folder(tmp_path)
     with pytest.raises(InputError, match="this is a model of ours; --reverse converts those"):
         convert(tmp_path / "ours", tmp_path / "out")

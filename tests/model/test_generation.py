@@ -1,4 +1,4 @@
-"""Every way of `generate` ends in what the forward pass says, or in an error that says why not."""
+"""Every way of `generate` ends in what the forward pass gives, or in an error with its reason."""
 
 import copy
 from contextlib import nullcontext
@@ -132,11 +132,13 @@ def test_a_chat_goes_on_from_its_cache(small_model, variant):
     model, prompts = small_model(**variant), padded_prompts()
     first = model.generate(**prompts, **GREEDY, return_dict_in_generate=True)
     for length in (1, 15):
-        said = torch.cat([first.sequences, torch.randint(1, 61, (3, length))], dim=1)
-        mask = torch.nn.functional.pad(prompts["attention_mask"], (0, said.shape[1] - 20), value=1)
+        dialogue = torch.cat([first.sequences, torch.randint(1, 61, (3, length))], dim=1)
+        mask = torch.nn.functional.pad(
+            prompts["attention_mask"], (0, dialogue.shape[1] - 20), value=1
+        )
         past = copy.deepcopy(first.past_key_values)
-        onwards = model.generate(said, attention_mask=mask, past_key_values=past, **GREEDY)
-        assert torch.equal(onwards, model.generate(said, attention_mask=mask, **GREEDY))
+        onwards = model.generate(dialogue, attention_mask=mask, past_key_values=past, **GREEDY)
+        assert torch.equal(onwards, model.generate(dialogue, attention_mask=mask, **GREEDY))
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,9 @@ def test_packed_by_borders_is_separate(small_model, variant, backend, name, rows
 def test_the_librarys_flattening_collator_packs(small_model):
     model, lengths = small_model(), [5, 20, 1, 17]
     rows = [{"input_ids": tokens_of(1, n, seed=n)[0].tolist()} for n in lengths]
-    for told in ({}, {"return_flash_attn_kwargs": True, "return_position_ids": False}):
-        batch = DataCollatorWithFlattening(return_tensors="pt", **told)(rows)
-        assert ("position_ids" in batch) != bool(told)
+    for options in ({}, {"return_flash_attn_kwargs": True, "return_position_ids": False}):
+        batch = DataCollatorWithFlattening(return_tensors="pt", **options)(rows)
+        assert ("position_ids" in batch) != bool(options)
         packed = model(**batch).logits
         separate = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
         torch.testing.assert_close(packed, torch.cat(separate, dim=1))

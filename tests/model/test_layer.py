@@ -62,7 +62,7 @@ def test_constructors_initialise(variant):
 
 @variants
 def test_initial_values_are_those_of_a_model(variant):
-    """Mean and spread of every parameter, at most four standard errors apart."""
+    """Mean and spread of every parameter, within four standard errors."""
     settings = {"hidden_size": 96, "num_attention_heads": 3, "task_dim": 32, "bank_size": 16}
     layer = NirvanaLayer(96, 3, **{"task_dim": 32, "bank_size": 16, **variant})
     config = NirvanaConfig(

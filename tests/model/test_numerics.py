@@ -18,8 +18,8 @@ def deep_model(depth: int) -> tuple[NirvanaForCausalLM, torch.Tensor]:
     """Trained weights at any depth, and 4,096 tokens of text.
 
     The prelude of the packaged `tiny`, then its other blocks in their order, each as often as the
-    depth asks. Random matrices will not do: they amplify a perturbation of the embeddings twenty
-    times within 22 layers, trained ones hardly at all.
+    depth requires. Random matrices will not do: they amplify a perturbation of the embeddings
+    twenty times within 22 layers, trained ones hardly at all.
     """
     tiny, tokenizer = load_language_model("tiny")
     prelude = tiny.config.num_prelude_layers

@@ -1,4 +1,4 @@
-"""Every way to say where samples begin and end gives what the samples give alone."""
+"""Every way to mark where samples begin and end gives what the samples give alone."""
 
 import pytest
 import torch

@@ -172,8 +172,8 @@ def test_a_detached_state_is_a_constant(small_model):
         _, fixed = read(model, tokens[:, :30], [30])
     behind = [model(tokens[:, 30:], state=each).logits for each in (state.detach(), fixed, state)]
     torch.testing.assert_close(gradients(model, behind[0]), gradients(model, behind[1]))
-    moved, truncated = gradients(model, behind[2]), gradients(model, behind[0])
-    assert (moved["model.bank.weight"] - truncated["model.bank.weight"]).abs().max() > 1e-6
+    whole, truncated = gradients(model, behind[2]), gradients(model, behind[0])
+    assert (whole["model.bank.weight"] - truncated["model.bank.weight"]).abs().max() > 1e-6
 
 
 def test_sixteen_chunks_train_as_the_whole_text():
@@ -264,7 +264,7 @@ def test_a_state_holds_no_more_than_it_needs(small_model):
 
 
 @torch.no_grad()
-def test_rows_are_selected_and_moved(small_model):
+def test_rows_are_selected_and_sent_to_a_device(small_model):
     model, tokens, more = small_model(), tokens_of(3, 20), tokens_of(3, 9, seed=7)
     _, state = read(model, tokens, [20])
     expected = model(torch.cat([tokens, more], 1)).logits[:, 20:]
@@ -273,8 +273,8 @@ def test_rows_are_selected_and_moved(small_model):
     assert chosen.rows == 4
     torch.testing.assert_close(model(more[order], state=chosen).logits, expected[order])
     assert state.to("meta").position.device.type == "meta"
-    moved = state.to("meta").layers[3].keys
-    assert moved.device.type == "meta"
+    keys = state.to("meta").layers[3].keys
+    assert keys.device.type == "meta"
 
 
 @torch.no_grad()

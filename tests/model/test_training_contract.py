@@ -154,7 +154,7 @@ def test_inductor_training_is_eager(small_model):
     "targets", ["all-linear", ["in_proj", "out_proj", "gate_up_proj", "down_proj"]], ids=str
 )
 def test_lora(small_model, targets, tmp_path):
-    """Only the adapters learn; saved, loaded and merged they say the same."""
+    """Only the adapters learn; saved, loaded and merged they compute the same."""
     peft = pytest.importorskip("peft", reason="needs peft (the extra dev)")
     base, tokens = small_model(), torch.randint(61, (2, 30))
     base.save_pretrained(tmp_path / "base")
@@ -243,13 +243,13 @@ def test_trainer_smooths_shifted_labels(tmp_path, adapter):
     model, tokenizer = load_language_model("tiny")
     texts = ["The court held that the defendant was not liable.", "Patients were assigned."]
     data = [{"input_ids": tokenizer(text).input_ids} for text in texts]
-    costs = []
+    smoothed = []
     for row in data:
         tokens = torch.tensor(row["input_ids"])
         with torch.no_grad():
-            costs.append(-model(tokens[None]).logits[0, :-1].log_softmax(-1))
-        nll = costs[-1].gather(1, tokens[1:, None])[:, 0]
-        costs[-1] = 0.9 * nll + 0.1 * costs[-1].mean(-1)
+            smoothed.append(-model(tokens[None]).logits[0, :-1].log_softmax(-1))
+        nll = smoothed[-1].gather(1, tokens[1:, None])[:, 0]
+        smoothed[-1] = 0.9 * nll + 0.1 * smoothed[-1].mean(-1)
     if adapter:
         peft = pytest.importorskip("peft", reason="needs peft (the extra dev)")
         config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
@@ -260,7 +260,7 @@ def test_trainer_smooths_shifted_labels(tmp_path, adapter):
         eval_dataset=data,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
-    expected = torch.cat(costs).mean().item()
+    expected = torch.cat(smoothed).mean().item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
 
 

@@ -115,7 +115,7 @@ def test_the_step_changes_the_output(small_model):
     torch.testing.assert_close(model(tokens).logits, with_step)
 
 
-def test_learnable_settings_start_where_the_configuration_says(small_model):
+def test_learnable_settings_start_at_the_values_of_the_configuration(small_model):
     model = small_model(
         trigger_lr=[0.1, -0.2],
         trigger_decay=[0.3, 0.9],

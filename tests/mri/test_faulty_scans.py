@@ -51,21 +51,21 @@ def test_one_missing_side_is_completed_and_no_truth(tmp_path: Path, axis: str) -
     truth = combined(FULL)
     assert error(image(prepared.measurement), truth) < 0.2 * error(combined(FULL * kept), truth)
     # Neither a wish for undersampling nor an evaluation takes it for the truth.
-    asked = Preparation(Simulation(), Sampling(), undersample=True)
-    assert prepare(path, asked, 0).drawn is None
+    request = Preparation(Simulation(), Sampling(), undersample=True)
+    assert prepare(path, request, 0).drawn is None
     with pytest.raises(InputError, match=f"is no ground truth, .*{word}"):
         load_full_scan(path, SETTINGS, 0)
 
 
-def test_measured_columns_are_kept_unless_undersampling_is_asked_for(tmp_path: Path) -> None:
+def test_measured_columns_are_kept_unless_undersampling_is_requested(tmp_path: Path) -> None:
     path = fastmri(tmp_path / "scan.h5", FULL)
     whole = prepare(path, SETTINGS, 0)
     assert (whole.sampled, whole.drawn) == (1, None)
     np.testing.assert_allclose(image(whole.measurement), combined(FULL), rtol=1e-3, atol=1e-4)
-    asked = prepare(path, Preparation(Simulation(), Sampling(), undersample=True), 0)
-    assert asked.sampled < 0.4
-    assert asked.measurement.acquisition.has_gaps
-    assert asked.target is not None
+    request = prepare(path, Preparation(Simulation(), Sampling(), undersample=True), 0)
+    assert request.sampled < 0.4
+    assert request.measurement.acquisition.has_gaps
+    assert request.target is not None
 
 
 @pytest.mark.parametrize("gain", [1, 10])

@@ -63,8 +63,8 @@ def spilled(ptx):
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
         command = [PTXAS, "-v", "-arch=sm_90a", file, "-o", Path(folder, "kernel.cubin")]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", log)))
 
 
 def main(name, *batches):

@@ -64,9 +64,9 @@ def reference_step(inputs, exact=True, segments=None):
 def relative_errors(actual, expected, inputs):
     """By name, in norm. The gradients of lr and decay are inner products that cancel, so their
     errors are relative to the product of both norms, up to a factor of about one."""
-    moved = (expected["fast_after"] - inputs["fast"]).norm() * expected["fast"].norm()
+    change = (expected["fast_after"] - inputs["fast"]).norm() * expected["fast"].norm()
     sizes = {name: y.norm() for name, y in expected.items()}
-    sizes |= {"lr": moved / inputs["lr"], "decay": moved}
+    sizes |= {"lr": change / inputs["lr"], "decay": change}
     return {name: ((actual[name] - y).norm() / sizes[name]).item() for name, y in expected.items()}
 
 

@@ -140,7 +140,7 @@ class TestNirvana(
     )
     model_tester = NirvanaModelTester()
     has_attentions = False
-    test_can_init_all_missing_weights_before_2023 = True  # asks for more, not for less
+    test_can_init_all_missing_weights_before_2023 = True  # requires more, not less
     _torch_compile_train_cls = NirvanaForCausalLM
 
     def setUp(self):

@@ -59,7 +59,7 @@ def lora():
 
 
 def token_nll(model, tokens):
-    """`[T - 1]`: what each token but the first costs, read in a row of its own."""
+    """`[T - 1]`: the negative log likelihood of each token but the first, in a row of its own."""
     with torch.no_grad():
         logits = model(tokens[None]).logits[0, :-1]
     return F.cross_entropy(logits, tokens[1:], reduction="none")
@@ -203,9 +203,11 @@ def test_grpo_samples_from_what_it_trains(tiny, settings):
     assert (same.sum(0) == 1).all()
     logits = torch.stack([step for _, step in sampled], 1)[same.int().argmax(0)]
     generated = logits.gather(-1, tokens[:, -LENGTH:, None])[..., 0]
-    asked = output.label_mask[:, -LENGTH:]
-    assert asked.sum() > 4 * LENGTH
-    torch.testing.assert_close(log_probs[:, -LENGTH:][asked], generated[asked], atol=1e-4, rtol=0)
+    labelled = output.label_mask[:, -LENGTH:]
+    assert labelled.sum() > 4 * LENGTH
+    torch.testing.assert_close(
+        log_probs[:, -LENGTH:][labelled], generated[labelled], atol=1e-4, rtol=0
+    )
     kl = history(trainer, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert kl[-1] > 1e-5
@@ -284,5 +286,5 @@ def test_sft_from_the_command_line(tmp_path, tiny):
     state = json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["log_history"][0]["loss"] == pytest.approx(expected.item(), abs=1e-4)
     trained = NirvanaForCausalLM.from_pretrained(out)
-    moved = [not p.equal(model.get_parameter(name)) for name, p in trained.named_parameters()]
-    assert sum(moved) > len(moved) / 2
+    changed = [not p.equal(model.get_parameter(name)) for name, p in trained.named_parameters()]
+    assert sum(changed) > len(changed) / 2

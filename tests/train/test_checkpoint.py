@@ -96,7 +96,7 @@ def test_a_failure_while_writing_leaves_the_previous_one(tmp_path, parts, monkey
     assert newest.step == 1
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, parts):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, parts):
     """The system refuses a write as it does on a full disk; the previous checkpoint stays."""
     save(tmp_path, 1, parts)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -113,7 +113,7 @@ def test_changed_keys():
 
 @pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b", "distill"])
 def test_shipped_configurations_name_and_explain_every_setting(name):
-    """None of them is left to a default, and each line says what it means."""
+    """None of them is left to a default, and each line explains its meaning."""
     shipped = packaged_config(name)
     kind = DistillConfig if name == "distill" else LanguageConfig
     config = load_config(kind, shipped)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from helpers import HELPERS
 from helpers.stand_in import stop
+from helpers.words import WORDS
 from nirvana import InputError
 from nirvana.config import load_config
 from nirvana.data.shards import tokenize
@@ -26,7 +27,6 @@ from nirvana.train.config import DistillConfig
 from nirvana.train.distill import DistillTask, distill, token_losses, with_initial_model
 from nirvana.train.teacher import attention_pairs, prepare_teacher, teacher_logits
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "see", "one", "bird"]
 WINDOW = 6
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from helpers.in_memory import upload
 from helpers.stand_in import stop
+from helpers.words import WORDS
 from nirvana.config import load_config
 from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
@@ -20,7 +21,6 @@ from nirvana.train.language import LanguageTask, train
 from nirvana.train.plan import estimate
 
 SMALL = "hidden_size=16 num_hidden_layers=3 num_attention_heads=2 task_dim=4 bank_size=2"
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "see", "one", "bird"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_train(arguments, tmp_path):
     # What the run was trained with is enough to train it again.
     saved = load_config(LanguageConfig, tmp_path / "run" / "config.json")
     assert saved == load_config(LanguageConfig, *arguments)
-    # Validation is what the evaluation says of the exported model.
+    # Validation equals the evaluation of the exported model.
     from nirvana.data.documents import read_documents
     from nirvana.evaluate.perplexity import Score, score_documents
 
@@ -141,7 +141,7 @@ def test_long_validation_documents_are_cut(arguments):
     whole.model.load_state_dict(task.model.state_dict())
     whole.model.eval()
     assert task.validate() != whole.validate()
-    # Untrained, every token costs about the same, so the bytes must have been cut as well.
+    # Untrained, every token has about the same loss, so the bytes must have been cut as well.
     assert task.validate()["a_bits_per_byte"] == pytest.approx(
         whole.validate()["a_bits_per_byte"], rel=0.5
     )
@@ -283,8 +283,8 @@ def test_dry_run_plans_for_other_machines(arguments, recwarn):
     seconds = figures["seconds per step, at 40% MFU"]
     assert seconds == pytest.approx(flops / (0.4 * 989e12 * 64))
     assert figures["days of the run, at 40% MFU"] == pytest.approx(500 * seconds / 86400)
-    said = [str(warning.message) for warning in recwarn]
-    (a, b) = [text for text in said if "epochs" in text]
+    messages = [str(warning.message) for warning in recwarn]
+    (a, b) = [text for text in messages if "epochs" in text]
     assert a.startswith("data.train.a is read ")
     assert figures["epochs of a"] > 10
     assert b.startswith("data.train.b is read ")

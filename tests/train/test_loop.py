@@ -38,9 +38,9 @@ def lines(out):
 def test_resume_is_bitwise(tmp_path, n):
     """run(n + m) = run(n), stop, resume, run(m)."""
     whole, _, _ = train(tmp_path / "whole")
-    stopped, outcome, said = train(tmp_path / "parts", {n - 1: stop})
+    stopped, outcome, logged = train(tmp_path / "parts", {n - 1: stop})
     assert (outcome.step, outcome.finished) == (n, False)
-    assert "continue with --resume" in said[-1]
+    assert "continue with --resume" in logged[-1]
     torch.manual_seed(12345)
     resumed, outcome, _ = train(tmp_path / "parts", resume=True)
     assert (outcome.step, outcome.finished) == (12, True)
@@ -153,21 +153,21 @@ def test_figures_that_are_not_finite_are_null(tmp_path, monkeypatch):
     figures = {"nan": math.nan, "inf": -math.inf, "good": 1.5}
     monkeypatch.setattr(StandIn, "validate", lambda task: figures)
     monkeypatch.setattr(StandIn, "observe", lambda task, batch: {"group": {"x": math.nan}})
-    _, outcome, said = train(tmp_path)
+    _, outcome, logged = train(tmp_path)
     assert outcome.finished
     last = lines(tmp_path)[-1]
     assert last["valid"] == {"nan": None, "inf": None, "good": 1.5}
     assert last["group"] == {"x": None}
-    assert any("nan not finite" in text and "good 1.5000" in text for text in said)
+    assert any("nan not finite" in text and "good 1.5000" in text for text in logged)
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path):
     train(tmp_path / "a", {0: stop})
     with pytest.raises(InputError, match="--resume"):
         train(tmp_path / "a")
-    _, outcome, said = train(tmp_path / "new", {0: stop}, resume=True)
+    _, outcome, logged = train(tmp_path / "new", {0: stop}, resume=True)
     assert outcome.step == 1
-    assert "beginning at step 0" in said[0]
+    assert "beginning at step 0" in logged[0]
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -194,7 +194,7 @@ def test_data_that_cannot_be_read_end_the_run_with_a_checkpoint(tmp_path, monkey
     assert_same(whole, resumed)
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
@@ -203,7 +203,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
         train(tmp_path)
 
 
-def test_wandb_is_asked_for_by_name(tmp_path):
+def test_wandb_is_chosen_by_name(tmp_path):
     with pytest.raises(InputError, match="needs the package wandb"):
         train(tmp_path, wandb=True)
 
@@ -214,28 +214,28 @@ def test_another_configuration_is_refused_unless_accepted(tmp_path):
     with pytest.raises(InputError, match=r"a: 1 -> 2 .*--accept-changes"):
         train(tmp_path, resume=True, config=other)
     assert json.loads((tmp_path / "config.json").read_text())["a"] == 1
-    _, outcome, said = train(tmp_path, resume=True, config=other, accept_changes=True)
+    _, outcome, logged = train(tmp_path, resume=True, config=other, accept_changes=True)
     assert outcome.finished
-    assert "note: changed since the checkpoint: a: 1 -> 2" in said
+    assert "note: changed since the checkpoint: a: 1 -> 2" in logged
     # Where a run lies is no part of what it computes.
     train(tmp_path, resume=True, config={"a": 2, "run": {"out": "z"}})
 
 
-def test_settings_that_have_no_effect_are_told(tmp_path):
-    task, _, said = train(tmp_path, {0: stop}, precision="bf16", compile=True)
-    assert "float32" in said[0]
-    assert "not compiled" in said[1]
+def test_settings_without_effect_are_logged(tmp_path):
+    task, _, logged = train(tmp_path, {0: stop}, precision="bf16", compile=True)
+    assert "float32" in logged[0]
+    assert "not compiled" in logged[1]
     assert task.compiled == 0
 
 
 def test_outputs(tmp_path):
-    _, outcome, said = train(tmp_path, checkpoint_interval=2, keep_checkpoints=3)
+    _, outcome, logged = train(tmp_path, checkpoint_interval=2, keep_checkpoints=3)
     assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
     folders = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000008", "step-00000010", "step-00000012"]
     assert (tmp_path / "model" / "exported").is_file()
     assert list((tmp_path / "tensorboard").iterdir())
-    assert "done: 12 steps" in said[-1]
+    assert "done: 12 steps" in logged[-1]
     assert outcome.last["lr"] == OPTIM.min_lr
     # A run that is complete only exports again.
     _, outcome, _ = train(tmp_path, resume=True)

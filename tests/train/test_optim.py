@@ -151,11 +151,11 @@ def test_muon_updates_the_matrices_of_linear_maps():
     optimizer.step()
     assert set(optimizer.state) == {p for _, p in named}
     for name, parameter in named:
-        moved = parameter - before[name] * (1 - 0.3 * is_decayed(name, parameter))
+        change = parameter - before[name] * (1 - 0.3 * is_decayed(name, parameter))
         if name in chosen:
             assert set(optimizer.state[parameter]) == {"momentum_buffer"}
             # An orthogonal matrix, to what five steps of Newton and Schulz reach, scaled.
-            values = torch.linalg.svdvals(moved) / (0.2 * max(parameter.shape) ** 0.5)
+            values = torch.linalg.svdvals(change) / (0.2 * max(parameter.shape) ** 0.5)
             assert values.max() < 1.3
             assert values.median() > 0.5
         else:

@@ -63,7 +63,7 @@ def config(tmp_path_factory):
 
 
 def together(config, out, *arguments, kind="none", at=0):
-    """Two processes; returns how they ended and what they said."""
+    """Two processes; returns their exit code and what they logged."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", PROGRAM, kind, str(at), config, f"--run.out={out}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -85,9 +85,9 @@ def curve(run):
 
 def test_two_processes_then_one(config, tmp_path):
     """One of two processes gets a signal: both save after the same step, and one alone goes on."""
-    code, said = together(config, tmp_path / "run", kind="sigterm", at=4)
-    assert code == 0, said
-    assert said.count("stopped after step 4") == 1
+    code, output = together(config, tmp_path / "run", kind="sigterm", at=4)
+    assert code == 0, output
+    assert output.count("stopped after step 4") == 1
     assert len(list((tmp_path / "run/checkpoints/step-00000004").glob("shard-*"))) == 2
     assert train(config, [f"--run.out={tmp_path / 'run'}"], resume=True).finished
     assert weights(tmp_path / "run") == weights(config.parent / "alone")
@@ -111,16 +111,16 @@ def test_one_process_then_two(config, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"pulled out; saved in .*step-00000002"):
         train(config, [f"--run.out={tmp_path / 'run'}"])
     options = ["--resume", "--parallel.shard=1", "--parallel.recompute=2"]
-    code, said = together(config, tmp_path / "run", *options)
-    assert code == 0, said
+    code, output = together(config, tmp_path / "run", *options)
+    assert code == 0, output
     assert weights(tmp_path / "run") == weights(config.parent / "alone")
     assert curve(tmp_path / "run") == curve(config.parent / "alone")
 
 
 def test_data_that_one_process_cannot_read_end_both_with_a_checkpoint(config, tmp_path):
-    code, said = together(config, tmp_path / "run", kind="unreadable", at=3)
+    code, output = together(config, tmp_path / "run", kind="unreadable", at=3)
     assert code != 0
-    assert "shard-7: can no longer be read; saved in" in said
+    assert "shard-7: can no longer be read; saved in" in output
     assert (tmp_path / "run/checkpoints/step-00000003/state.json").is_file()
     assert train(config, [f"--run.out={tmp_path / 'run'}"], resume=True).finished
     assert weights(tmp_path / "run") == weights(config.parent / "alone")
@@ -141,8 +141,8 @@ def rounded(config):
 
 def test_weights_rounded_before_they_are_gathered(config, rounded, tmp_path):
     """They are what autocast makes of them afterwards."""
-    code, said = together(config, tmp_path / "run", kind="rounded")
-    assert code == 0, said
+    code, output = together(config, tmp_path / "run", kind="rounded")
+    assert code == 0, output
     assert curve(tmp_path / "run") == curve(rounded)
     assert curve(tmp_path / "run") != curve(config.parent / "alone")
     assert weights(tmp_path / "run") == weights(rounded)
@@ -150,8 +150,8 @@ def test_weights_rounded_before_they_are_gathered(config, rounded, tmp_path):
 
 def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, rounded, tmp_path):
     """On the CPU it rounds the last entries of a tensor differently, hence the tolerance."""
-    code, said = together(config, tmp_path / "run", kind="fused")
-    assert code == 0, said
+    code, output = together(config, tmp_path / "run", kind="fused")
+    assert code == 0, output
     for a, b in zip(curve(rounded), curve(tmp_path / "run"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
@@ -160,8 +160,8 @@ def test_muon_in_two_processes_is_that_of_one(config, tmp_path):
     """Its matrices are sharded; its products are in bfloat16, hence the tolerance."""
     options = ["--optim.name=muon", "--optim.lr=0.005"]
     train(config, [*options, f"--run.out={tmp_path / 'one'}"])
-    code, said = together(config, tmp_path / "two", *options, kind="sigterm", at=4)
-    assert code == 0, said
+    code, output = together(config, tmp_path / "two", *options, kind="sigterm", at=4)
+    assert code == 0, output
     assert train(config, [*options, f"--run.out={tmp_path / 'two'}"], resume=True).finished
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert one[-1]["loss"] < one[0]["loss"] - 0.1
@@ -184,10 +184,10 @@ def test_two_gpus_are_one_to_rounding(config, tmp_path, name):
     options += [f"--optim.name={name}", "--optim.z_loss=0.001"]
     options += ["--optim.lr=0.005"] if name == "muon" else []
     train(config, [*options, f"--run.out={tmp_path / 'one'}"])
-    code, said = together(config, tmp_path / "two", *options, kind="sigterm", at=3)
-    assert code == 0, said
-    code, said = together(config, tmp_path / "two", *options, "--resume", "--parallel.shard=1")
-    assert code == 0, said
+    code, output = together(config, tmp_path / "two", *options, kind="sigterm", at=3)
+    assert code == 0, output
+    code, output = together(config, tmp_path / "two", *options, "--resume", "--parallel.shard=1")
+    assert code == 0, output
     for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=5e-2)

@@ -47,11 +47,11 @@ def test_prolonged_twice_is_the_long_run(tmp_path, keep):
     # The newest, and the last of the stable phase, which no number of newer ones pushes out.
     assert names(tmp_path / "run") == ["step-00000009", "step-00000012"]
     for steps in (20, 40):
-        again, outcome, said = run(
+        again, outcome, logged = run(
             tmp_path / "run", steps=steps, resume=True, keep_checkpoints=keep
         )
         assert outcome.finished
-        assert any("learning rate had decayed" in text for text in said)
+        assert any("learning rate had decayed" in text for text in logged)
     whole, _, _ = run(tmp_path / "whole", steps=40, keep_checkpoints=keep)
     assert_same(again, whole)
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
@@ -122,9 +122,9 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path):
     rate = OPTIM.lr / OPTIM.warmup_steps
     farthest = 0.0
     for (_, a), (_, b) in zip(first.trainable(), second.trainable(), strict=True):
-        moved = (b - a * (1 - rate * OPTIM.weight_decay * (a.ndim > 1))).abs()
-        assert (moved <= rate * 1.001).all()
-        farthest = max(farthest, float(moved.detach().max()))
+        change = (b - a * (1 - rate * OPTIM.weight_decay * (a.ndim > 1))).abs()
+        assert (change <= rate * 1.001).all()
+        farthest = max(farthest, float(change.detach().max()))
     assert farthest > rate * 0.9
     initial = str(tmp_path / "first")
     assert train(tmp_path / "second", resume=True, initial=initial)[1].finished

@@ -115,7 +115,7 @@ def test_a_failed_gate_leaves_no_figure(scaling, monkeypatch, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "reason"),
     [
         (["--gpus", "3"], "--gpus 3: must be among 1, 2, 4, 8"),
         (["--gate", "7"], "--gate 7: must be from 2 to --steps, 6"),
@@ -125,9 +125,9 @@ def test_a_failed_gate_leaves_no_figure(scaling, monkeypatch, tmp_path, kind):
         (["--model.hiden_size=9"], "unknown field .hiden_size."),
     ],
 )
-def test_wrong_options(scaling, tmp_path, arguments, said):
+def test_wrong_options(scaling, tmp_path, arguments, reason):
     options = scaling.parse([*SMALL, f"--out={tmp_path}", *arguments])
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=reason):
         scaling.run(*options)
 
 

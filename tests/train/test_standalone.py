@@ -104,7 +104,7 @@ def test_the_file_is_complete_and_readable():
 
 
 def test_the_code_is_executed_on_request_alone(tmp_path):
-    """The package's own loaders never execute it; without the package, transformers asks."""
+    """The package's own loaders never execute it; without the package, transformers prompts."""
     export("tiny", tmp_path / "alone", standalone=True)
     (tmp_path / "alone" / "modeling_nirvana.py").write_text("raise SystemExit('executed')")
     model, _ = nirvana.load(tmp_path / "alone")
@@ -123,7 +123,7 @@ def test_cards_state_what_to_install(tmp_path):
     alone, plain = ((tmp_path / name / "README.md").read_text() for name in ("alone", "plain"))
     assert 'pip install "torch' in alone
     assert "trust_remote_code=True" in alone
-    assert "pip install nirvana" in plain
+    assert "clone of its repository:\n\n    pip install ." in plain
     assert "trust_remote_code" not in plain
     for card in (alone, plain):
         assert card.count("## Loading") == 1

@@ -32,8 +32,8 @@ from nirvana.ops import distillation_loss
 from nirvana.ops.cross_entropy import IGNORE
 from nirvana.train.config import DistillConfig, ModelSection
 from nirvana.train.distributed import ProcessContext
-from nirvana.train.language import LanguageTask, document_borders, train_task
-from nirvana.train.loop import Outcome, check_run
+from nirvana.train.language import LanguageTask, document_borders
+from nirvana.train.loop import Outcome, check_run, fit_configured
 from nirvana.train.saved_model import NOT_COMPARED, find_model
 from nirvana.train.teacher import (
     attention_pairs,
@@ -256,4 +256,4 @@ def distill(
     shards = [*config.data.train.values(), *config.data.valid.values()]
     check_run(config.run.out, config_path, [*shards, config.run.initial, config.distill.teacher])
     config = with_initial_model(config)
-    return train_task(config, DistillTask, resume, accept_changes)
+    return fit_configured(config, DistillTask, resume, accept_changes)

@@ -56,9 +56,9 @@ interpolation |
 LOADING = """
 ## Loading
 
-The code of this model is the package nirvana:
+The code of this model is the package nirvana. In a clone of its repository:
 
-    pip install nirvana
+    pip install .
 
 Importing it registers the model with transformers, which does not know the type "nirvana" itself:
 
@@ -83,8 +83,8 @@ LOADING_STANDALONE = """
     model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 
-Where the package is installed (`pip install nirvana`, with kernels for GPUs), the folder also loads
-after `import nirvana`, and nothing in it is executed.
+Where the package nirvana is installed, which has kernels for GPUs, the folder also loads after
+`import nirvana`, and nothing in it is executed.
 """
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nirvana.config import load_config, to_dict
+from nirvana.config import load_config
 from nirvana.data.loader import PackedLoader, ReadAhead
 from nirvana.data.shards import TokenShards
 from nirvana.data.tokenizer import copy_tokenizer, load_tokenizer, text_encoder, tokenizer_folder
@@ -17,15 +17,13 @@ from nirvana.evaluate.likelihood import token_log_likelihoods
 from nirvana.evaluate.perplexity import Score
 from nirvana.model.nirvana import NirvanaForCausalLM
 from nirvana.train.config import LanguageConfig
-from nirvana.train.distributed import ProcessContext, init_distributed
+from nirvana.train.distributed import ProcessContext
 from nirvana.train.estimate import warn_of_repetition
 from nirvana.train.export import export
-from nirvana.train.loop import Outcome, check_run, fit
+from nirvana.train.loop import Outcome, check_run, fit_configured
 from nirvana.train.parallel import parallelize
 from nirvana.train.saved_model import find_model, model_config
 from nirvana.train.task import Task
-
-C = TypeVar("C", bound=LanguageConfig)
 
 
 class LanguageTask(Task):
@@ -99,6 +97,8 @@ class LanguageTask(Task):
         """Applies recomputation, compilation and sharding; see `Task.prepare`."""
         blocks = list(self.model.model.layers)  # type: ignore[union-attr,arg-type]
         rounded = self.config.run.autocast_dtype(processes.device)
+        if processes.is_main:
+            warn_of_repetition(self.loader, self.config.run.steps)
         parallelize(self.model, blocks, self.config.parallel, processes, compiled, rounded)
 
     def begin(self, folder: Path) -> None:
@@ -267,31 +267,4 @@ def train(
     config = load_config(LanguageConfig, config_path, overrides)
     shards = [*config.data.train.values(), *config.data.valid.values()]
     check_run(config.run.out, config_path, [*shards, config.run.initial or None])
-    return train_task(config, make_task, resume, accept_changes)
-
-
-def train_task(
-    config: C, make_task: Callable[[C, torch.device], LanguageTask], resume: bool, accept: bool
-) -> Outcome:
-    """Trains what a checked configuration describes.
-
-    Args:
-        config: the settings.
-        make_task: builds the task on the device of this process.
-        resume: continue from the newest checkpoint in `run.out`.
-        accept: resume even if settings or data differ from those of the checkpoint.
-    """
-    with init_distributed(config.run.device) as processes:
-        torch.manual_seed(config.run.seed)
-        task = make_task(config, processes.device)
-        if processes.is_main:
-            warn_of_repetition(task.loader, config.run.steps)
-        return fit(
-            task,
-            config.optim,
-            config.run,
-            to_dict(config),
-            resume,
-            processes,
-            accept_changes=accept,
-        )
+    return fit_configured(config, make_task, resume, accept_changes)

@@ -9,16 +9,16 @@ from dataclasses import MISSING, dataclass, fields
 from itertools import product
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from nirvana.config import changed_keys, from_dict
+from nirvana.config import changed_keys, from_dict, to_dict
 from nirvana.errors import InputError
 from nirvana.files import check_outputs, sole_use, write_json
 from nirvana.train import checkpoint
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.distributed import ProcessContext
+from nirvana.train.distributed import ProcessContext, init_distributed
 from nirvana.train.metrics import MetricsLog, finite_or_none
 from nirvana.train.optim import build_optimizer, stable_steps
 from nirvana.train.task import Task
@@ -140,6 +140,56 @@ def fit(
     processes.barrier()  # all have checked the folder before the main process writes into it
     with sole_use(out) if processes.is_main else contextlib.nullcontext(), _disk_errors(out):
         return _fit(task, optim, run, config, resume, processes, log, accept_changes)
+
+
+class TrainingConfig(Protocol):
+    """A configuration of a training, whatever else it has."""
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Settings of the optimiser."""
+        ...
+
+    @property
+    def run(self) -> RunConfig:
+        """Settings of the run."""
+        ...
+
+
+C = TypeVar("C", bound=TrainingConfig)
+
+
+def fit_configured(
+    config: C,
+    make_task: Callable[[C, torch.device], Task],
+    resume: bool,
+    accept_changes: bool = False,
+) -> Outcome:
+    """Trains what a checked configuration describes, in one process or under torchrun.
+
+    Args:
+        config: a dataclass of `nirvana.config`.
+        make_task: builds the task on the device of this process.
+        resume: see `fit`.
+        accept_changes: see `fit`.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        InputError: see `fit`; or the machine has no such device.
+    """
+    with init_distributed(config.run.device) as processes:
+        torch.manual_seed(config.run.seed)
+        return fit(
+            make_task(config, processes.device),
+            config.optim,
+            config.run,
+            to_dict(config),
+            resume,
+            processes,
+            accept_changes=accept_changes,
+        )
 
 
 def _fit(

@@ -148,7 +148,7 @@ def test_a_draw_is_a_function_of_its_generator():
     assert not torch.equal(paint(where, first)[0], paint(where, other)[0])
 
 
-def test_every_lesion_counted_can_be_seen_apart():
+def test_every_lesion_counted_is_distinct():
     where = anatomy(120, vary=True)
     settings = replace(SICK, size=(12.0, 20.0), weights=(1.0, 0.0, 0.0, 0.0), contrast=(0.5, 0.5))
     lesions = draw_lesions(where, generator(5), settings)
@@ -239,7 +239,7 @@ def test_windows_around_lesions_hold_all_of_them(monkeypatch):
         torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_the_side_said_is_where_the_lesion_is_painted():
+def test_the_side_is_where_the_lesion_is_painted():
     where = drawn_brain_slices().draw(64, generator(4), vary=True)[0]
     lesions = draw_lesions(where, generator(9), replace(SICK, weights=(0.0, 1.0, 0.0, 0.0)))
     alone = replace(lesions, present=lesions.present & (torch.arange(MAX_COUNT) == 0))
@@ -251,8 +251,8 @@ def test_the_side_said_is_where_the_lesion_is_painted():
     assert {True, False} == set(left[found].tolist())
     columns = torch.arange(where.images.shape[2])
     mean_column = (coverage * columns).sum((1, 2)) / coverage.sum((1, 2)).clamp(min=1e-6)
-    apart = found & (mean_u.abs() > 0.4)  # heads are turned and moved by a little
-    assert torch.equal((mean_column > where.images.shape[2] / 2)[apart], left[apart])
+    lateral = found & (mean_u.abs() > 0.4)  # brains are rotated and shifted a little
+    assert torch.equal((mean_column > where.images.shape[2] / 2)[lateral], left[lateral])
 
 
 def test_lobes_lie_where_they_should():

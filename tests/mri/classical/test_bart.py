@@ -99,7 +99,7 @@ def test_without_the_program_there_is_one_clear_line(tmp_path, monkeypatch) -> N
         mri.evaluate([Path("missing.npy")], bart=True)
 
 
-def test_a_program_that_fails_is_told(tmp_path, monkeypatch) -> None:
+def test_a_program_that_fails_ends_in_one_line(tmp_path, monkeypatch) -> None:
     script = tmp_path / "bart"
     script.write_text("#!/bin/sh\necho one >&2\necho 'Error: no memory' >&2\nexit 3\n")
     script.chmod(0o755)

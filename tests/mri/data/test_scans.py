@@ -99,7 +99,7 @@ def test_without_a_target_the_rss_is_taken(scan: Scan) -> None:
 
 @pytest.mark.parametrize("source", ["lines", "file", "option"])
 def test_noise_is_whitened_by_what_is_known_of_it(scan: Scan, source: str) -> None:
-    """One coil with much noise spoils the image, unless its weight says so."""
+    """One coil with much noise spoils the image, unless its weight is small."""
     deviations = np.array([0.002, 0.002, 1.0, 0.002])[:, None]
     bad = scan.kspace + (deviations * noisy(4, 4 * 96 * 128, 0)).reshape(4, 4, 96, 128).swapaxes(
         0, 1
@@ -152,7 +152,7 @@ def test_compression_to_all_coils_changes_no_image(scan: Scan) -> None:
         assert np.abs(difference).max() < 4e-3 * expected.max(), name
 
 
-def test_many_coils_are_compressed_and_few_where_asked(
+def test_many_coils_are_compressed_and_few_on_request(
     head_slices: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scans, "MAX_COILS", 16)

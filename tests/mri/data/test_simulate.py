@@ -51,14 +51,14 @@ def test_a_seed_determines_everything(images: torch.Tensor, volume: bool) -> Non
 def test_a_volume_shares_its_coils_and_phase(images: torch.Tensor) -> None:
     same = images[:1].expand(3, -1, -1)
     together = simulate(same, _generator(), CLEAN, volume=True)
-    apart = simulate(same, _generator(), CLEAN)
+    slices = simulate(same, _generator(), CLEAN)
     torch.testing.assert_close(together[0], together[2])
-    assert not torch.allclose(apart[0], apart[2])
+    assert not torch.allclose(slices[0], slices[2])
     noisy = simulate(same, _generator(), replace(CLEAN, noise=(0.01, 0.01)), volume=True)
     assert not torch.allclose(noisy[0], noisy[2])
 
 
-def test_noise_has_the_standard_deviation_asked_for(images: torch.Tensor) -> None:
+def test_noise_has_the_requested_standard_deviation(images: torch.Tensor) -> None:
     bright = images * torch.tensor([1.0, 0.5, 0.5, 0.5])[:, None, None]
     noisy = replace(CLEAN, noise=(0.05, 0.05))
     for volume in (False, True):

@@ -1,4 +1,4 @@
-"""Each setting of the simulator does what its description says, and nothing does anything at 0."""
+"""Each setting of the simulator does what its description states, and nothing at 0."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def phase_of(settings: Simulation, images: torch.Tensor, seed: int = 0) -> torch
     return image_phase(images, generator(seed), settings)
 
 
-def test_the_fine_phase_has_the_deviation_asked_for():
+def test_the_fine_phase_has_the_requested_deviation():
     found = phase_of(replace(FLAT, fine_phase=(0.1, 0.1)), discs(200))
     assert 0.08 < found.square().mean().sqrt() < 0.12
 
@@ -79,7 +79,7 @@ def test_the_realistic_residual_phase_is_that_of_measured_heads():
 
 
 def test_the_tissue_phase_follows_the_anatomy():
-    """Its deviation in the object is the one asked for, and it changes with the brightness."""
+    """Its deviation in the object is the requested one, and it changes with the brightness."""
     images = discs(100)
     found = phase_of(replace(FLAT, tissue_phase=(0.2, 0.2)), images)
     inside = images > 0.1 * images.amax()
@@ -108,8 +108,8 @@ def test_cavities_have_the_field_of_dipoles():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_ramp_moves_the_centre_of_k_space(seed):
     """By at most that many samples, along both sides."""
-    moved = torch.polar(torch.ones(1, 64, 48), ramp(1, (64, 48), generator(seed), FLAT, CPU))
-    assert fft2c(moved)[0].abs().argmax() == 32 * 48 + 24
+    shifted = torch.polar(torch.ones(1, 64, 48), ramp(1, (64, 48), generator(seed), FLAT, CPU))
+    assert fft2c(shifted)[0].abs().argmax() == 32 * 48 + 24
     settings = replace(FLAT, ramp=3.0)
     peaks = []
     for number in range(30):

@@ -69,7 +69,7 @@ def test_the_error_scale_suits_the_smallest_errors() -> None:
 
 
 def test_the_geometry_shapes_the_picture(tmp_path: Path, head_slices: np.ndarray) -> None:
-    """Rows twice as far apart as columns give a taller picture; marks are drawn where known."""
+    """Rows at twice the distance of columns give a taller picture; marks are drawn where known."""
     images = _images(head_slices)
     plain, marked = tmp_path / "plain.png", tmp_path / "marked.png"
     panel(plain, images, geometry=SliceGeometry((2.0, 1.0)))

@@ -1,4 +1,4 @@
-"""The origin of k-space is found where it is, and moved only where that is clear."""
+"""The origin of k-space is found where it is, and shifted only where that is clear."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_a_wrong_centre_in_the_zeros_of_partial_fourier() -> None:
     scan = read(displaced)
     np.testing.assert_array_equal(scan.kspace, kspace)
     assert "column 12 of 48" in scan.remarks[0]
-    # Told where the origin is, it does the same; told that it is in the middle, nothing.
+    # Given the origin, it does the same; given that it is in the middle, nothing.
     named = read(displaced, ReadOptions(centre=(20, 12), phase_encode="columns"))
     np.testing.assert_array_equal(named.kspace, kspace)
     as_it_is = read(displaced, ReadOptions(centre="middle"))

@@ -72,7 +72,7 @@ def test_all_of_a_scan_survives(tmp_path: Path) -> None:
     assert (again.volume_encoding, again.remarks) == ("3D", ())
 
 
-def test_the_written_header_has_what_fastmri_asks_for(tmp_path: Path) -> None:
+def test_the_written_header_has_what_fastmri_requires(tmp_path: Path) -> None:
     write_scan(tmp_path / "scan.h5", _scan())
     header = read_scan(tmp_path / "scan.h5").header
     assert header is not None
@@ -109,7 +109,7 @@ def test_single_coil_kspace_gets_a_coil(tmp_path: Path) -> None:
     assert (scan.name, scan.mask, scan.header) == ("single", None, None)
 
 
-def test_a_reconstruction_says_where_it_is_from(tmp_path: Path) -> None:
+def test_a_reconstruction_records_its_source(tmp_path: Path) -> None:
     scan = _scan()
     assert scan.mask is not None
     volume = np.abs(_kspace(3, 12, 16))

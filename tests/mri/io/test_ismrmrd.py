@@ -46,7 +46,7 @@ def test_every_line_comes_to_its_place(kspace: np.ndarray, tmp_path: Path) -> No
     assert scan.header == header()
 
 
-def test_voxels_lie_where_the_scanner_says(kspace: np.ndarray, tmp_path: Path) -> None:
+def test_voxels_lie_where_the_scanner_records_them(kspace: np.ndarray, tmp_path: Path) -> None:
     affine = read_scan(write(tmp_path / "s.h5", records(kspace))).affine
     assert affine is not None
     # The centre of k-space's image is the position of the slice, in LPS.

@@ -280,8 +280,8 @@ def test_tokens_lie_where_their_patches_do(stem):
     image[..., 256:272, 272:288] = torch.randn(1, 2, PATCH, PATCH)
     vectors = stem(image)
     assert vectors.shape == (1, 8, 32, 34)
-    moved = stem(image.roll((PATCH, -PATCH), (2, 3)))
-    torch.testing.assert_close(moved[..., 11:23, 11:22], vectors[..., 10:22, 12:23])
+    rolled = stem(image.roll((PATCH, -PATCH), (2, 3)))
+    torch.testing.assert_close(rolled[..., 11:23, 11:22], vectors[..., 10:22, 12:23])
     assert (vectors[..., 16, 17] - vectors[..., 2, 2]).abs().max() > 1e-3
 
 

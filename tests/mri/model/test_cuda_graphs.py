@@ -34,7 +34,7 @@ def test_replays_are_what_was_captured():
 
 
 @needs_gpu
-def test_a_model_that_moved_is_captured_anew():
+def test_a_model_with_other_storage_is_captured_anew():
     model = load_codec("codec", "cuda").eval()
     kspace, mask = kspace_of(1, 64, 0)
     before = [model.reconstruct(kspace, mask) for _ in range(3)][-1]

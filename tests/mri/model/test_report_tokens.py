@@ -57,7 +57,7 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer):
     assert (ids == tokenizer.bos_token_id).sum() == 1
 
 
-def test_entropy_is_of_the_tokens_asked(tokenizer):
+def test_entropy_is_of_the_given_tokens(tokenizer):
     _, labels = ReportTokens(tokenizer)(REPORTS, CPU)
     labelled = labels != IGNORE
     logits = torch.randn(*labels.shape, len(tokenizer), generator=torch.Generator().manual_seed(0))

@@ -80,8 +80,8 @@ def test_every_step_of_the_solver_lowers_its_objective(kind):
 
     def objective(x: torch.Tensor) -> torch.Tensor:
         left = measured.mask * measured.kspace(expand(x, maps)) - measured.y
-        apart = (x - start).abs().square().sum((1, 2, 3))
-        return left.abs().square().sum((1, 2, 3)) + 0.1 * apart
+        distance = (x - start).abs().square().sum((1, 2, 3))
+        return left.abs().square().sum((1, 2, 3)) + 0.1 * distance
 
     values = torch.stack([objective(solve(measured, maps, weight, start, n)) for n in range(6)])
     assert (values.diff(dim=0) < 0).all()

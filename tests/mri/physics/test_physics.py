@@ -62,8 +62,8 @@ def test_the_operator_is_linear_and_keeps_only_sampled_columns() -> None:
     operator = CartesianSense(_complex(2, 4, 12, 16), mask[None, None, None])
     x, y, factor = _complex(2, 12, 16, seed=1), _complex(2, 12, 16, seed=2), 0.3 - 2j
     together = operator.forward(factor * x + y)
-    apart = factor * operator.forward(x) + operator.forward(y)
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    separate = factor * operator.forward(x) + operator.forward(y)
+    torch.testing.assert_close(together, separate, atol=1e-5, rtol=1e-5)
     assert together.shape == (2, 4, 12, 16)
     assert not together[..., ~mask].any()
     full = CartesianSense(operator.sensitivities).forward(factor * x + y)

@@ -63,7 +63,7 @@ def test_a_finding_taken_away_is_caught(facts, wording):
 
 
 @given(findings, wordings, st.data())
-def test_a_damaged_report_is_refused_or_says_other_facts(facts, wording, data):
+def test_a_damaged_report_is_refused_or_states_other_facts(facts, wording, data):
     """A word taken out or put twice never passes for the report it was."""
     words = write(facts, wording).split(" ")
     at = data.draw(st.integers(0, len(words) - 1))
@@ -98,7 +98,7 @@ def test_what_no_wording_makes_is_refused(text):
         parse(text)
 
 
-def test_every_wording_says_every_fact_once_and_the_number_first():
+def test_every_wording_states_every_fact_once_and_the_number_first():
     facts = Facts(True, 1, "mass", "left", "frontal", 12, "hyperintense")
     for one in (facts, replace(facts, count=3)):
         for wording in range(len(WORDINGS)):

@@ -32,6 +32,6 @@ def test_the_heights_that_were_learned_are_read() -> None:
     [brain(top=40.0), brain()[-5:], np.zeros((5, *GRID), np.float32)],
     ids=["top cut off", "none at such a height", "no brain"],
 )
-def test_all_are_read_where_heights_cannot_be_told(images: np.ndarray) -> None:
+def test_all_are_read_where_heights_are_unknown(images: np.ndarray) -> None:
     found = find_brain(images, SPACING, stripped=True)
     assert readable_slices(found, len(images)) == list(range(len(images)))

@@ -61,7 +61,7 @@ def batch_of(count: int, seed: int = 0, **settings):
     return report_batch(slices, count, generator, SCANNER, LesionSettings(**settings), [0, 1, 3])
 
 
-def test_samples_say_what_was_painted():
+def test_samples_describe_what_was_painted():
     batch = batch_of(24)
     again = batch_of(24)
     assert torch.equal(batch.kspace, again.kspace)
@@ -175,10 +175,10 @@ def test_only_the_encoder_learns(reporter):
     found = encode(reporter.model, *batch.inputs)[0]
     ids, labels = reporter.report_tokens(batch.reports, found.device)
     report_entropy(reporter.model.specialist(found, ids).logits, labels).backward()
-    moved = {name for name, p in reporter.model.named_parameters() if p.grad is not None}
+    trained = {name for name, p in reporter.model.named_parameters() if p.grad is not None}
     reporter.model.zero_grad(set_to_none=True)
-    assert {name.split(".")[0] for name in moved} == {"sensitivities", "encoder", "specialist"}
-    assert not any("backbone" in name for name in moved)
+    assert {name.split(".")[0] for name in trained} == {"sensitivities", "encoder", "specialist"}
+    assert not any("backbone" in name for name in trained)
 
 
 def test_varied_slices_are_other_contrasts_of_the_same():

@@ -50,8 +50,10 @@ def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
     case.mkdir(parents=True)
     facts = {"finding": True, "side": "left"}
     slices = [{"slice": 4, "facts": facts, "text": "One mass.", "probability": {"side": 0.6}}]
-    said = {"slices": slices}
-    (case / "report.json").write_text(json.dumps(said | {"panel": {"slice": 4}, "sampled": 0.25}))
+    content = {"slices": slices}
+    (case / "report.json").write_text(
+        json.dumps(content | {"panel": {"slice": 4}, "sampled": 0.25})
+    )
     (case.parent / "about.md").write_text("A stroke on the left.")
     page.main(["--study", str(out), "--out", str(results)])
     text = results.read_text()
@@ -63,17 +65,17 @@ def test_the_study_runs_resumes_and_is_written_up(tmp_path: Path) -> None:
     for words in ("no image", "shuffled", "majority", "zero-filled", "contrast 0.15", "| 1.0% |"):
         assert words in text
     # The threshold that was read with is the one that the page's rule gives.
-    told = json.loads((out / "nirvana" / "reporter" / "report.json").read_text())["threshold"]
+    stored = json.loads((out / "nirvana" / "reporter" / "report.json").read_text())["threshold"]
     validation = json.loads((out / "nirvana" / "validation.json").read_text())
     likely = validation["finding"]["wording 0"]
     assert len(likely) == len(validation["present"]) == 6
     assert (
-        told == best_threshold(validation["present"], likely, study.TOY.hallucinated)["threshold"]
+        stored == best_threshold(validation["present"], likely, study.TOY.hallucinated)["threshold"]
     )
     record = out / "nirvana" / "validation.json"
     validation["finding"]["wording 0"] = [p / 2 for p in likely]  # of another model
     record.write_text(json.dumps(validation))
-    with pytest.raises(InputError, match=f"another threshold than {told / 2}"):
+    with pytest.raises(InputError, match=f"another threshold than {stored / 2}"):
         page.main(["--study", str(out), "--out", str(results)])
     record.unlink()
     with pytest.raises(InputError, match=r"validation.json cannot be read"):

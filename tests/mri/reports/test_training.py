@@ -132,8 +132,8 @@ def test_a_frozen_frontend_does_not_change(tmp_path):
     before, after = (
         load_reporter(tmp_path / name / "model").model.state_dict() for name in ("first", "second")
     )
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name.split(".")[0] for name in moved} == {"encoder", "specialist"}
+    learned = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in learned} == {"encoder", "specialist"}
     shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000004")
     shutil.rmtree(tmp_path / "second" / "model")
     assert train_reporter(second, resume=True).finished
@@ -252,7 +252,7 @@ def test_a_training_that_learns_nothing_is_refused():
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("cast", [False, True])
 def test_a_graph_has_the_gradients_of_the_plain_training(tmp_path, cast, weight):
-    """Also after the weights moved, and when reports of another length came in between."""
+    """Also after the weights changed, and when reports of another length came in between."""
     config = config_of(tmp_path, "run", 4, report_weight=weight)
     device = torch.device("cuda")
     task = ReportTask(config, device)

@@ -72,7 +72,7 @@ def test_models_of_the_short_trainings_have_about_as_many_parameters():
     assert max(counts.values()) < 1.05 * min(counts.values()), counts
 
 
-def test_short_trainings_leave_out_what_they_say(scans: Path, archive: Path, tmp_path: Path):
+def test_short_trainings_leave_out_what_they_name(scans: Path, archive: Path, tmp_path: Path):
     results = tmp_path / "rows.jsonl"
 
     def run(method: str, without: str, *more: object) -> None:

@@ -172,11 +172,11 @@ def test_two_stages_and_the_joint_one(config, tmp_path, volumes):
     train(config("nirvana", "second"), ["--stage.name", "2", *initial])
     second = load_file(tmp_path / "second" / "model" / "model.safetensors")
     for name, x in first.items():
-        moved = name.startswith(("decoder.", "image_cascades."))
+        trained = name.startswith(("decoder.", "image_cascades."))
         # The last cascade's eta weighs columns that are put back as measured anyway.
-        if moved and x.any() and not name.endswith("eta"):
+        if trained and x.any() and not name.endswith("eta"):
             assert not torch.equal(second[name], x), name
-        elif not moved:
+        elif not trained:
             assert torch.equal(second[name], x), name
 
     train(config("nirvana", "joint"), [*settings, *initial])

@@ -30,7 +30,7 @@ def evidence_map(
 
         log-odds of a finding in the slice - log-odds with the place faded
 
-    in nats: positive where the place speaks for a finding, zero where the slice is empty. It
+    in nats: positive where the place is evidence of a finding, zero where the slice is empty. It
     describes the reporter, not the patient.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nirvana.config import require, to_dict
+from nirvana.config import require
 from nirvana.cuda_graphs import TrainingGraphs
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.errors import InputError
@@ -33,8 +33,7 @@ from nirvana.mri.reports.score import auc
 from nirvana.packaged import resolve
 from nirvana.train.checkpoint import latest, restore
 from nirvana.train.config import OptimConfig, RunConfig
-from nirvana.train.distributed import init_distributed
-from nirvana.train.loop import Outcome, check_run, fit
+from nirvana.train.loop import Outcome, check_run, fit_configured
 from nirvana.train.task import Task
 
 CODEC = "codec."  # prefix of the codec's parameters among those of `AuxiliaryHeads`
@@ -292,7 +291,4 @@ def train_reporter(config: ReportConfig, resume: bool = False) -> Outcome:
     """
     read = [config.data.brain_slices, config.run.initial or None, config.codec.weights]
     check_run(config.run.out, None, read)
-    with init_distributed(config.run.device) as processes:
-        torch.manual_seed(config.run.seed)
-        task = ReportTask(config, processes.device)
-        return fit(task, config.optim, config.run, to_dict(config), resume, processes)
+    return fit_configured(config, ReportTask, resume)

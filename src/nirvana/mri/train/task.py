@@ -37,8 +37,8 @@ from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig
 from nirvana.mri.train.loss import ssim
 from nirvana.train import checkpoint
-from nirvana.train.distributed import ProcessContext, init_distributed
-from nirvana.train.loop import Outcome, check_run, fit
+from nirvana.train.distributed import ProcessContext
+from nirvana.train.loop import Outcome, check_run, fit_configured
 from nirvana.train.parallel import shard
 from nirvana.train.task import Task
 
@@ -333,18 +333,7 @@ def train(
     data, weights = config.data, [config.codec.weights, config.run.initial or None]
     files = [*expand(data.train), *expand(data.valid), *data.coil_maps, data.reports or None]
     check_run(config.run.out, config_path, [*files, *weights])
-    with init_distributed(config.run.device) as processes:
-        torch.manual_seed(config.run.seed)
-        task = ReconstructionTask(config, processes.device)
-        return fit(
-            task,
-            config.optim,
-            config.run,
-            to_dict(config),
-            resume,
-            processes,
-            accept_changes=accept_changes,
-        )
+    return fit_configured(config, ReconstructionTask, resume, accept_changes)
 
 
 def expand(patterns: list[str]) -> list[Path]:
