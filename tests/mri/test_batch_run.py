@@ -17,6 +17,7 @@ from nirvana.mri.batch_run import (
     run_batch,
     share_of,
 )
+from nirvana.mri.pipeline import distinct_names
 
 
 def jobs_in(folder: Path, names: str = "abcde", **settings: Any) -> list[ScanJob]:
@@ -233,3 +234,13 @@ def test_records_hold_no_tuples(tmp_path: Path) -> None:
     """What is compared with a record in a file has the form that the file gives it."""
     (job,) = jobs_in(tmp_path, "a", formats=("hdf5", "png"))
     assert job.record == json.loads(json.dumps(job.record))
+
+
+def test_files_have_distinct_names():
+    names = {
+        ("a.h5", "b.nii.gz"): ["a", "b"],
+        ("x/a.h5", "x/a.nii.gz"): ["a.h5", "a.nii.gz"],
+        ("x/a.h5", "y/a.h5", "x/a.h5"): ["x/a.h5", "y/a.h5", "x/a.h5"],
+    }
+    for paths, expected in names.items():
+        assert distinct_names([Path(path) for path in paths]) == expected

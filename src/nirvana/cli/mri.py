@@ -1,7 +1,7 @@
 """Commands about MRI: simulate, evaluate, train; and what its other commands share."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,7 +139,7 @@ def evaluate(
     from nirvana.mri.io import files_of, find_scans
     from nirvana.mri.io.options import parse_slices
     from nirvana.mri.methods import comparison_methods
-    from nirvana.mri.pipeline import Preparation, load_full_scan
+    from nirvana.mri.pipeline import Preparation, distinct_names, load_full_scan
     from nirvana.packaged import folder_of
 
     sampling = sampling_of(kind, acceleration, center_fraction)
@@ -155,8 +155,12 @@ def evaluate(
         simulation_of(simulated_coils, noise), sampling, True, options, reading, chosen
     )
 
+    names = distinct_names(scans)
+
     def load(path: Path, number: int) -> "Scan":
-        return load_full_scan(path, how, seed + number)
+        scan = load_full_scan(path, how, seed + number)
+        # The names that files state may all be the same.
+        return replace(scan, name=names[number]) if len(scans) > 1 else scan
 
     # Reads all of them once before the first reconstruction, so that a wrong file is found before
     # hours of work.

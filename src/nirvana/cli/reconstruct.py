@@ -203,17 +203,22 @@ def reconstruct(
 
     def work(job: ScanJob, folder: Path) -> dict[str, Any]:
         given = prepared(job)
-        counters = slice_counters(bars, given.scan.name, given.num_slices)
+        # The names that files state may all be the same.
+        name = job.folder.name if several else given.scan.name
+        counters = slice_counters(bars, name, given.num_slices)
         if adapting is None or not given.measurement.acquisition.has_gaps:
-            return reconstruct_scan(given, methods, chosen, folder, outputs, job.settings, counters)
-        task = bars.add_task(f"{given.scan.name}: adapting", total=adapting.steps)
+            results = reconstruct_scan(
+                *(given, methods, chosen, folder, outputs, job.settings, counters)
+            )
+            return _named(results, name)
+        task = bars.add_task(f"{name}: adapting", total=adapting.steps)
         adapted = AdaptedMethod(
             *(codecs[NIRVANA], batch_size, replace(adapting, seed=seed + images[job.number].file)),
             progress=lambda done: bars.advance(task, done),
         )
         both = {**methods, ADAPTED: adapted}
         results = reconstruct_scan(given, both, ADAPTED, folder, outputs, job.settings, counters)
-        return {**results, "adaptation": adapted.record}
+        return {**_named(results, name), "adaptation": adapted.record}
 
     with progress_bars() as bars:
         found = run_batch(
@@ -267,18 +272,21 @@ def _folders(images: list[_Image], out: Path, several: bool, every: bool) -> lis
     from nirvana.mri.batch_run import batch_folder
     from nirvana.mri.io.options import suffix_of
     from nirvana.mri.io.outputs import RESULT_FILES
-    from nirvana.mri.pipeline import stem
+    from nirvana.mri.pipeline import distinct_names
 
     if not several:
         return [replaceable_folder(out, RESULT_FILES)]
     suffixes = [suffix_of(image.reading) if every else "" for image in images]
-    names = [stem(image.path) + end for image, end in zip(images, suffixes, strict=True)]
-    names = [
-        name if names.count(name) == 1 else image.path.name + end
-        for name, image, end in zip(names, images, suffixes, strict=True)
-    ]
+    files = distinct_names([image.path for image in images])
+    names = [name + end for name, end in zip(files, suffixes, strict=True)]
     out = batch_folder(out, names)
     return [replaceable_folder(out / name, RESULT_FILES) for name in names]
+
+
+def _named(results: dict[str, Any], name: str) -> dict[str, Any]:
+    """Results of a scan under the name that distinguishes it in a run."""
+    rows = [{**row, "volume": name} for row in results["results"]]
+    return {**results, "volume": name, "results": rows}
 
 
 def _summary(found: "BatchResult") -> dict[str, Any]:
@@ -319,4 +327,5 @@ def _print(found: "BatchResult", out: Path) -> None:
     if out.is_dir():
         print(f"{out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
     for path, reason in found.skipped:
-        print(f"nirvana: left out: {path}: {reason}", file=sys.stderr)
+        where = "" if str(path) in reason else f"{path}: "
+        print(f"nirvana: left out: {where}{reason}", file=sys.stderr)

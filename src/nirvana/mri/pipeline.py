@@ -1,5 +1,6 @@
 """One scan from a file to images: prepare it and reconstruct it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -297,3 +298,17 @@ def _cut(scan: Scan, slices: SliceRange) -> Scan:
 def stem(path: Path) -> str:
     """The file's name without its suffix, `.nii.gz` counting as one."""
     return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each file of a run: its stem, or as much more of its path as makes it unique.
+
+    Args:
+        paths: the files; a file that occurs several times has one name.
+    """
+    files = list(dict.fromkeys(paths))
+    for shorten in (stem, lambda path: path.name):
+        names = {path: shorten(path) for path in files}
+        if len(set(names.values())) == len(files):
+            return [names[path] for path in paths]
+    return [str(path) for path in paths]

@@ -26,8 +26,6 @@ from nirvana.mri.methods import codec_method
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.masks import Sampling
 
-pytestmark = pytest.mark.quick
-
 CASCADES = {
     "maps": "espirit",
     "map_features": (4,),
