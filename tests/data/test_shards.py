@@ -131,10 +131,11 @@ def test_every_kind_of_file(tmp_path):
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     for path in tmp_path.iterdir():
         assert list(read_documents(path)) == TEXTS, path
-    (tmp_path / "b.txt").write_bytes(TEXTS[0].encode())
-    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(TEXTS[0].encode()))
-    assert list(read_documents(tmp_path / "b.txt")) == [TEXTS[0]]
-    assert list(read_documents(tmp_path / "b.txt.xz")) == [TEXTS[0]]
+    for name in ("b.txt", "b.py", "b.R", "b.md"):
+        (tmp_path / name).write_bytes(TEXTS[0].encode())
+        (tmp_path / f"{name}.xz").write_bytes(lzma.compress(TEXTS[0].encode()))
+        assert list(read_documents(tmp_path / name)) == [TEXTS[0]]
+        assert list(read_documents(tmp_path / f"{name}.xz")) == [TEXTS[0]]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,8 @@ def test_every_kind_of_file(tmp_path):
         ("a.txt.xz", lzma.compress(b"text" * 1000)[:-20], "not a readable"),
         ("a.parquet", b"nonsense", "not a readable parquet"),
         ("a.pdf", b"x", "unknown kind"),
+        ("a.json", b"[]", "unknown kind"),
+        ("a.py", b"\x7fELF\x80", "not a readable UTF-8"),
         (None, b"", "no such file"),
     ],
 )

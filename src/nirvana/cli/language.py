@@ -32,7 +32,8 @@ TRAIN_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 Files = Annotated[
     list[Path],
     typer.Argument(
-        help=".txt, .jsonl (also .xz, .gz, .zst), .parquet, or hub:NAME[:CONFIGURATION[:SPLIT]]"
+        help=".txt, .md, source code, .jsonl (also .xz, .gz, .zst), .parquet, "
+        "or hub:NAME[:CONFIGURATION[:SPLIT]]"
     ),
 ]
 

@@ -15,7 +15,16 @@ from nirvana.data.hub import is_hub, read_hub, split_source
 from nirvana.errors import InputError
 from nirvana.files import existing_file, refuse_utf16
 
-KINDS = ".txt, .jsonl (each also .xz, .gz or .zst) or .parquet"
+KINDS = (
+    ".txt and other plain text such as .md and .py, .jsonl (each also .xz, .gz or .zst) or .parquet"
+)
+PROSE = (".txt", ".md", ".rst", ".tex")
+CODE = (
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt"),
+    *(".swift", ".js", ".ts", ".sh", ".sql", ".jl", ".r", ".rb", ".pl", ".lua", ".hs"),
+)
+"""Suffixes of files that are one document each, unchanged. Formats of records (.json, .csv, .xml)
+are not among them: only a part of such a file is text."""
 _COMPRESSED = (".xz", ".gz", ".zst")
 COMPRESSED_BYTES = 2**13  # decompressed at a time: the text may be a thousand times as long
 TEXT_BYTES = 2**16
@@ -52,12 +61,10 @@ def kind_of(path: str | Path) -> str:
         return "hub"
     path = existing_file(path)
     compressed = path.suffix in _COMPRESSED
-    suffix = Path(path.stem).suffix if compressed else path.suffix
-    kinds = (
-        {".txt": "txt", ".jsonl": "jsonl"}
-        if compressed
-        else {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
-    )
+    suffix = (Path(path.stem) if compressed else path).suffix.lower()
+    kinds = dict.fromkeys((*PROSE, *CODE), "txt") | {".jsonl": "jsonl"}
+    if not compressed:
+        kinds[".parquet"] = "parquet"
     if suffix not in kinds:
         raise InputError(f"{path}: unknown kind of text file; known are {KINDS}")
     return kinds[suffix]
@@ -66,10 +73,10 @@ def kind_of(path: str | Path) -> str:
 def read_documents(path: str | Path) -> Iterator[str]:
     """Yields the documents of a file in order.
 
-    A .txt file is one document; a .jsonl file has one on each line, in the field "text"; a
-    .parquet file has a column "text", as has a data set of the hub (`nirvana.data.hub`). Documents
-    of white space alone are skipped; a warning states their number at the end of the file. A byte
-    order mark at the start of a file is no part of its text.
+    A .txt file, or another of plain text (`PROSE`, `CODE`), is one document; a .jsonl file has one
+    on each line, in the field "text"; a .parquet file has a column "text", as has a data set of the
+    hub (`nirvana.data.hub`). Documents of white space alone are skipped; a warning states their
+    number at the end of the file. A byte order mark at the start of a file is no part of its text.
 
     Args:
         path: a file, or a data set of the hub.
