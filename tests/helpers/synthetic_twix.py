@@ -51,7 +51,7 @@ def block(line: np.ndarray, flags: int = 0, **changes: Any) -> Block:
 
 def measurement(blocks: list[Block], ascconv: str, version: str = "VD", meas: str = MEAS) -> bytes:
     """Header and blocks of one measurement."""
-    # The header's length distinguishes the versions, which is above 10,000 in files of VB.
+    # The header's length, above 10,000 in files of VB, distinguishes the versions.
     buffers = {"Meas": meas + " " * 12000 * (version == "VB"), "MeasYaps": ascconv}
     content = b"".join(
         name.encode() + b"\0" + struct.pack("<I", len(text)) + text.encode()

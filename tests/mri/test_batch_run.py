@@ -239,8 +239,10 @@ def test_records_hold_no_tuples(tmp_path: Path) -> None:
 def test_files_have_distinct_names():
     names = {
         ("a.h5", "b.nii.gz"): ["a", "b"],
-        ("x/a.h5", "x/a.nii.gz"): ["a.h5", "a.nii.gz"],
+        ("x/a.h5", "x/a.nii.gz", "x/b.h5"): ["a.h5", "a.nii.gz", "b"],
         ("x/a.h5", "y/a.h5", "x/a.h5"): ["x/a.h5", "y/a.h5", "x/a.h5"],
     }
     for paths, expected in names.items():
         assert distinct_names([Path(path) for path in paths]) == expected
+    images = [Path("a.h5"), Path("a.h5"), Path("a.npy")]
+    assert distinct_names(images, ["-0", "-1", "-0"]) == ["a.h5-0", "a-1", "a.npy-0"]

@@ -206,19 +206,17 @@ def reconstruct(
         # The names that files state may all be the same.
         name = job.folder.name if several else given.scan.name
         counters = slice_counters(bars, name, given.num_slices)
-        if adapting is None or not given.measurement.acquisition.has_gaps:
-            results = reconstruct_scan(
-                *(given, methods, chosen, folder, outputs, job.settings, counters)
+        applied, written, adapted = methods, chosen, None
+        if adapting is not None and given.measurement.acquisition.has_gaps:
+            task = bars.add_task(f"{name}: adapting", total=adapting.steps)
+            own = replace(adapting, seed=seed + images[job.number].file)
+            adapted = AdaptedMethod(
+                codecs[NIRVANA], batch_size, own, progress=lambda done: bars.advance(task, done)
             )
-            return _named(results, name)
-        task = bars.add_task(f"{name}: adapting", total=adapting.steps)
-        adapted = AdaptedMethod(
-            *(codecs[NIRVANA], batch_size, replace(adapting, seed=seed + images[job.number].file)),
-            progress=lambda done: bars.advance(task, done),
-        )
-        both = {**methods, ADAPTED: adapted}
-        results = reconstruct_scan(given, both, ADAPTED, folder, outputs, job.settings, counters)
-        return {**_named(results, name), "adaptation": adapted.record}
+            applied, written = {**methods, ADAPTED: adapted}, ADAPTED
+        results = reconstruct_scan(given, applied, written, folder, outputs, job.settings, counters)
+        record = {} if adapted is None else {"adaptation": adapted.record}
+        return _named(results, name) | record
 
     with progress_bars() as bars:
         found = run_batch(
@@ -277,8 +275,7 @@ def _folders(images: list[_Image], out: Path, several: bool, every: bool) -> lis
     if not several:
         return [replaceable_folder(out, RESULT_FILES)]
     suffixes = [suffix_of(image.reading) if every else "" for image in images]
-    files = distinct_names([image.path for image in images])
-    names = [name + end for name, end in zip(files, suffixes, strict=True)]
+    names = distinct_names([image.path for image in images], suffixes)
     out = batch_folder(out, names)
     return [replaceable_folder(out / name, RESULT_FILES) for name in names]
 
@@ -310,6 +307,7 @@ def _rows(found: "BatchResult") -> list[dict[str, Any]]:
 
 def _print(found: "BatchResult", out: Path) -> None:
     """Prints a line for each scan, the table, and what was left out."""
+    from nirvana.mri.batch_run import left_out
     from nirvana.mri.evaluate.tables import rows_table
 
     for one in found.scans:
@@ -327,5 +325,4 @@ def _print(found: "BatchResult", out: Path) -> None:
     if out.is_dir():
         print(f"{out}: " + ", ".join(sorted(file.name for file in out.iterdir())))
     for path, reason in found.skipped:
-        where = "" if str(path) in reason else f"{path}: "
-        print(f"nirvana: left out: {where}{reason}", file=sys.stderr)
+        print(f"nirvana: {left_out(path, reason)}", file=sys.stderr)

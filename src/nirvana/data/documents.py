@@ -18,8 +18,8 @@ from nirvana.files import existing_file, refuse_utf16
 KINDS = (
     ".txt and other plain text such as .md and .py, .jsonl (each also .xz, .gz or .zst) or .parquet"
 )
-PROSE = (".txt", ".md", ".rst", ".tex")
-CODE = (
+PLAIN_TEXT = (
+    *(".txt", ".md", ".rst", ".tex"),
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt"),
     *(".swift", ".js", ".ts", ".sh", ".sql", ".jl", ".r", ".rb", ".pl", ".lua", ".hs"),
 )
@@ -62,7 +62,7 @@ def kind_of(path: str | Path) -> str:
     path = existing_file(path)
     compressed = path.suffix in _COMPRESSED
     suffix = (Path(path.stem) if compressed else path).suffix.lower()
-    kinds = dict.fromkeys((*PROSE, *CODE), "txt") | {".jsonl": "jsonl"}
+    kinds = dict.fromkeys(PLAIN_TEXT, "txt") | {".jsonl": "jsonl"}
     if not compressed:
         kinds[".parquet"] = "parquet"
     if suffix not in kinds:
@@ -73,7 +73,7 @@ def kind_of(path: str | Path) -> str:
 def read_documents(path: str | Path) -> Iterator[str]:
     """Yields the documents of a file in order.
 
-    A .txt file, or another of plain text (`PROSE`, `CODE`), is one document; a .jsonl file has one
+    A .txt file, or another of plain text (`PLAIN_TEXT`), is one document; a .jsonl file has one
     on each line, in the field "text"; a .parquet file has a column "text", as has a data set of the
     hub (`nirvana.data.hub`). Documents of white space alone are skipped; a warning states their
     number at the end of the file. A byte order mark at the start of a file is no part of its text.

@@ -224,7 +224,7 @@ def run_batch(
             except InputError as error:
                 if not skip:
                     raise
-                notify(f"{job.scan} is left out: {error}")
+                notify(left_out(job.scan, str(error)))
                 described = {"scan": str(job.scan), "reason": str(error), RECORD: job.record}
                 write_json(job.skipped, described)
     if out is not None and share.reports:
@@ -233,6 +233,11 @@ def run_batch(
             while other.lock(out).exists() or not all(map(_is_done, theirs)):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
     return _collected(jobs, len(own) - len(todo))
+
+
+def left_out(scan: Path, reason: str) -> str:
+    """The line about a scan that was left out, which names it once."""
+    return "left out: " + (reason if str(scan) in reason else f"{scan}: {reason}")
 
 
 def _is_done(job: ScanJob) -> bool:

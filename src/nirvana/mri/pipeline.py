@@ -1,5 +1,6 @@
 """One scan from a file to images: prepare it and reconstruct it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -300,15 +301,20 @@ def stem(path: Path) -> str:
     return path.name.removesuffix(".gz").rsplit(".", 1)[0]
 
 
-def distinct_names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path], ends: Sequence[str] | None = None) -> list[str]:
     """A name for each file of a run: its stem, or as much more of its path as makes it unique.
 
     Args:
-        paths: the files; a file that occurs several times has one name.
+        paths: the files.
+        ends: what follows each name; None: nothing.
     """
-    files = list(dict.fromkeys(paths))
-    for shorten in (stem, lambda path: path.name):
-        names = {path: shorten(path) for path in files}
-        if len(set(names.values())) == len(files):
-            return [names[path] for path in paths]
-    return [str(path) for path in paths]
+    ends = [""] * len(paths) if ends is None else ends
+    forms = [
+        [shorten(path) + end for path, end in zip(paths, ends, strict=True)]
+        for shorten in (stem, lambda path: path.name, str)
+    ]
+    counts = [Counter(names) for names in forms]
+    return [
+        next((name for name, count in zip(each, counts, strict=True) if count[name] == 1), each[-1])
+        for each in zip(*forms, strict=True)
+    ]
