@@ -4,11 +4,14 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from nirvana.data.documents import read_documents
 from nirvana.data.tokenizer import text_encoder
@@ -16,6 +19,7 @@ from nirvana.device import peak_memory
 from nirvana.evaluate.niah import make_niah
 from nirvana.evaluate.perplexity import read_files
 from nirvana.evaluate.recall import answer_all
+from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.cache import CACHE_FIELD
 from nirvana.model.nirvana import NirvanaForCausalLM
 
@@ -175,6 +179,45 @@ def generation_costs(model: Any, lengths: Sequence[int], steps: int) -> dict[str
         memory = peak_memory(model.device) / 2**20
         found[str(length)] = {"ms": milliseconds, "MiB": memory}
     return found
+
+
+@torch.no_grad()
+def graph_costs(model: Any, lengths: Sequence[int], steps: int) -> dict[str, dict[str, float]]:
+    """The same of `generate` at its fastest: an adopted model with a `Decoder`, which replays a
+    CUDA graph, and a Transformer with the library's static cache and compiled step."""
+    found = {}
+    adopted = isinstance(model, NirvanaForCausalLM)
+    for length in lengths:
+        tokens = torch.randint(2, model.config.vocab_size, (1, length), device=model.device)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        clock, room = _Clock(model), length + steps + 1
+        decoder = {"past_key_values": Decoder(model, max_length=room)} if adopted else {}
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            min_new_tokens=steps + 1,
+            max_new_tokens=steps + 1,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **(decoder if adopted else {"cache_implementation": "static"}),
+        )
+        taken = [1000 * (after - before) for before, after in pairwise(clock.ticks)]
+        found[str(length)] = {"ms": median(taken), "MiB": peak_memory(model.device) / 2**20}
+    return found
+
+
+class _Clock(StoppingCriteria):
+    """Records when each token was written."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.ticks = model, []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        _wait(self.model)
+        self.ticks.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _wait(model: Any) -> None:

@@ -31,9 +31,10 @@ from nirvana.train.distill import distill
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 MILLIONS = (10, 50, 200)
-SHARES = {"attention": 0.3, "logits": 0.6, "context": 0.1}
+SHARES = {"attention": 0.3, "logits": 0.5, "context": 0.2}
 """Of the tokens of a budget, by stage."""
-RATES = {"attention": 1e-3, "logits": 3e-4, "context": 1e-4}
+RATES = {"attention": 1e-3, "logits": 4e-4, "context": 2e-4}
+MODELS = (TEACHER, "window", "both", "linear")
 MEASURED = ("domains", "documents", "lengths", "costs", "problems", "tasks", "compile")
 """The options that a row records."""
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = [(TEACHER, 0), ("window", 0)]
     models += [(branches, tokens) for tokens in options.tokens for branches in ("both", "linear")]
     models += [("both", 0)]  # the teacher with the window once more, a check
+    models = [each for each in models if each[0] in options.models]
     there = {row["model"] for row in read_rows(options.out)}
     for branches, tokens in models:
         name = f"{branches}, {tokens:,} tokens" if tokens else branches
@@ -74,8 +76,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     budgets = [million * 10**6 for million in MILLIONS]
     parser.add_argument("--tokens", type=int, nargs="+", default=budgets, help="budgets")
-    parser.add_argument("--context", type=int, default=2048, help="twice as long in stage three")
-    parser.add_argument("--rows", type=int, default=8, help="of a micro batch")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument(
+        "--context", type=int, default=2048, help="tokens of a row; stage three: four times as many"
+    )
+    parser.add_argument("--rows", type=int, default=16, help="of a step")
     parser.add_argument("--domains", nargs="+", default=DOMAINS)
     parser.add_argument("--documents", type=int, default=16, help="of a domain at most")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
@@ -102,7 +107,7 @@ def _distilled(
     before, stages = initial, []
     for number, (stage, share) in enumerate(SHARES.items(), start=1):
         out = options.runs / f"{initial.name}-{tokens}-{number}"
-        length = options.context * (2 if stage == "context" else 1)
+        length = options.context * (4 if stage == "context" else 1)
         rows = max(1, options.rows * options.context // length)
         steps = max(1, round(share * tokens / (rows * length)))
         if not (out / "model").is_dir():
@@ -127,6 +132,7 @@ def _distilled(
             }
             overrides = [f"--{name}={value}" for name, value in settings.items()]
             overrides += [f"--data.train.{x}={_shards(options, x)}" for x in options.domains]
+            torch.compiler.reset()  # no stage uses what another compiled
             outcome = distill(_config(options), overrides, resume=out.is_dir())
             if not outcome.finished:
                 raise KeyboardInterrupt
@@ -191,6 +197,8 @@ def _measured(
         ids = torch.from_numpy(text[: options.context])[None].to(device)
         put("linear shares", measure.linear_shares(model, ids))
     put("generation", measure.generation_costs(model, options.costs, 16))
+    if not adopted or model.config.branches != "window":  # a Decoder needs linear branches
+        put("graph generation", measure.graph_costs(model, options.costs, 32))
     about = environment(device)
     about["commit"] = about["commit"] or options.commit
     return {**row, "seconds": seconds, "environment": about}

@@ -70,6 +70,9 @@ def test_the_study_runs(place, monkeypatch):
         assert set(row["niah"]) == {"1 at 140", "2 at 140"}
         assert set(row["generated"]) == set(measure.KINDS)
         assert set(row["generation"]) == {"8", "48"}
+        # A Decoder needs linear branches.
+        graphs = set() if row["branches"] == "window" else {"8", "48"}
+        assert set(row.get("graph generation", ())) == graphs
     assert rows["both"]["linear shares"] == [0.0, 0.0]
     assert all(share > 0 for share in rows["both, 1,500 tokens"]["linear shares"])
     # Untrained, both branches are the teacher with the same window.

@@ -11,8 +11,9 @@ from helpers.adopted_settings import ADOPTED, LLAMA3
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
 from nirvana.generate.fused_step import FusedStep
 from nirvana.generate.graph_decoder import Decoder
-from nirvana.model.attention import Rotary, rotate
+from nirvana.model.rotary import rotate, rotation
 from nirvana.model.state import State
+from nirvana.model.updater import ALIGNED, aligned_linear
 from nirvana.ops import dispatch, warn_without_kernels
 
 
@@ -155,11 +156,13 @@ def test_scaled_positions_are_the_librarys(kind):
     cos, sin = LlamaRotaryEmbedding(llama)(x, positions)
     half = torch.cat([-x[..., 16:], x[..., :16]], dim=-1)
     expected = x * cos[:, :, None] + half * sin[:, :, None]
-    rotary = Rotary.of(config)
-    assert rotary is not None
-    torch.testing.assert_close(rotate(x, positions, rotary), expected, rtol=0, atol=1e-5)
-    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, positions, rotary), expected, rtol=0, atol=1e-5)
+
+    def turned(x, positions):
+        return rotate(x, rotation(config, positions, x.dtype))
+
+    torch.testing.assert_close(turned(x, positions), expected, rtol=0, atol=1e-5)
+    compiled = torch.compile(turned, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, positions), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,3 +235,16 @@ def test_static_cache_and_decoder_are_forward(small_model, variant):
     logits = [decoder.prefill(tokens[:, :20])]
     logits += [decoder.step(tokens[:, t : t + 1]) for t in range(20, 45)]
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, 19:])
+
+
+@pytest.mark.parametrize("width", [16, 21])
+def test_an_aligned_product_is_the_product(width):
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(width, 12, dtype=torch.float64, requires_grad=True)
+    y = aligned_linear(x, weight)
+    assert y.shape == (2, 5, width)
+    assert y.stride(1) % ALIGNED == 0
+    found = torch.autograd.grad(y.square().sum(), (x, weight))
+    plain = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(found, torch.autograd.grad(plain.square().sum(), (x, weight)))

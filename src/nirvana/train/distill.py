@@ -81,6 +81,7 @@ class DistillTask(LanguageTask):
         tokens = self.units_per_step
         self.flops_per_step += 2.0 * tokens * sum(p.numel() for p in found.model.parameters())
         self.blocks: list[Any] = list(self.model.model.layers)  # type: ignore[union-attr,arg-type]
+        self.error = relative_error
 
     def prepare(self, processes: ProcessContext, compiled: bool) -> None:
         """See `LanguageTask.prepare`; the stage "attention" computes no whole blocks, and compiles
@@ -91,6 +92,7 @@ class DistillTask(LanguageTask):
             compile_teacher(self.teacher, hooked=not whole)
         if compiled and not whole:
             compile_blocks(block.updater for block in self.blocks)
+            self.error = torch.compile(relative_error, dynamic=False)
         for block in self.blocks:
             register_fsdp_forward_method(block, "mix")
         register_fsdp_forward_method(self.model, "mixed")
@@ -129,7 +131,7 @@ class DistillTask(LanguageTask):
             inputs, targets = attention_pairs(self.teacher, given, packed)
             outputs = self.model.mixed(inputs, batch["position_ids"], borders)  # type: ignore[operator]
             errors = torch.stack(
-                [_relative_error(y, target) for y, target in zip(outputs, targets, strict=True)]
+                [self.error(y, target) for y, target in zip(outputs, targets, strict=True)]
             )
             return errors.mean(), {"worst_layer": errors.max().detach()}
         taught = teacher_logits(self.teacher, given, packed)
@@ -155,7 +157,7 @@ class DistillTask(LanguageTask):
                 block.updater.window_kept = None if kept is None else kept[number]
 
 
-def _relative_error(y: Tensor, target: Tensor) -> Tensor:
+def relative_error(y: Tensor, target: Tensor) -> Tensor:
     """The squared error of y `[B, T, D]`, relative to the mean square of the target."""
     target = target.float()
     return (y.float() - target).square().mean() / target.square().mean()

@@ -31,9 +31,12 @@ def compile_teacher(teacher: Any, hooked: bool) -> None:
 
     Args:
         teacher: of `prepare_teacher`.
-        hooked: of each layer only the part without hooks, the MLP, for `attention_pairs`.
+        hooked: of each layer only the parts without hooks, the MLP and the norms, for
+            `attention_pairs`.
     """
-    compile_blocks(layer.mlp if hooked else layer for layer in teacher.model.layers)
+    layers = teacher.model.layers
+    parts = ("input_layernorm", "post_attention_layernorm", "mlp")
+    compile_blocks((getattr(x, part) for x in layers for part in parts) if hooked else layers)
 
 
 @torch.no_grad()
