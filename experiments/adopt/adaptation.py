@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, tokenizer = load_language_model(options.model, device)
     if device.type == "cuda":
         nn.Module.to(model, torch.bfloat16)
+    if not options.graphs:
+        model.register_forward_hook(lambda *_: None)  # a model with hooks is read without graphs
     data = encoded_data(load_documents(options.documents), tokenizer, options.tokens)
     identity = data.identity + sha256(options.model / "tokenizer.json")[:8]
     about = environment(device)
@@ -78,6 +80,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, nargs="+", default=CHUNKS, help="candidates")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="step sizes to try")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="CUDA graphs, on a GPU",
+    )
     parser.add_argument("--minutes", type=float, help="begin no measurement later")
     parser.add_argument("--commit", help="of the code, for the record, where there is no git")
     options = parser.parse_args(arguments)

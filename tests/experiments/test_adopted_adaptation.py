@@ -136,3 +136,16 @@ def test_a_model_without_a_trigger_adapts_its_norms_alone(place, tmp_path):
 def test_impossible_sizes_are_refused(place, tmp_path, more, reason):
     with pytest.raises(InputError, match=reason):
         adaptation.main(arguments(place, "teacher", tmp_path / "rows.jsonl", *more))
+
+
+@pytest.mark.parametrize("option", ["--graphs", "--no-graphs"])
+def test_graphs_can_be_left_out(place, tmp_path, monkeypatch, option):
+    seen = []
+    monkeypatch.setattr(
+        adaptation, "measure", lambda context, name, *_: seen.append((context, name))
+    )
+    adopt(place / "teacher", tmp_path / "both", "both", window=16, sinks=1)
+    adaptation.main(arguments(place, tmp_path / "both", tmp_path / "rows.jsonl", option))
+    ((context, name),) = seen
+    # A model with hooks is read without graphs, see `nirvana.adapt.chunk_graphs.refusal`.
+    assert bool(context.model(name)._forward_hooks) == (option == "--no-graphs")
