@@ -14,6 +14,7 @@ from helpers.words import WORDS
 from nirvana.data.shards import TokenShards
 from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
 from nirvana.errors import InputError
+from nirvana.evaluate.harness import run_tasks
 from nirvana.model.adopt import adopt
 from nirvana.model.assets import load_language_model
 
@@ -32,7 +33,7 @@ def place(tmp_path_factory):
                 file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
     (place / "data" / "benchmarks").mkdir()
     with lzma.open(place / "data" / "benchmarks" / "piqa.jsonl.xz", "wt") as file:
-        for _ in range(3):
+        for _ in range(8):
             query, *choices = (" ".join(dice.choices(WORDS, k=4)) for _ in range(3))
             file.write(json.dumps({"query": query, "choices": choices, "gold": 1}) + "\n")
     train_tokenizer([folder / "train.jsonl.xz"], place / "teacher", 300)
@@ -139,3 +140,13 @@ def test_rows_continue_together_as_alone(place, tmp_path, branches):
         # A row that ends before the others is padded.
         assert found[: len(alone)].equal(alone)
         assert not found[len(alone) :].any()
+
+
+def test_benchmarks_have_the_points_of_lm_eval(place, tmp_path):
+    adopt(place / "teacher", tmp_path / "out", "both", window=16)
+    model, tokenizer = load_language_model(tmp_path / "out")
+    folder = place / "data" / "benchmarks"
+    own = measure.benchmarks(model, tokenizer, ["piqa"], 8, folder)["piqa"]["points"]
+    library = run_tasks(model, tokenizer, ["piqa"], [], folder, 8)["piqa"]["each"]["points"]
+    assert [*map(float, own)] == library
+    assert 0 < sum(library) < len(library)
