@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(options.device)
     budget = Budget(options.size, options.tokens, options.context, options.rows)
     shards = load_data(options.data).shards
+    assert shards is not None  # the whole data are read
     config = configuration(options.variant, 0, "A", budget, shards, device)
     torch.manual_seed(0)
     task = LanguageTask(config, device)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common.prepared import load_prepared
+from experiments.common.prepared import load_prepared, load_scored
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "data"
+SCORED = "documents.json.xz"
+PROGRAM = "experiments.adapt.prepare"  # that writes the data
 RESULTS = HERE / "results.jsonl.xz"
 BLOCK = 256  # tokens whose nats are one number in the results
 TOKENS = 4096  # predicted tokens of a document in the main table
@@ -22,7 +24,8 @@ class Document:
     Attributes:
         tokens: BOS first; 1 + a multiple of `BLOCK`.
         bytes: UTF-8 bytes of each block.
-        packed: bytes of its first `TOKENS` tokens, and of three quarters of them, by xz and PPMd.
+        packed: bytes of its first `TOKENS` tokens, and of three quarters of them, by xz and PPMd;
+            empty for a text that was encoded anew.
     """
 
     tokens: list[int]
@@ -38,14 +41,14 @@ class Data:
         test: domain -> documents.
         valid: the same, of documents from which settings are chosen.
         recall: name -> problems, {"tokens", "answers"}.
-        shards: folder of the training text's shards, by domain.
+        shards: folder of the training text's shards, by domain; None: documents alone were read.
         identity: a hash of it all.
     """
 
     test: dict[str, list[Document]]
     valid: dict[str, list[Document]]
     recall: dict[str, list[dict[str, Any]]]
-    shards: Path
+    shards: Path | None
     identity: str
 
 
@@ -55,9 +58,24 @@ def load_data(folder: Path) -> Data:
     Raises:
         InputError: for data that `experiments.adapt.prepare` did not write.
     """
-    shards, found, identity = load_prepared(
-        folder, "documents.json.xz", "experiments.adapt.prepare"
-    )
+    shards, found, identity = load_prepared(folder, SCORED, PROGRAM)
+    return _data(found, shards, identity)
+
+
+def load_documents(file: Path) -> Data:
+    """Reads the prepared documents alone, which are all that a trained model needs.
+
+    Args:
+        file: documents.json.xz.
+
+    Raises:
+        InputError: for a file that `experiments.adapt.prepare` did not write.
+    """
+    found, identity = load_scored(file, PROGRAM)
+    return _data(found, None, identity)
+
+
+def _data(found: dict[str, Any], shards: Path | None, identity: str) -> Data:
     test, valid = (
         {domain: [Document(**each) for each in documents] for domain, documents in split.items()}
         for split in (found["test"], found["valid"])

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from experiments.adapt import prose
+from experiments.adapt.conditions import MOST_WORSE
 from experiments.adapt.data import BLOCK, HERE, RESULTS
 from experiments.adapt.domains import SEEN, UNSEEN, VALIDATION
 from experiments.adapt.extra import LORA_RANK
 from experiments.adapt.measure import change
-from experiments.adapt.parts import EQUAL, MOST_WORSE
+from experiments.adapt.parts import EQUAL
 from experiments.adapt.scores import Nats, Study, largest, show
 from experiments.adapt.verdicts import (
     REFERENCE,

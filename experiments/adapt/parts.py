@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,13 @@ import torch
 from torch import Tensor
 
 from experiments.adapt import extra
+from experiments.adapt.conditions import (
+    choose,
+    grid,
+    measure_condition,
+    named_nats,
+    swapped,
+)
 from experiments.adapt.context import Context, by_domain, changed, is_seen, plain
 from experiments.adapt.data import BLOCK, LONG
 from experiments.adapt.domains import UNSEEN
@@ -19,7 +25,6 @@ from experiments.adapt.measure import (
     FROZEN,
     block_nats,
     cache_mixture,
-    change,
     read,
     rows_of,
     still,
@@ -44,61 +49,19 @@ VALIDATED = "trained, on validation documents"
 GROUPS = ("norm", "fast", "low_rank")
 CHUNKS = (32, 64, 128)
 SIZES = (0.01, 0.02, 0.04)
-FAST = 3.0  # step size of "fast" in those of "norm"
-MOST_WORSE = 0.1  # percent that a seen domain may lose on validation documents
 SHARES = (0.02, 0.05, 0.1, 0.2)
 STEP_ROWS = {"cuda": 64, "cpu": 16}
 
 
-def _chosen(context: Context, model: str, kind: str, grid: list[AdaptConfig]) -> None:
-    """Reads validation documents with each of some settings, and records the best: the lowest bits
-    in the last quarter of domains that were not trained on, among those that lose at most
-    `MOST_WORSE` in every domain that was."""
-    names, _, rows = context.flat("valid")
-    network = context.model(model)
-    frozen = context.measure(
-        "valid",
-        {"model": model, "config": "frozen"},
-        lambda: {"nats": block_nats(read(network, rows, FROZEN)[0])},
-    )
-    found = []
-    for config in grid:
-        row = context.measure(
-            "valid",
-            {"model": model, "config": plain(config)},
-            lambda config=config: {"nats": block_nats(read(network, rows, config)[0])},
-        )
-        if row is None or frozen is None:
-            return
-        last = by_domain(names, change(row["nats"], frozen["nats"], "last"))
-        whole = by_domain(names, change(row["nats"], frozen["nats"], "all"))
-        gain = mean(mean(each) for domain, each in last.items() if not is_seen(domain))
-        increase = max((mean(each) for d, each in whole.items() if is_seen(d)), default=0.0)
-        print(f"  {config.chunk} {config.lr}: {gain:+.2f} %, seen at worst {increase:+.2f} %")
-        found.append((increase > MOST_WORSE, gain, increase, config))
-    _, gain, increase, best = min(found, key=lambda each: each[:2])
-    figures = {"figure": round(gain, 3), "worst": round(increase, 3)}
-    name = {"model": model, "kind": kind}
-    context.measure("select", name, lambda: {"config": plain(best), **figures})
-
-
-def _grid(groups: tuple[str, ...], chunks: tuple[int, ...], sizes: Any) -> list[AdaptConfig]:
-    return [
-        AdaptConfig(groups, chunk, lr={g: size * (FAST if g == "fast" else 1) for g in groups})
-        for chunk in chunks
-        for size in sizes
-    ]
-
-
 def select(context: Context) -> None:
     """Chooses the settings of `tiny` on validation documents."""
-    _chosen(context, "tiny", "chosen", _grid(("norm", "fast"), CHUNKS, SIZES))
+    choose(context, "tiny", "chosen", grid(("norm", "fast"), CHUNKS, SIZES))
 
 
 def groups(context: Context) -> None:
     """Chooses the step size of each group alone."""
     for group in GROUPS:
-        _chosen(context, "tiny", group, _grid((group,), CHUNKS[1:2], SIZES))
+        choose(context, "tiny", group, grid((group,), CHUNKS[1:2], SIZES))
 
 
 def caches(context: Context) -> None:
@@ -110,7 +73,9 @@ def _batches(context: Context, number: int) -> Iterator[list[Tensor]]:
     """Training documents of another look, side by side."""
     tokenizer = context.tokenizer()
     encode = tokenizer.backend_tokenizer
-    shards = [TokenShards(context.data.shards / d) for d in context.data.test if is_seen(d)]
+    folder = context.data.shards
+    assert folder is not None  # the whole data are read
+    shards = [TokenShards(folder / d) for d in context.data.test if is_seen(d)]
     source = random.Random(0)
     for _ in range(number):
         rows: list[Tensor] = []
@@ -129,7 +94,7 @@ def steps(context: Context) -> None:
     name = {"model": "tiny", "kind": "trained"}
     row = context.measure("steps", name, partial(_learn_steps, context, 0.0))
     if row is not None:
-        _chosen(context, "tiny", VALIDATED, [context.settings("tiny", "trained")])
+        choose(context, "tiny", VALIDATED, [context.settings("tiny", "trained")])
 
 
 def start(context: Context) -> None:
@@ -166,15 +131,15 @@ def test(context: Context) -> None:
     sizes = by_domain(names, [each.bytes[: len(row) // BLOCK] for each, row in pairs])
     name = {"model": "tiny", "condition": "bytes"}
     context.measure("test", name, lambda: {"bytes": sizes, "packed": packed})
-    _measure(context, names, rows, "frozen", FROZEN)
+    measure_condition(context, names, rows, "frozen", FROZEN)
     for kind in ("chosen", "trained"):
-        _measure(context, names, rows, kind, context.settings("tiny", kind))
+        measure_condition(context, names, rows, kind, context.settings("tiny", kind))
     kind = "trained, start"
     learned = context.settings_row("tiny", kind)
     if learned is not None:
         config = context.settings("tiny", kind)
         task = task_of(context.model("tiny"), config, torch.tensor([learned["start"]]))
-        _measure(context, names, rows, kind, config, task)
+        measure_condition(context, names, rows, kind, config, task)
 
 
 def variants(context: Context) -> None:
@@ -183,32 +148,13 @@ def variants(context: Context) -> None:
     ours = context.settings("tiny", "chosen")
     for chunk in (32, 64, 128, 256, 512):
         if chunk != ours.chunk:
-            _measure(context, names, rows, f"chunk {chunk}", changed(ours, chunk=chunk))
+            measure_condition(context, names, rows, f"chunk {chunk}", changed(ours, chunk=chunk))
     for number in (2, 3):
-        _measure(context, names, rows, f"{number} steps", changed(ours, steps=number))
+        measure_condition(context, names, rows, f"{number} steps", changed(ours, steps=number))
     everything = changed(ours, parameters=tuple(GROUPS), lr={**ours.lr, "low_rank": 0.01})
-    _measure(context, names, rows, "all three", everything)
+    measure_condition(context, names, rows, "all three", everything)
     for group in GROUPS:
-        _measure(context, names, rows, group, context.settings("tiny", group))
-
-
-def _measure(
-    context: Context,
-    names: list[str],
-    rows: list[Tensor],
-    condition: str,
-    config: AdaptConfig,
-    task: Task | None = None,
-    model: str = "tiny",
-) -> None:
-    """Adds the row of a condition of the main table."""
-
-    def compute() -> Row:
-        scores, values = read(context.model(model), rows, config, task)
-        found = {"config": plain(config), "nats": _named(names, scores)}
-        return found | ({"numbers": values.shape[1]} if config.steps else {})
-
-    context.measure("test", {"model": model, "condition": condition}, compute)
+        measure_condition(context, names, rows, group, context.settings("tiny", group))
 
 
 def equal(context: Context) -> None:
@@ -217,10 +163,10 @@ def equal(context: Context) -> None:
     for model in EQUAL:
         if not (context.models / model).is_dir():
             continue
-        _chosen(context, model, "chosen", _grid(("norm",), CHUNKS[1:2], SIZES))
+        choose(context, model, "chosen", grid(("norm",), CHUNKS[1:2], SIZES))
         conditions = {"frozen": FROZEN, "norm": context.settings(model, "chosen")}
         for name, config in conditions.items():
-            _measure(context, names, rows, name, config, model=model)
+            measure_condition(context, names, rows, name, config, model=model)
 
 
 def joint(context: Context) -> None:
@@ -231,7 +177,7 @@ def joint(context: Context) -> None:
         return
     conditions = {"frozen": FROZEN, "trained": context.settings("tiny", "trained")}
     for name, config in conditions.items():
-        _measure(context, names, rows, name, config, model="tiny-joint")
+        measure_condition(context, names, rows, name, config, model="tiny-joint")
 
 
 def controls(context: Context) -> None:
@@ -248,44 +194,13 @@ def controls(context: Context) -> None:
 
         def compute(mixed: Callable[..., Tensor] = mixed) -> Row:
             pairs = zip(rows, scores(), strict=True)
-            return {"nats": _named(names, [mixed(row.tolist(), nll) for row, nll in pairs])}
+            return {"nats": named_nats(names, [mixed(row.tolist(), nll) for row, nll in pairs])}
 
         context.measure("test", {"model": "tiny", "condition": name}, compute)
     turned = {name: -ours.step_size(name) for name in ours.parameters}
-    _measure(context, names, rows, "turned", changed(ours, lr=turned))
-    _swapped(context, names, rows, ours)
+    measure_condition(context, names, rows, "turned", changed(ours, lr=turned))
+    swapped(context, names, rows, ours)
     _of_domains(context, names, rows, ours)
-
-
-def _named(names: list[str], scores: list[Tensor]) -> dict[str, Any]:
-    return by_domain(names, block_nats(scores))
-
-
-def _swapped(context: Context, names: list[str], rows: list[Tensor], config: AdaptConfig) -> None:
-    """Task parameters of one document, fixed, on another one."""
-    model = context.model("tiny")
-    places = by_domain(names, range(len(names)))
-    domains = [*places]
-    half = len(domains) // 2
-
-    def own(number: int) -> int:
-        here = places[names[number]]
-        return here[(here.index(number) + 1) % len(here)]
-
-    def other(number: int) -> int:
-        here = places[names[number]].index(number)
-        there = places[domains[(domains.index(names[number]) + half) % len(domains)]]
-        return there[here % len(there)]
-
-    learned = cache(lambda: read(model, rows, config)[1])
-    for name, place in (("own domain", own), ("other domain", other)):
-
-        def compute(place: Callable[[int], int] = place) -> Row:
-            numbers = [place(number) for number in range(len(rows))]
-            task = task_of(model, config, learned()[numbers])
-            return {"nats": _named(names, read(model, rows, still(config), task)[0])}
-
-        context.measure("test", {"model": "tiny", "condition": name}, compute)
 
 
 def _of_domains(
@@ -388,7 +303,7 @@ def long(context: Context) -> None:
         context.measure(
             "long",
             {"condition": name},
-            lambda c=config: {"nats": _named(list(names), read(model, rows, c)[0])},
+            lambda c=config: {"nats": named_nats(list(names), read(model, rows, c)[0])},
         )
 
 

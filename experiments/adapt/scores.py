@@ -47,10 +47,11 @@ class Study:
 
     Args:
         rows: those of `largest`.
+        model: that the methods are about where they are given no other.
     """
 
-    def __init__(self, rows: Sequence[Row]):
-        self.rows = rows
+    def __init__(self, rows: Sequence[Row], model: str = "tiny"):
+        self.rows, self.model = rows, model
         self.tokens: int = rows[0]["scale"]["tokens"]
         self.count = self.tokens // BLOCK
 
@@ -58,26 +59,25 @@ class Study:
         """The rows of a part."""
         return [row for row in self.rows if row["part"] == part]
 
-    def row(self, condition: str, model: str = "tiny") -> Row:
+    def row(self, condition: str, model: str | None = None) -> Row:
         """The row of a condition of the main table."""
-        name = {"model": model, "condition": condition}
+        name = {"model": model or self.model, "condition": condition}
         return next(row for row in self.part("test") if row["name"] == name)
 
-    def has(self, condition: str, model: str = "tiny") -> bool:
+    def has(self, condition: str, model: str | None = None) -> bool:
         """Whether a condition was measured."""
-        name = {"model": model, "condition": condition}
+        name = {"model": model or self.model, "condition": condition}
         return any(row["name"] == name for row in self.part("test"))
 
     def conditions(self) -> list[str]:
-        """The conditions of `tiny` in the order of the table."""
-        names = [
-            row["name"]["condition"] for row in self.part("test") if row["name"]["model"] == "tiny"
-        ]
+        """The conditions of the model in the order of the table."""
+        own = [row["name"] for row in self.part("test") if row["name"]["model"] == self.model]
+        names = [name["condition"] for name in own]
         known = [name for name in CONDITIONS if name in names]
         chunks = [name for name in names if name.startswith("chunk")]
         return [*known, *sorted(chunks, key=lambda name: int(name.split()[1]))]
 
-    def counts(self, conditions: Sequence[str], model: str = "tiny") -> dict[str, int]:
+    def counts(self, conditions: Sequence[str], model: str | None = None) -> dict[str, int]:
         """The documents of each domain that all of some conditions have."""
         found = [self.row(name, model)["nats"] for name in conditions]
         return {
@@ -91,7 +91,7 @@ class Study:
         condition: str,
         domains: Sequence[str],
         part: str,
-        model: str = "tiny",
+        model: str | None = None,
         beside: Sequence[str] = (),
     ) -> np.ndarray:
         """Change of each document's bits against the frozen model.
@@ -117,7 +117,12 @@ class Study:
         return np.array(found)
 
     def blocks(
-        self, condition: str, domains: Sequence[str], first: int, stop: int, model: str = "tiny"
+        self,
+        condition: str,
+        domains: Sequence[str],
+        first: int,
+        stop: int,
+        model: str | None = None,
     ) -> np.ndarray:
         """Change of each document's bits against the frozen model in some blocks, in percent."""
         own: Nats = self.row(condition, model)["nats"]
@@ -140,7 +145,7 @@ class Study:
         domains: Sequence[str],
         first: int,
         stop: int,
-        model: str = "tiny",
+        model: str | None = None,
     ) -> np.ndarray:
         """Bits of each document for each of its bytes, of the documents whose bytes are known.
 

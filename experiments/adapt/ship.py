@@ -10,8 +10,9 @@ percent in every domain that was.
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.adapt.conditions import MOST_WORSE
 from experiments.adapt.data import RESULTS
-from experiments.adapt.parts import MOST_WORSE, VALIDATED
+from experiments.adapt.parts import VALIDATED
 from experiments.common.program import make_parser
 from experiments.common.results import read_rows
 from nirvana.errors import InputError, script

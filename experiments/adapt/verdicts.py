@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.adapt import prose
+from experiments.adapt.conditions import MOST_WORSE
 from experiments.adapt.domains import SEEN, UNSEEN
 from experiments.adapt.measure import change
-from experiments.adapt.parts import EQUAL, MOST_WORSE
+from experiments.adapt.parts import EQUAL
 from experiments.adapt.scores import Study, show
 from experiments.common.tables import table
 from nirvana.statistics import holm, t_interval, t_test

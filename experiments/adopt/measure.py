@@ -1,8 +1,9 @@
 """What the study measures of a model."""
 
+import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from experiments.common.benchmarks import chance, point, read_questions
 from nirvana.data.documents import read_documents
 from nirvana.data.tokenizer import text_encoder
 from nirvana.device import peak_memory
+from nirvana.evaluate.likelihood import token_log_likelihoods
 from nirvana.evaluate.niah import make_niah
 from nirvana.evaluate.perplexity import read_files
 from nirvana.evaluate.recall import answer_all
@@ -29,27 +32,53 @@ WORDS = (
 )
 KINDS = ("copy", "add", "recall", "format")
 SHOTS = 4
+BATCH = 64  # answers of benchmarks that are read together
 
 
 def bits_per_byte(
     model: Any, tokenizer: Any, files: dict[str, Path], limit: int | None
-) -> dict[str, float]:
-    """Bits per byte of each file."""
+) -> tuple[dict[str, float], dict[str, list[list[float]]]]:
+    """Bits per byte of each file, and tokens, bits and bytes of each of its documents."""
     scores = read_files(model, tokenizer, files, limit)
-    return {name: score.total.bits_per_byte for name, score in scores.items()}
+    documents = {
+        name: [
+            [each.tokens, round(each.nats / math.log(2), 2), each.bytes] for each in score.documents
+        ]
+        for name, score in scores.items()
+    }
+    return {name: score.total.bits_per_byte for name, score in scores.items()}, documents
+
+
+def shares(points: Mapping[str, str]) -> dict[str, float]:
+    """Name -> share of right answers, of points such as "0110", one digit for each problem."""
+    return {name: each.count("1") / len(each) for name, each in points.items()}
+
+
+def benchmarks(
+    model: Any, tokenizer: Any, tasks: Sequence[str], number: int, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Points of the first questions of tasks of the harness, and the share that a guess has."""
+    found = {}
+    for name in tasks:
+        questions = read_questions(folder, name, tokenizer, number)
+        rows = [row for question in questions for row in question["rows"]]
+        scores = iter(token_log_likelihoods(model, rows, batch_size=BATCH))
+        points = [point(each, [next(scores) for _ in each["rows"]]) for each in questions]
+        found[name] = {"points": "".join(map(str, points)), "chance": chance(questions)}
+    return found
 
 
 def needles(
     model: Any, tokenizer: Any, lengths: Sequence[int], number: int, haystack: Path
-) -> dict[str, float]:
-    """Accuracy of S-NIAH 1 and 2 at each length; problems are read whole and together."""
+) -> dict[str, str]:
+    """Points of S-NIAH 1 and 2 at each length; problems are read whole and together."""
     encode, found = text_encoder(tokenizer), {}
     for length in lengths:
         for task in (1, 2):
             texts = read_documents(haystack)
             problems = make_niah(task, encode, tokenizer.bos_token_id, length, number, texts)
             recall = answer_all(model, problems, piece=length, batch_size=number)
-            found[f"{task} at {length}"] = recall.accuracy
+            found[f"{task} at {length}"] = "".join(str(int(each)) for each in recall.points)
     return found
 
 
@@ -71,8 +100,8 @@ def problem(kind: str, dice: random.Random) -> tuple[str, str]:
     )
 
 
-def generated(model: Any, tokenizer: Any, number: int) -> dict[str, float]:
-    """The share of problems of each kind that greedy generation answers exactly, after `SHOTS`
+def generated(model: Any, tokenizer: Any, number: int) -> dict[str, str]:
+    """Points of problems of each kind, 1 where greedy generation answers exactly, after `SHOTS`
     examples."""
     encode, found = text_encoder(tokenizer), {}
     for kind in KINDS:
@@ -87,10 +116,10 @@ def generated(model: Any, tokenizer: Any, number: int) -> dict[str, float]:
         rows = [[tokenizer.bos_token_id, *ids] for ids in encode(prompts)]
         texts = tokenizer.batch_decode(continued(model, rows, room))
         right = [
-            text.startswith(answer.rstrip("\n"))
+            str(int(text.startswith(answer.rstrip("\n"))))
             for text, answer in zip(texts, answers, strict=True)
         ]
-        found[kind] = sum(right) / number
+        found[kind] = "".join(right)
     return found
 
 

@@ -23,6 +23,7 @@ from nirvana.data.shards import TokenShards
 from nirvana.data.tokenizer import load_tokenizer
 from nirvana.device import choose_device
 from nirvana.errors import script
+from nirvana.evaluate.tasks import TASKS, task_file
 from nirvana.files import check_outputs
 from nirvana.model.adopt import load_teacher
 from nirvana.model.assets import load_language_model
@@ -35,6 +36,8 @@ SHARES = {"attention": 0.3, "logits": 0.5, "context": 0.2}
 """Of the tokens of a budget, by stage."""
 RATES = {"attention": 1e-3, "logits": 4e-4, "context": 2e-4}
 MODELS = (TEACHER, "window", "both", "linear")
+BENCHMARKS = ("arc_easy", "hellaswag", "lambada", "piqa")
+"""Tasks of the harness in which a model of this size is far from a guess."""
 MEASURED = ("domains", "documents", "lengths", "costs", "problems", "tasks", "compile")
 """The options that a row records."""
 
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     inputs = [options.data, options.prepared / "models", options.prepared / "shards"]
     check_outputs({"--out": options.out, "--runs": options.runs}, inputs)
+    for task in options.tasks:
+        task_file(task, options.data / "benchmarks")  # before hours of work, not after
     device = choose_device(options.device)
     end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     models = [(TEACHER, 0), ("window", 0)]
@@ -86,7 +91,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--costs", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--problems", type=int, default=100)
-    parser.add_argument("--tasks", nargs="*", default=[], help="of nirvana eval --tasks")
+    parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=BENCHMARKS)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--compile",
@@ -174,6 +179,7 @@ def _measured(
         "parameters": sum(p.numel() for p in model.parameters()),
         "window": model.config.sliding_window if adopted else None,
         "sinks": model.config.num_sinks if adopted else None,
+        "positions": None if adopted else model.config.max_position_embeddings,
         "corpus": corpus,
         "epochs": tokens / sum(corpus.values()),
         "settings": {name: getattr(options, name) for name in MEASURED},
@@ -184,14 +190,16 @@ def _measured(
     def put(name: str, value: Any) -> None:
         row[name], seconds[name] = value, time.monotonic() - began - sum(seconds.values())
 
-    put("bits per byte", measure.bits_per_byte(model, tokenizer, texts, options.documents))
-    put("niah", measure.needles(model, tokenizer, options.lengths, options.problems, haystack))
-    put("generated", measure.generated(model, tokenizer, options.problems))
-    if options.tasks:
-        from nirvana.evaluate.harness import run_tasks
-
-        found = run_tasks(model, tokenizer, options.tasks, [], None, options.problems)
-        put("tasks", {task: each["figures"] for task, each in found.items()})
+    bits, row["documents"] = measure.bits_per_byte(model, tokenizer, texts, options.documents)
+    put("bits per byte", bits)
+    points = measure.needles(model, tokenizer, options.lengths, options.problems, haystack)
+    put("niah", measure.shares(points))
+    answered = measure.generated(model, tokenizer, options.problems)
+    put("generated", measure.shares(answered))
+    row["points"] = {"niah": points, "generated": answered}
+    benchmarks = options.data / "benchmarks"
+    number = options.problems
+    put("tasks", measure.benchmarks(model, tokenizer, options.tasks, number, benchmarks))
     if adopted:
         text, _ = next(TokenShards(_shards(options, options.domains[0])).documents(1))
         ids = torch.from_numpy(text[: options.context])[None].to(device)

@@ -18,6 +18,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from experiments.common.benchmarks import read_questions
 from experiments.common.program import make_parser
 from experiments.language.data import FOLDER
 from experiments.language.variants import DOMAINS
@@ -27,7 +28,7 @@ from nirvana.data.tokenizer import aligned_encoder, load_tokenizer, text_encoder
 from nirvana.errors import InputError, script
 from nirvana.evaluate.mqar import make_mqar
 from nirvana.evaluate.niah import make_niah
-from nirvana.evaluate.tasks import TASKS, answer_tokens, answers, task_file
+from nirvana.evaluate.tasks import TASKS
 from nirvana.files import atomic_file, check_outputs, sha256
 from nirvana.packaged import resolve
 
@@ -88,7 +89,9 @@ def prepare(data: Path, out: Path, megabytes: float, questions: int, problems: i
                 d: _texts(data, d, "valid", tokenizer, EDGES[-2], VALID_DOCUMENTS) for d in DOMAINS
             },
         },
-        "tasks": {name: _task(data, name, tokenizer, questions) for name in TASKS},
+        "tasks": {
+            name: read_questions(data / "benchmarks", name, tokenizer, questions) for name in TASKS
+        },
         "recall": _recall(data, tokenizer, problems),
     }
     with atomic_file(out / "evaluation.json.xz") as file:
@@ -131,23 +134,6 @@ def _texts(
         spans = pairwise(EDGES)
         spelled = [sum(sizes[start - 1 : min(stop, most) - 1]) for start, stop in spans]
         found.append({"tokens": [tokenizer.bos_token_id, *ids][:most], "bytes": spelled})
-    return found
-
-
-def _task(data: Path, name: str, tokenizer: Any, most: int) -> list[dict[str, Any]]:
-    """Tokens of every possible answer to each question, where each begins, and which is right."""
-    encode = text_encoder(tokenizer)
-    found = []
-    for question in TASKS[name].read(task_file(name, data / "benchmarks"))[:most]:
-        pairs, gold = answers(question)
-        rows = [answer_tokens(encode, *pair) for pair in pairs]
-        found.append(
-            {
-                "rows": [[tokenizer.bos_token_id, *tokens] for tokens, _ in rows],
-                "starts": [first + 1 for _, first in rows],
-                "gold": gold,
-            }
-        )
     return found
 
 

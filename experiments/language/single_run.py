@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.common.benchmarks import chance, point
 from experiments.language.probe import probe_trigger
 from experiments.language.variants import PEERS, SETTINGS, Budget, fields_of
 from nirvana.config import from_dict
@@ -153,14 +154,8 @@ def score(model: Any, evaluation: dict[str, Any], batch_tokens: int) -> dict[str
     questions = [question for each in evaluation["tasks"].values() for question in each]
     read = iter(_scores(model, [r for q in questions for r in q["rows"]], batch_tokens))
     for name, each in evaluation["tasks"].items():
-        points = [_point(question, [next(read) for _ in question["rows"]]) for question in each]
-        choices = [len(question["rows"]) for question in each]
-        found["tasks"][name] = {
-            "points": "".join(map(str, points)),
-            "chance": round(sum(1 / n for n in choices) / len(choices), 4)
-            if max(choices) > 1
-            else 0,
-        }
+        points = [point(question, [next(read) for _ in question["rows"]]) for question in each]
+        found["tasks"][name] = {"points": "".join(map(str, points)), "chance": chance(each)}
     problems = [problem for each in evaluation["recall"].values() for problem in each]
     read = iter(_scores(model, [each["tokens"] for each in problems], batch_tokens))
     for name, each in evaluation["recall"].items():
@@ -179,16 +174,6 @@ def _ranges(nll: Tensor, edges: Sequence[int]) -> list[float]:
     """Bits of a document's tokens between each two edges; entry t - 1 is token t's nll."""
     spans = pairwise(edges)
     return [round(float(nll[a - 1 : b - 1].sum()) / math.log(2), 1) for a, b in spans]
-
-
-def _point(question: dict[str, Any], read: list[tuple[Tensor, Tensor]]) -> int:
-    """Whether the right answer is the most likely one; of a single answer, whether greedy decoding
-    writes it."""
-    after = [start - 1 for start in question["starts"]]
-    if len(read) == 1:
-        return int(bool(read[0][1][after[0] :].all()))
-    totals = [float(nll[first:].sum()) for (nll, _), first in zip(read, after, strict=True)]
-    return int(totals.index(min(totals)) == question["gold"])
 
 
 def _recall(problem: dict[str, Any], nll: Tensor, is_argmax: Tensor) -> tuple[float, float]:

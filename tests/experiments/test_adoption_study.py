@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from experiments.adopt import measure, prepare, study
+from experiments.adopt import measure, page, prepare, study
 from experiments.common.results import read_rows
 from helpers.words import WORDS
 from nirvana.data.shards import TokenShards
 from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
+from nirvana.errors import InputError
+from nirvana.evaluate.harness import run_tasks
 from nirvana.model.adopt import adopt
 from nirvana.model.assets import load_language_model
 
@@ -29,6 +31,11 @@ def place(tmp_path_factory):
             for _ in range(count):
                 sentences = [" ".join(dice.choices(WORDS, k=9)) + "." for _ in range(20)]
                 file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
+    (place / "data" / "benchmarks").mkdir()
+    with lzma.open(place / "data" / "benchmarks" / "piqa.jsonl.xz", "wt") as file:
+        for _ in range(8):
+            query, *choices = (" ".join(dice.choices(WORDS, k=4)) for _ in range(3))
+            file.write(json.dumps({"query": query, "choices": choices, "gold": 1}) + "\n")
     train_tokenizer([folder / "train.jsonl.xz"], place / "teacher", 300)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -52,7 +59,7 @@ def test_the_study_runs(place, monkeypatch):
     prepare.main([*given, *source, "--out", str(prepared)])
     assert 0.02e6 <= TokenShards(prepared / "shards" / "law").bytes.sum() < 0.025e6
     sizes = "--tokens 1500 --context 64 --rows 2 --documents 2 --lengths 140 --costs 8 48"
-    sizes += " --problems 2 --device cpu"
+    sizes += " --problems 2 --tasks piqa --device cpu"
     arguments = [*given, "--prepared", str(prepared), "--runs", str(place / "runs")]
     arguments += ["--out", str(place / "rows.jsonl"), *sizes.split()]
     study.main([*arguments, "--minutes", "0"])
@@ -62,13 +69,20 @@ def test_the_study_runs(place, monkeypatch):
     distilled = {"both, 1,500 tokens", "linear, 1,500 tokens"}
     assert set(rows) == {"teacher", "window", "both"} | distilled
     assert [*rows][:2] == ["teacher", "window"]
+    assert rows["teacher"]["positions"] == 64
     for row in rows.values():
         assert row["environment"]["commit"]
         assert row["epochs"] == row["tokens"] / row["corpus"]["law"]
         assert [each["stage"] for each in row["stages"]] == [*study.SHARES][: 3 * row["tokens"]]
         assert row["bits per byte"]["law"] > 0
         assert set(row["niah"]) == {"1 at 140", "2 at 140"}
+        assert row["niah"] == measure.shares(row["points"]["niah"])
         assert set(row["generated"]) == set(measure.KINDS)
+        assert [len(each) for each in row["points"]["generated"].values()] == [2] * 4
+        assert len(row["tasks"]["piqa"]["points"]) == 2
+        assert row["tasks"]["piqa"]["chance"] == 0.5
+        _, bits, size = map(sum, zip(*row["documents"]["law"], strict=True))
+        assert row["bits per byte"]["law"] == pytest.approx(bits / size, rel=1e-4)
         assert set(row["generation"]) == {"8", "48"}
         # A Decoder needs linear branches.
         graphs = set() if row["branches"] == "window" else {"8", "48"}
@@ -81,6 +95,17 @@ def test_the_study_runs(place, monkeypatch):
     monkeypatch.setattr(study, "_distilled", None)  # nothing is left to be done
     study.main(arguments)
     assert len(read_rows(place / "rows.jsonl")) == 5
+    written = page.page(read_rows(place / "rows.jsonl"), [])
+    assert "| `both`, 0.0015 M tokens | context |" in written
+    assert "- `linear` after 50 M tokens\n" in written
+    assert "- the adaptation of an adopted model to samples\n" in written
+    assert "nan" not in written
+
+
+def test_a_missing_benchmark_stops_the_study_before_it_works(place, tmp_path):
+    given = ["--data", place / "data", "--out", tmp_path / "rows.jsonl", "--tasks", "piqa", "copa"]
+    with pytest.raises(InputError, match="copa"):
+        study.main([*map(str, given), "--prepared", str(tmp_path), "--runs", str(tmp_path / "r")])
 
 
 def test_problems_are_solvable():
@@ -101,7 +126,9 @@ def test_right_answers_are_found(place, tmp_path):
     """A model that copies the answer from its question would score; this one, random, does not."""
     adopt(place / "teacher", tmp_path / "out", "both", window=16)
     model, tokenizer = load_language_model(tmp_path / "out")
-    assert measure.generated(model, tokenizer, 2) == dict.fromkeys(measure.KINDS, 0.0)
+    found = measure.generated(model, tokenizer, 2)
+    assert found == dict.fromkeys(measure.KINDS, "00")
+    assert measure.shares(found) == dict.fromkeys(measure.KINDS, 0.0)
 
 
 @pytest.mark.parametrize("branches", ["window", "both", "linear"])
@@ -116,3 +143,13 @@ def test_rows_continue_together_as_alone(place, tmp_path, branches):
         # A row that ends before the others is padded.
         assert found[: len(alone)].equal(alone)
         assert not found[len(alone) :].any()
+
+
+def test_benchmarks_have_the_points_of_lm_eval(place, tmp_path):
+    adopt(place / "teacher", tmp_path / "out", "both", window=16)
+    model, tokenizer = load_language_model(tmp_path / "out")
+    folder = place / "data" / "benchmarks"
+    own = measure.benchmarks(model, tokenizer, ["piqa"], 8, folder)["piqa"]["points"]
+    library = run_tasks(model, tokenizer, ["piqa"], [], folder, 8)["piqa"]["each"]["points"]
+    assert [*map(float, own)] == library
+    assert 0 < sum(library) < len(library)
