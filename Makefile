@@ -12,8 +12,10 @@ LOWEST := .venv-lowest
 WHEELS := build/wheels
 EXTRAS := mri,train,eval,app,dev,docs
 
-# One thread a worker: two workers with two threads each would only get in each other's way.
-PYTEST := -m pytest -n 2
+# One thread a worker: two workers with two threads each would only get in each other's way. Each has
+# half of the files and takes from the other when it has none left, so that few fixtures are made
+# twice; files with slow tests are first (tests/conftest.py), and the last tests are short.
+PYTEST := -m pytest -n 2 --dist worksteal
 
 # What a new release of a dependency breaks first (`make quick` runs other tests: the fast ones that
 # tests/conftest.py names): loading, the cache, packing, Trainer and PEFT, the commands, a

@@ -1,6 +1,7 @@
 """What all tests share: small models, the folder of real data, determinism, the quick selection."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from helpers.forks import Forks
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 
 TESTS = Path(__file__).parent
@@ -71,6 +73,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in quick and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.quick)
+    # A slow test that starts last keeps one worker busy while the other has nothing left.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,6 +99,13 @@ def device(request):
     torch.set_default_device(request.param)
     yield request.param
     torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs programs in forks of a process that has imported what training needs."""
+    with Forks("nirvana.train.language") as found:
+        yield found
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,21 +12,40 @@ from transformers.models.auto import modeling_auto
 from transformers.processing_utils import transformers_module
 
 import nirvana
+from helpers.forks import Forks
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
 from nirvana._auto import MODELS
 from nirvana.model.assets import load_language_model
 from nirvana.packaged import resolve
 
+# What the library and the package import of others, none of which imports either.
+OTHERS = (
+    *("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.tensor"),
+    *("torch.export", "huggingface_hub", "jinja2", "numpy", "safetensors.torch", "scipy.optimize"),
+    *("sympy", "tokenizers"),
+)
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[Callable[[str], str]]:
+    """What a program prints in a process that has imported neither the library nor the package."""
+    with Forks(*OTHERS) as forks:
+        code = "import sys; print({'nirvana', 'transformers', 'accelerate'} & sys.modules.keys())"
+        assert forks.run(code) == ([0], "set()\n")
+
+        def call(code: str) -> str:
+            (status,), output = forks.run(code)
+            assert status == 0, output
+            return output.strip()
+
+        yield call
 
 
 def test_importing_pulls_in_nothing_heavy():
     code = "import nirvana, sys; print(*sorted(sys.modules))"
-    loaded = set(python(code).split())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
     heavy = {"triton", "datasets", "matplotlib", "monai", "scipy", "h5py", "nibabel"}
     assert not loaded & (heavy | {"torch", "transformers", "numpy", "rich", "typer"})
 
@@ -45,7 +65,7 @@ def test_importing_pulls_in_nothing_heavy():
         "AutoModelForCausalLM",
     ],
 )
-def test_the_auto_classes_know_the_model_in_any_order(imports):
+def test_the_auto_classes_know_the_model_in_any_order(python, imports):
     code = f"{imports}; import nirvana; c = nirvana.preset('tiny', hidden_size=48, vocab_size=9)"
     code += "; print(type(AutoModelForCausalLM.from_config(c)).__name__)"
     assert python(code) == "NirvanaForCausalLM"
@@ -79,14 +99,14 @@ def test_the_tables_of_the_library_hold_the_model(auto_class, name):
 @pytest.mark.parametrize(
     "imports", ["import nirvana, transformers", "import transformers, nirvana"]
 )
-def test_auto_config_knows_the_configuration(imports):
+def test_auto_config_knows_the_configuration(python, imports):
     code = f"{imports}; from transformers import AutoConfig, CONFIG_MAPPING"
     code += "; c = AutoConfig.for_model('nirvana', hidden_size=48, num_attention_heads=3)"
     code += "; print(CONFIG_MAPPING['nirvana'] is nirvana.NirvanaConfig is type(c), c.hidden_size)"
     assert python(code) == "True 48"
 
 
-def test_the_hook_leaves_the_library_its_own_loader():
+def test_the_hook_leaves_the_library_its_own_loader(python):
     """So that its source and data files are found as without us."""
     code = "import nirvana, transformers, importlib.resources, inspect, sys"
     code += "; from importlib.machinery import SourceFileLoader as L"
@@ -108,7 +128,7 @@ def test_public_names():
         _ = nirvana.nothing
 
 
-def test_the_tables_do_not_import_the_model_before_it_is_looked_up():
+def test_the_tables_do_not_import_the_model_before_it_is_looked_up(python):
     code = "import nirvana, sys; from transformers import AutoModelForCausalLM, LlamaForCausalLM"
     code += "; before = 'nirvana.model.nirvana' in sys.modules; import transformers"
     code += "; print(before, transformers.NirvanaForCausalLM.__module__)"

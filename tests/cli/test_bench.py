@@ -26,6 +26,14 @@ def bench(run):
     return partial(run, "bench")
 
 
+@pytest.fixture
+def _short_gate(monkeypatch):
+    """The check before the figures on fewer tokens: its errors do not depend on their number."""
+    from nirvana.bench import gate
+
+    monkeypatch.setattr(gate, "LENGTH", 64)
+
+
 def test_every_part_has_its_figures(bench, tmp_path):
     arguments = (*SMALL, *SIZES, "--new-tokens", 4, "--peers", "llama,llama_compiled")
     code, out, err = bench(*arguments, "--json", "figures.json")
@@ -62,6 +70,7 @@ def test_every_part_has_its_figures(bench, tmp_path):
         assert ("time_share_of_trigger" in row) == off
 
 
+@pytest.mark.usefixtures("_short_gate")
 def test_a_model_that_fails_keeps_its_row(bench, monkeypatch, tmp_path):
     from nirvana.bench import peers
 
@@ -76,6 +85,7 @@ def test_a_model_that_fails_keeps_its_row(bench, monkeypatch, tmp_path):
     assert peer["failed"] == "not installed: No module named 'fla.models'"
 
 
+@pytest.mark.usefixtures("_short_gate")
 def test_our_own_failure_is_listed_and_ends_in_1(bench, monkeypatch, tmp_path):
     import torch
 
@@ -92,6 +102,7 @@ def test_our_own_failure_is_listed_and_ends_in_1(bench, monkeypatch, tmp_path):
     assert row["failed"] == "out of memory"
 
 
+@pytest.mark.usefixtures("_short_gate")
 def test_a_wrong_gradient_stops_before_any_figure(bench, monkeypatch, tmp_path):
     """The scale is right and the direction too, in all parameters but one, which is off by half."""
     from nirvana.bench import gate

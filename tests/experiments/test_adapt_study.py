@@ -29,9 +29,12 @@ from experiments.common.results import append_row, read_rows
 from helpers.words import WORDS
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.adapt.config import AdaptConfig
-from nirvana.data.tokenizer import load_tokenizer
+from nirvana.data.tokenizer import load_tokenizer, tokenizer_folder
 from nirvana.errors import InputError
 from nirvana.packaged import resolve
+
+TOKENIZER = tokenizer_folder("quickstart/train")
+"""Of 1,024 tokens: the logits are most of the time that a small model takes."""
 
 SMALL = {
     "hidden_size": 16,
@@ -68,14 +71,15 @@ def data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "LENGTHS", (512,))
         patch.setattr(prepare, "PROBLEMS", 4)
+        patch.setattr(prepare, "resolve", lambda name: TOKENIZER)
         prepare.prepare(folder, folder / "texts", folder / "out", 8)
     return folder / "out"
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A small model in place of `tiny`, and short grids."""
-    tokenizer = load_tokenizer(resolve("tiny"))
+    """A small model in place of `tiny`, short grids, and few documents in a step."""
+    tokenizer = load_tokenizer(TOKENIZER)
 
     def load(name, device="cpu"):
         torch.manual_seed(0)
@@ -86,6 +90,7 @@ def small(monkeypatch):
         monkeypatch.setattr(module, "load_language_model", load)
     monkeypatch.setattr(parts, "CHUNKS", (128, 64))
     monkeypatch.setattr(parts, "SIZES", (0.02,))
+    monkeypatch.setattr(parts, "STEP_ROWS", {"cpu": 4})
     monkeypatch.setattr(extra, "LORA_SIZES", (1e-3,))
     monkeypatch.setattr(extra, "LORA_DOCUMENTS", 2)
 

@@ -22,6 +22,15 @@ def _where_triton_runs(device):
         pytest.skip("Triton is compiled for the GPU here")
 
 
+@pytest.fixture
+def _short_programs(monkeypatch, device):
+    """Programs of few tokens, in which the interpreter takes seconds less, and of which a text of
+    19 tokens has three; on a GPU as they are."""
+    if device == "cpu":
+        monkeypatch.setattr(conv, "STEPS", 8)
+        monkeypatch.setattr(conv, "GRADIENT_STEPS", 8)
+
+
 SIZES = [(2, 37, 2, 16), (1, 131, 1, 32), (3, 2, 1, 16)]  # B, T, H, K
 SHARED = [(1, 37, 3, 1, 16), (2, 9, 4, 2, 16)]  # B, T, H, G, K
 
@@ -45,26 +54,37 @@ def assert_near(actual, right):
     torch.testing.assert_close(actual.double() / scale, right / scale, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("size", "silu", "with_state", "packed"),
-    [
-        *(
-            ((B, T, H, H, K), True, with_state, packed)
-            for B, T, H, K in SIZES
-            for with_state in (False, True)
-            for packed in (False, True)
-        ),
-        (SHARED[0], False, True, True),
-        (SHARED[1], True, False, False),
-    ],
-    ids=str,
-)
+CONVOLUTIONS = [  # with a state, and packed
+    *(
+        ((B, T, H, H, K), True, with_state, packed)
+        for B, T, H, K in ((2, 19, 2, 16), (1, 27, 1, 32), (3, 2, 1, 16))
+        for with_state in (False, True)
+        for packed in (False, True)
+    ),
+    ((1, 19, 3, 1, 16), False, True, True),
+    ((2, 9, 4, 2, 16), True, False, False),
+]
+
+
+@pytest.mark.usefixtures("_short_programs")
+@pytest.mark.parametrize(("size", "silu", "with_state", "packed"), CONVOLUTIONS, ids=str)
 def test_convolution(size, silu, with_state, packed):
+    check_convolution(size, silu, with_state, packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolution_by_whole_programs(packed):
+    """The number of tokens that a program takes changes no formula: two cases are enough."""
+    check_convolution((1, 131, 1, 1, 32), True, packed, packed)
+
+
+def check_convolution(size, silu, with_state, packed):
+    """Values and gradients against the definition."""
     B, T, H, G, K = size
     D = (H + 2 * G) * K
     x, weight = strided(B, T, D), torch.randn(D, 4)
     state = torch.randn(B, D, 3) if with_state else None
-    segments = (torch.rand(B, T) < 0.1).cumsum(1) if packed else None
+    segments = (torch.rand(B, T) < 0.2).cumsum(1) if packed else None
     actual = conv.forward(x, weight, K, H, state, segments, silu)
 
     x_, weight_ = (y.detach().double().requires_grad_() for y in (x, weight))
@@ -164,21 +184,28 @@ def linear_branch(monkeypatch, device):
     return linear.linear_branch
 
 
-@pytest.mark.parametrize("final", [True, False])
-@pytest.mark.parametrize("kind", ["usual", "shared heads, no convolution"])
+STARTS = [  # which of the first states are constants, and packed; None: there are no first states
+    *((None, packed) for packed in (False, True)),
+    ((), False),  # the dispatch keeps the packed one from the kernels
+    *((("conv_state",), packed) for packed in (False, True)),
+    *((("conv_state", "state"), packed) for packed in (False, True)),
+]
+
+
+@pytest.mark.usefixtures("_short_programs")
 @pytest.mark.parametrize(
-    ("fixed", "packed"),
+    ("fixed", "packed", "kind", "final"),
     [
-        *((None, packed) for packed in (False, True)),
-        ((), False),  # the dispatch keeps the packed one from the kernels
-        *((("conv_state",), packed) for packed in (False, True)),
-        *((("conv_state", "state"), packed) for packed in (False, True)),
+        (*start, kind, (number + place) % 2 == 0)
+        for number, start in enumerate(STARTS)
+        for place, kind in enumerate(("usual", "shared heads, no convolution"))
     ],
     ids=str,
 )
 def test_linear_branch_around_the_delta_rule(linear_branch, fixed, packed, kind, final):
-    """Gradients flow from the last states and into the first ones; None: there are no first."""
-    B, T, H, K = 2, 37, 2, 16
+    """Gradients flow from the last states and into the first ones. Every two of start, kind and
+    last states meet once."""
+    B, T, H, K = 2, 13, 2, 16
     D = (3 * H if kind == "usual" else H + 2) * K
     inputs = {
         "qkv": torch.randn(B, T, D),
@@ -194,7 +221,7 @@ def test_linear_branch_around_the_delta_rule(linear_branch, fixed, packed, kind,
         inputs.pop("conv_state", None)
     segments = borders = None
     if packed:
-        segments = (torch.rand(B, T) < 0.1).cumsum(1)
+        segments = (torch.rand(B, T) < 0.2).cumsum(1)
         segments[:, 0] = 0
         segments[1] += fixed is not None  # the second row goes on from no state
         starts = segments.diff(dim=1, prepend=segments[:, :1] - 1) != 0

@@ -2,9 +2,6 @@
 processes."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -147,7 +144,7 @@ def test_resume_is_bitwise(arguments, tmp_path, monkeypatch, stage):
 
 
 @pytest.mark.parametrize("stage", ["attention", "logits"])
-def test_two_processes_compute_what_one_computes(arguments, tmp_path, stage):
+def test_two_processes_compute_what_one_computes(arguments, forks, tmp_path, stage):
     path, overrides = arguments
     overrides = [*overrides, f"--distill.stage={stage}", "--run.steps=3", "--run.log_interval=1"]
     overrides += ["--parallel.recompute=1"]
@@ -155,16 +152,9 @@ def test_two_processes_compute_what_one_computes(arguments, tmp_path, stage):
     torch.set_num_threads(1)
     distill(path, overrides)
     torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(HELPERS / "run_distillation.py"), str(path)]
-    done = subprocess.run(
-        [*command, *overrides, f"--run.out={tmp_path / 'two'}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    program = HELPERS / "run_distillation.py"
+    code, output = forks.together(program, [path, *overrides, f"--run.out={tmp_path / 'two'}"])
+    assert code == 0, output
     alone, together = (
         load_language_model(tmp_path / name / "model")[0].state_dict() for name in ("run", "two")
     )

@@ -36,7 +36,7 @@ MODEL = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As in `together`: how a sum is cut into threads shows in its last bits."""
+    """As in `torchrun`: how a sum is cut into threads shows in its last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,8 +62,8 @@ def config(tmp_path_factory):
     return path
 
 
-def together(config, out, *arguments, kind="none", at=0):
-    """Two processes; returns their exit code and what they logged."""
+def torchrun(config, out, *arguments, kind="none", at=0):
+    """Two processes under torchrun; returns their exit code and what they logged."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", PROGRAM, kind, str(at), config, f"--run.out={out}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,6 +71,16 @@ def together(config, out, *arguments, kind="none", at=0):
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120
     )
     return done.returncode, done.stderr
+
+
+@pytest.fixture
+def together(forks):
+    """`torchrun`, without the seconds in which each process imports."""
+
+    def call(config, out, *arguments, kind="none", at=0):
+        return forks.together(PROGRAM, [kind, at, config, f"--run.out={out}", *arguments])
+
+    return call
 
 
 def weights(run):
@@ -85,7 +95,7 @@ def curve(run):
 
 def test_two_processes_then_one(config, tmp_path):
     """One of two processes gets a signal: both save after the same step, and one alone goes on."""
-    code, output = together(config, tmp_path / "run", kind="sigterm", at=4)
+    code, output = torchrun(config, tmp_path / "run", kind="sigterm", at=4)
     assert code == 0, output
     assert output.count("stopped after step 4") == 1
     assert len(list((tmp_path / "run/checkpoints/step-00000004").glob("shard-*"))) == 2
@@ -98,7 +108,7 @@ def test_two_processes_then_one(config, tmp_path):
     assert samples[0] == samples[1]
 
 
-def test_one_process_then_two(config, tmp_path, monkeypatch):
+def test_one_process_then_two(config, together, tmp_path, monkeypatch):
     """The other way round, with a whole copy in each process and every second block recomputed."""
     original = LanguageTask.batch
 
@@ -117,7 +127,7 @@ def test_one_process_then_two(config, tmp_path, monkeypatch):
     assert curve(tmp_path / "run") == curve(config.parent / "alone")
 
 
-def test_data_that_one_process_cannot_read_end_both_with_a_checkpoint(config, tmp_path):
+def test_data_that_one_process_cannot_read_end_both_with_a_checkpoint(config, together, tmp_path):
     code, output = together(config, tmp_path / "run", kind="unreadable", at=3)
     assert code != 0
     assert "shard-7: can no longer be read; saved in" in output
@@ -139,7 +149,7 @@ def rounded(config):
     return config.parent / "rounded"
 
 
-def test_weights_rounded_before_they_are_gathered(config, rounded, tmp_path):
+def test_weights_rounded_before_they_are_gathered(config, rounded, together, tmp_path):
     """They are what autocast makes of them afterwards."""
     code, output = together(config, tmp_path / "run", kind="rounded")
     assert code == 0, output
@@ -148,7 +158,7 @@ def test_weights_rounded_before_they_are_gathered(config, rounded, tmp_path):
     assert weights(tmp_path / "run") == weights(rounded)
 
 
-def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, rounded, tmp_path):
+def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, rounded, together, tmp_path):
     """On the CPU it rounds the last entries of a tensor differently, hence the tolerance."""
     code, output = together(config, tmp_path / "run", kind="fused")
     assert code == 0, output
@@ -156,7 +166,7 @@ def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, rounded, tmp
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
-def test_muon_in_two_processes_is_that_of_one(config, tmp_path):
+def test_muon_in_two_processes_is_that_of_one(config, together, tmp_path):
     """Its matrices are sharded; its products are in bfloat16, hence the tolerance."""
     options = ["--optim.name=muon", "--optim.lr=0.005"]
     train(config, [*options, f"--run.out={tmp_path / 'one'}"])
@@ -184,9 +194,9 @@ def test_two_gpus_are_one_to_rounding(config, tmp_path, name):
     options += [f"--optim.name={name}", "--optim.z_loss=0.001"]
     options += ["--optim.lr=0.005"] if name == "muon" else []
     train(config, [*options, f"--run.out={tmp_path / 'one'}"])
-    code, output = together(config, tmp_path / "two", *options, kind="sigterm", at=3)
+    code, output = torchrun(config, tmp_path / "two", *options, kind="sigterm", at=3)
     assert code == 0, output
-    code, output = together(config, tmp_path / "two", *options, "--resume", "--parallel.shard=1")
+    code, output = torchrun(config, tmp_path / "two", *options, "--resume", "--parallel.shard=1")
     assert code == 0, output
     for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)

@@ -1,8 +1,8 @@
 """The study's programs at a size that takes seconds: a method, its repetition, the results page."""
 
+import importlib
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -23,8 +23,6 @@ from nirvana.mri.train.config import MriConfig
 from nirvana.packaged import config_file
 from nirvana.statistics import signed_rank_test
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture
 def archive(tmp_path: Path, head_slices: np.ndarray) -> Path:
@@ -35,14 +33,19 @@ def archive(tmp_path: Path, head_slices: np.ndarray) -> Path:
     return tmp_path / "data.npz"
 
 
-def run(name: str, *arguments: object) -> str:
-    command = [sys.executable, "-m", f"experiments.mri.{name}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Calls a program of the study in this process; returns what it printed."""
+
+    def call(name: str, *arguments: object) -> str:
+        capsys.readouterr()
+        importlib.import_module(f"experiments.mri.{name}").main([*map(str, arguments)])
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_methods_are_run_once_and_shown(archive: Path, tmp_path: Path):
+def test_methods_are_run_once_and_shown(archive: Path, run: Callable[..., str], tmp_path: Path):
     places = ("--data", archive, "--out", tmp_path / "runs", "--device", "cpu", "--tiny")
     run("study", "--method", "zero-filled", *places)
     shown = run("study", "--method", "none", "--steps", 2, *places)
@@ -67,7 +70,9 @@ def test_methods_are_run_once_and_shown(archive: Path, tmp_path: Path):
     assert f"| none | 0 | {lines[1]['parameters']['trained']:,} | 0 | 2 |" in text
 
 
-def test_the_data_are_packed(tmp_path: Path, head_slices: np.ndarray) -> None:
+def test_the_data_are_packed(
+    run: Callable[..., str], tmp_path: Path, head_slices: np.ndarray
+) -> None:
     """From files as their sources give them to the one file of the study."""
     random = np.random.default_rng(0)
 
@@ -142,7 +147,9 @@ def test_the_committed_measured_rows_give_their_page():
     assert page_text == measured_page.page(folder).rstrip("\n") + "\n"
 
 
-def test_methods_are_scored_on_measured_scans(tmp_path: Path, head_slices: np.ndarray):
+def test_methods_are_scored_on_measured_scans(
+    run: Callable[..., str], tmp_path: Path, head_slices: np.ndarray
+):
     """A codec's folder and a classical method, in both directions; discs come back from all."""
     scan = simulate_scan(head_slices[1:2, 8:72, 8:72], "head", 1, Simulation(noise=(1e-3, 1e-3)))
     np.savez(tmp_path / "scans.npz", head=np.asarray(scan.kspace))

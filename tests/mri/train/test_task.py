@@ -1,9 +1,6 @@
 """Training a codec: samples from a seed, a gain on zero-filling, bitwise resumption."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -237,17 +234,14 @@ def test_training_gains_on_the_start(config, codec):
     assert valid["ssim"] > fresh["ssim"]
 
 
-def test_two_processes_compute_what_one_computes(config, tmp_path):
+def test_two_processes_compute_what_one_computes(config, forks, tmp_path):
     """Codec and frozen backbone in two parts each (FSDP2)."""
     settings = ["--run.steps", "2", "--optim.accumulation", "2", "--run.compile", "false"]
     settings += ["--run.device", "cpu"]
     train(config("nirvana", "alone"), settings)
     program = HELPERS / "run_training.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", str(program), str(config("nirvana", "together")), *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    code, output = forks.together(program, [config("nirvana", "together"), *settings])
+    assert code == 0, output
     alone, together = (
         load_file(tmp_path / run / "model" / "model.safetensors") for run in ("alone", "together")
     )
