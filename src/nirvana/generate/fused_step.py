@@ -69,9 +69,7 @@ class FusedStep:
         known = known and config.branches == "both" and config.trigger_step == "plain"
         if not (known and config.gate == "trigger"):
             return "its architecture settings are not those of a published model"
-        # The kernels read weights; an adapter or a quantised layer computes more than a product.
-        bare = all(type(layer) is nn.Linear for layer in _linear_layers(model))
-        if not bare or type(model.model.embed_tokens) is not nn.Embedding:
+        if not has_plain_layers(model):
             return "it has adapters, or quantised or replaced layers"
         if not suits_kernels(model.lm_head.weight):
             return "it is not in half precision on a GPU with Triton"
@@ -172,8 +170,19 @@ class FusedStep:
                 torch.cuda.current_stream(side.device).wait_stream(side)
 
 
+def has_plain_layers(model: Any) -> bool:
+    """Whether the linear layers and the embedding of a model with Triggers are those that it was
+    made with: an adapter or a quantised layer computes more than a product.
+
+    Args:
+        model: a `NirvanaForCausalLM`.
+    """
+    bare = all(type(layer) is nn.Linear for layer in _linear_layers(model))
+    return bare and type(model.model.embed_tokens) is nn.Embedding
+
+
 def _linear_layers(model: Any) -> Iterator[nn.Module]:
-    """The linear layers whose weights the kernels read."""
+    """The linear layers whose weights a step reads."""
     yield model.lm_head
     for layer in model.model.layers:
         updater = layer.updater
