@@ -156,7 +156,24 @@ def adapted(model):
     return model
 
 
+def wrapped(model):
+    """The weight of a wrapper's attribute is not all that it computes with."""
+
+    class Wrapper(type(model.model.norm)):
+        pass
+
+    model.model.norm.__class__ = Wrapper
+    return model
+
+
+def without_windows(model):
+    model.model.layers[-1].updater.window_kept = torch.zeros(1, 1, 1)
+    return model
+
+
 OTHERS = {
+    "replaced": ({}, wrapped),
+    "window branches": ({}, without_windows),
     "hooks": ({}, hooked),
     "adapters": ({}, adapted),
     "no window": ({"sliding_window": None}, lambda model: model),

@@ -81,6 +81,8 @@ class CpuStep:
         kinds = {(p.dtype, p.device.type) for p in model.parameters()}
         if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
             return "it is not in float32 or float64 on a CPU"
+        if any(layer.updater.window_kept is not None for layer in model.model.layers):
+            return "it drops window branches"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         return None

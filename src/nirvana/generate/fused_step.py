@@ -7,9 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nirvana.model.attention import QKV, RMSNorm
+from nirvana.model.block import NirvanaBlock, SwiGLU
 from nirvana.model.config import NirvanaConfig
+from nirvana.model.nirvana import NirvanaModel
+from nirvana.model.trigger import Trigger, WeightBank
+from nirvana.model.updater import Updater
 from nirvana.ops import suits_kernels
 from nirvana.ops.limits import CONV_WIDTH, HEAD_DIMS
+
+PLAIN = frozenset(
+    [
+        *(nn.Linear, nn.Embedding, nn.ModuleList, nn.Sequential, nn.SiLU, RMSNorm, QKV, SwiGLU),
+        *(NirvanaModel, NirvanaBlock, Updater, Trigger, WeightBank),
+    ]
+)
+"""The classes of the parts of a model with Triggers."""
 
 
 class FusedStep:
@@ -171,24 +184,13 @@ class FusedStep:
 
 
 def has_plain_layers(model: Any) -> bool:
-    """Whether the linear layers and the embedding of a model with Triggers are those that it was
-    made with: an adapter or a quantised layer computes more than a product.
+    """Whether all parts of a model with Triggers are of the classes that it was made of. A step
+    reads their weights, and an adapter, a wrapper or a quantised layer computes more than those.
 
     Args:
         model: a `NirvanaForCausalLM`.
     """
-    bare = all(type(layer) is nn.Linear for layer in _linear_layers(model))
-    return bare and type(model.model.embed_tokens) is nn.Embedding
-
-
-def _linear_layers(model: Any) -> Iterator[nn.Module]:
-    """The linear layers whose weights a step reads."""
-    yield model.lm_head
-    for layer in model.model.layers:
-        updater = layer.updater
-        yield from (updater.in_proj, updater.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
-        if updater.has_trigger:
-            yield from (*updater.window_out, updater.zeta[0], updater.zeta[2], updater.gate_proj)
+    return all(type(part) in PLAIN for part in model.modules() if part is not model)
 
 
 @contextmanager
