@@ -1,7 +1,8 @@
 """Speed and memory on two CPU cores: python benchmarks/cpu.py [--json FILE]
 
 The chunked delta rule beside the PyTorch version in transformers (Qwen3-Next), its memory over the
-length, and decoding with the packaged `tiny` model. No figure unless values and gradients agree.
+length, and decoding with the packaged `tiny` model, of one text and of batches. No figure unless
+values and gradients agree.
 """
 
 import inspect
@@ -36,6 +37,7 @@ SHAPES = [(1, 1024, 4, 64), (1, 4096, 4, 64), (4, 512, 4, 64), (1, 2048, 8, 128)
 MEMORY_LENGTHS = [1024, 2048, 4096, 8192]
 SECONDS = 5.0  # for each cell of the table
 PROMPT, NEW = 16, 256
+BATCHES = [1, 2, 4, 8]
 
 # The decorator would hand over to fla, which computes nothing on a CPU, wherever that is installed.
 qwen3_next = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
@@ -103,8 +105,8 @@ def peak_bytes(rule: Callable, T: int) -> int:
     return max(accumulate(e.nbytes() for e in changes))
 
 
-def tokens_per_second(threads: int, runs: int = 7) -> float:
-    """Plain `generate` of the packaged model, greedy, batch 1."""
+def tokens_per_second(threads: int, batch: int, runs: int = 7) -> float:
+    """Plain `generate` of the packaged model, greedy, of all texts together."""
     torch.set_num_threads(threads)
     loaded = load_language_model("tiny", torch.device("cpu"))
     model: Any = loaded[0]  # pyright does not accept it as transformers' generative model
@@ -113,11 +115,12 @@ def tokens_per_second(threads: int, runs: int = 7) -> float:
         "The patients were randomly assigned to two groups of equal size, and the outcome was " * 2
     )
     prompt = tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT]
+    prompt = prompt.repeat(batch, 1)
     rates = []
     for _ in range(runs + 1):
         start = time.perf_counter()
         out = model.generate(prompt, do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW)
-        rates.append((out.shape[1] - PROMPT) / (time.perf_counter() - start))
+        rates.append(batch * (out.shape[1] - PROMPT) / (time.perf_counter() - start))
     return median(rates[1:])
 
 
@@ -163,12 +166,13 @@ def main(
 
     # Every product of several threads waits for the slowest: one thread is what is left of the
     # speed when another program takes the second core.
-    rates = {threads: tokens_per_second(threads) for threads in (THREADS, 1)}
-    results["decode_tokens_per_second"] = rates
-    console.print(
-        f"tiny, generate, batch 1, {NEW} tokens: {rates[THREADS]:.0f} tokens/s with {THREADS} "
-        f"threads, {rates[1]:.0f} with one"
-    )
+    table = Table("threads", *(f"batch {batch}" for batch in BATCHES))
+    results["decode_tokens_per_second"] = {}
+    for threads in (THREADS, 1):
+        rates = {batch: tokens_per_second(threads, batch) for batch in BATCHES}
+        results["decode_tokens_per_second"][threads] = rates
+        table.add_row(str(threads), *(f"{rate:.0f}" for rate in rates.values()))
+    console.print(f"tiny, generate, {NEW} tokens, tokens/s:", table)
     if json is not None:
         write_json(json, results)
 

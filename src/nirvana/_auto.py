@@ -31,6 +31,7 @@ def register() -> None:
     after_import("transformers", _add_names)
     after_import(CONFIG_MODULE, _register_config)
     after_import(AUTO_MODULE, _register_models)
+    after_import("nirvana.model.nirvana", _set_decoder)
 
 
 def after_import(module: str, action: Callable[[], Any]) -> None:
@@ -73,6 +74,18 @@ def _register_models() -> None:
         mapping._model_mapping[NirvanaConfig.model_type] = name
         mapping._extra_content = _Registered(mapping._extra_content)
         mapping._extra_content[NirvanaConfig] = name
+
+
+def _set_decoder() -> None:
+    """Hands the model the decoder of plain `generate`, which is made of the model's parts and so
+    cannot be imported by it."""
+
+    def decoder_for(model: Any, max_length: int) -> Any:
+        module = importlib.import_module("nirvana.generate.graph_decoder")
+        return module.cpu_decoder(model, max_length)
+
+    model_class = sys.modules["nirvana.model.nirvana"].NirvanaForCausalLM
+    model_class.decoder_for = staticmethod(decoder_for)
 
 
 def _model_class(name: str) -> Any:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from nirvana.generate import graph_decoder
 from nirvana.generate.graph_decoder import Decoder
@@ -56,7 +57,8 @@ def test_generate_takes_it_as_a_cache(small_model, settings):
     model = small_model(**settings)
     tokens = tokens_of(2, 23)
     how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(tokens, **how)
+    cache = DynamicCache(config=model.config)
+    expected = model.generate(tokens, past_key_values=cache, **how)
     decoder = Decoder(model, max_length=100)
     assert torch.equal(model.generate(tokens, past_key_values=decoder, **how), expected)
 
@@ -93,7 +95,8 @@ def test_generate_with_prompts_of_several_lengths(small_model, how):
     free = model.generate(tokens, **how)
     how["eos_token_id"] = int(free[0, 25])
     torch.manual_seed(1)
-    expected = model.generate(tokens, **how)
+    cache = DynamicCache(config=model.config)
+    expected = model.generate(tokens, past_key_values=cache, **how)
     torch.manual_seed(1)
     assert torch.equal(model.generate(tokens, past_key_values=Decoder(model), **how), expected)
 

@@ -7,9 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nirvana.model.attention import QKV, RMSNorm
+from nirvana.model.block import NirvanaBlock, SwiGLU
 from nirvana.model.config import NirvanaConfig
+from nirvana.model.nirvana import NirvanaModel
+from nirvana.model.trigger import Trigger, WeightBank
+from nirvana.model.updater import Updater
 from nirvana.ops import suits_kernels
 from nirvana.ops.limits import CONV_WIDTH, HEAD_DIMS
+
+PLAIN = frozenset(
+    [
+        *(nn.Linear, nn.Embedding, nn.ModuleList, nn.Sequential, nn.SiLU, RMSNorm, QKV, SwiGLU),
+        *(NirvanaModel, NirvanaBlock, Updater, Trigger, WeightBank),
+    ]
+)
+"""The classes of the parts of a model with Triggers."""
 
 
 class FusedStep:
@@ -69,9 +82,7 @@ class FusedStep:
         known = known and config.branches == "both" and config.trigger_step == "plain"
         if not (known and config.gate == "trigger"):
             return "its architecture settings are not those of a published model"
-        # The kernels read weights; an adapter or a quantised layer computes more than a product.
-        bare = all(type(layer) is nn.Linear for layer in _linear_layers(model))
-        if not bare or type(model.model.embed_tokens) is not nn.Embedding:
+        if not has_plain_layers(model):
             return "it has adapters, or quantised or replaced layers"
         if not suits_kernels(model.lm_head.weight):
             return "it is not in half precision on a GPU with Triton"
@@ -172,14 +183,14 @@ class FusedStep:
                 torch.cuda.current_stream(side.device).wait_stream(side)
 
 
-def _linear_layers(model: Any) -> Iterator[nn.Module]:
-    """The linear layers whose weights the kernels read."""
-    yield model.lm_head
-    for layer in model.model.layers:
-        updater = layer.updater
-        yield from (updater.in_proj, updater.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
-        if updater.has_trigger:
-            yield from (*updater.window_out, updater.zeta[0], updater.zeta[2], updater.gate_proj)
+def has_plain_layers(model: Any) -> bool:
+    """Whether all parts of a model with Triggers are of the classes that it was made of. A step
+    reads their weights, and an adapter, a wrapper or a quantised layer computes more than those.
+
+    Args:
+        model: a `NirvanaForCausalLM`.
+    """
+    return all(type(part) in PLAIN for part in model.modules() if part is not model)
 
 
 @contextmanager

@@ -8,6 +8,8 @@
 A `Decoder` is also a cache of the library, for prompts of different lengths, too:
 
     model.generate(prompts, attention_mask=mask, past_key_values=Decoder(model))
+
+On a CPU plain `generate` makes one by itself (`cpu_decoder`).
 """
 
 import logging
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nirvana.cuda_graphs import record
+from nirvana.generate.cpu_step import CpuStep
 from nirvana.generate.decode_states import DecodeStates, Place
 from nirvana.generate.fused_step import FusedStep
 from nirvana.model.cache import StepDecoder
@@ -48,7 +51,8 @@ class Decoder(StepDecoder):
     """Reads prompts, then token after token of each, each step one replayed CUDA graph: of the
     kernels of `FusedStep` where they fit, else of the compiled blocks.
 
-    On a CPU, and with `compiled=False`, it computes the same without graph and compilation.
+    On a CPU, and with `compiled=False`, it computes the same without graph and compilation; on a
+    CPU by `CpuStep` where that takes the model.
 
     Args:
         model: a `NirvanaForCausalLM` with a linear branch in every layer; its weights may change
@@ -63,7 +67,7 @@ class Decoder(StepDecoder):
 
     def __init__(self, model: Any, max_length: int | None = None, compiled: bool = True) -> None:
         super().__init__(layers=[])
-        if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+        if has_hooks(model):
             raise ValueError(
                 "a Decoder reads the weights alone, not hooks such as those of task parameters: "
                 "generate with the library's cache"
@@ -78,7 +82,7 @@ class Decoder(StepDecoder):
         self.length = 0
         self.kind: tuple[int, ...] = ()  # batch size and enabled Triggers of states and graph
         self.states: list[DecodeStates] = []
-        self.fused: FusedStep | None = None
+        self.fused: FusedStep | CpuStep | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -96,6 +100,8 @@ class Decoder(StepDecoder):
             state.reorder(beam_idx)
         for numbers in (self.count, self.place.slot):
             numbers.copy_(numbers[beam_idx])
+        if isinstance(self.fused, CpuStep):
+            self.fused.reorder(beam_idx)
 
     def crop(self, tokens: int) -> None:
         """Not supported: a recurrent state cannot be rolled back.
@@ -145,6 +151,8 @@ class Decoder(StepDecoder):
         self.place.step()
         self.place.slot.copy_(self.count % self.slots)
         self.length = T
+        if isinstance(self.fused, CpuStep):
+            self.fused.load()
         assert last is not None
         return _head(self.model, last)
 
@@ -226,8 +234,10 @@ class Decoder(StepDecoder):
             ]
             if self.compiled:
                 self._record()
+            elif CpuStep.refusal(self.model) is None:
+                self.fused = CpuStep(self.model, self.states, self.place, self.count)
             self.kind = kind
-        if self.fused is not None:
+        if isinstance(self.fused, FusedStep):
             self.fused.refresh()
         self.length = 0
         self.count.zero_()
@@ -279,6 +289,40 @@ class Decoder(StepDecoder):
         self.count += 1
         self.place.slot.copy_(self.count % self.slots)
         return logits
+
+
+def cpu_decoder(model: Any, max_length: int) -> Decoder | None:
+    """A decoder for one call of `generate` on a CPU.
+
+    Args:
+        model: a `NirvanaForCausalLM`.
+        max_length: the largest length of prompt and continuation.
+
+    Returns:
+        the decoder; None on other devices, and where the library's cache is the faster one, with a
+        line in the log that gives the reason.
+    """
+    if model.device.type != "cpu":
+        return None
+    refusal = CpuStep.refusal(model)
+    if refusal is None and model.config.sliding_window is None:
+        refusal = "it has no window, and all keys would be allocated in advance"
+    if refusal is None and has_hooks(model):
+        refusal = "it has hooks, such as those of task parameters"
+    if refusal is None:
+        return Decoder(model, max_length=max_length + 1)
+    _log_refusal(refusal)
+    return None
+
+
+@lru_cache(maxsize=32)
+def _log_refusal(refusal: str) -> None:
+    logger.info("generate reads through the library's cache, not the faster step: %s", refusal)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a part of the model has hooks of its forward, which a `Decoder` would not call."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
 def _shifted(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -23,6 +22,7 @@ from nirvana.model.cache import (
     usable_cache,
 )
 from nirvana.model.config import NirvanaConfig
+from nirvana.model.generation import DecoderGenerationMixin, require_decodable
 from nirvana.model.loss import fused_loss, is_plain, shifted, z_loss
 from nirvana.model.masks import Borders, Masks, create_masks, create_state_masks
 from nirvana.model.outputs import (
@@ -230,7 +230,7 @@ NO_CONTINUOUS_BATCHING = (
 )
 
 
-class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
+class NirvanaForCausalLM(NirvanaPreTrainedModel, DecoderGenerationMixin):
     """`NirvanaModel` with a language head, tied to the embedding by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -300,7 +300,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if isinstance(decoder, StepDecoder):
             refuse_in_export(decoder)
             unread = [cu_seqlens, cu_seq_lens_q, seq_idx, state, labels]
-            _require_decodable(unread, position_ids, attention_mask, return_state)
+            require_decodable(unread, position_ids, attention_mask, return_state)
             return self._decode(decoder, input_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
@@ -440,26 +440,6 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if isinstance(cache, StepDecoder):
             return attention_mask
         return create_masks(config, inputs_embeds, attention_mask, cache, position_ids)
-
-
-def _require_decodable(
-    unread: list[Any],
-    position_ids: Tensor | None,
-    attention_mask: Tensor | Masks | None,
-    return_state: bool,
-) -> None:
-    """Raises for arguments that a `StepDecoder` does not read."""
-    several = return_state or any(argument is not None for argument in unread)
-    if position_ids is not None and position_ids.shape[-1] > 1:
-        jump = position_ids.diff(dim=-1) != 1
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            # Positions of padding are any.
-            jump = jump & (attention_mask[:, -jump.shape[-1] - 1 : -1] != 0)
-        several = several or bool(jump.any())
-    if several:
-        raise ValueError(
-            "a Decoder reads one sample a row, and gives logits, not a loss and not a state"
-        )
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

@@ -1,0 +1,247 @@
+"""The parts of a layer for one token of each text on a CPU; see `nirvana.generate.cpu_step`.
+
+Every part has the views of its buffers ready and computes with `__call__`; `refresh` copies the
+small weights in the layout that it needs. Large weights are read where they are.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nirvana.generate.decode_states import DecodeStates
+from nirvana.ops import MIN_LOG_ALPHA
+from nirvana.ops.reference import TRIGGER_EPS, UNIT_EPS
+
+
+def squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[N, 1, K]` and its transpose, whose product is the sum of the squares of each row."""
+    return x, x.mT
+
+
+class Norm:
+    """RMSNorm of the rows of `h` `[B, D]` to those of `out`.
+
+    PyTorch's own is six operations on a CPU.
+    """
+
+    def __init__(self, norm: Any, h: Tensor, out: Tensor) -> None:
+        self.h, self.out, self.weight, self.mean = h, out, norm.weight, 1 / h.shape[1]
+        self.pair = squares(h[:, None])
+        self.eps = h.new_full((1, 1, 1), norm.eps)
+        self.scale = h.new_empty(h.shape[0], 1, 1)
+        self.factor = self.scale[:, 0]
+
+    def __call__(self) -> None:
+        torch.baddbmm(self.eps, *self.pair, alpha=self.mean, out=self.scale).rsqrt_()
+        torch.mul(self.h, self.factor, out=self.out).mul_(self.weight)
+
+
+class Recent:
+    """The last inputs of a convolution, `[width, 3, B, D]`, a ring over the tokens; q, k and v are
+    apart, so that the heads of all texts are one batch."""
+
+    def __init__(self, updater: Any, x: Tensor) -> None:
+        (width, taps), B = updater.conv_weight.shape, x.shape[0]
+        self.updater, self.taps, self.phase = updater, taps, 0
+        self.ring = x.new_zeros(taps, 3, B, width // 3)
+        self.weights = x.new_empty(taps, taps, 3, 1, width // 3)
+        self.products, self.y = torch.empty_like(self.ring), torch.empty_like(self.ring[0])
+        self.new = x[:, :width].view(B, 3, -1).transpose(0, 1)
+
+    def refresh(self) -> None:
+        weight = self.updater.conv_weight.T.view(self.taps, 3, 1, -1)
+        for phase in range(self.taps):  # the newest token is in slot `phase`
+            for slot in range(self.taps):
+                self.weights[phase, slot] = weight[(slot - phase - 1) % self.taps]
+
+    def load(self, conv: Tensor) -> None:
+        """Takes the inputs of the last tokens, `[B, 3 D, width - 1]`, oldest first."""
+        B = conv.shape[0]
+        self.ring[1:] = conv.view(B, 3, -1, self.taps - 1).permute(3, 1, 0, 2)
+        self.phase = 0
+
+    def __call__(self) -> Tensor:
+        """The new token's q, k and v, `[3, B, D]`; `y` holds the convolved ones."""
+        phase = self.phase
+        self.phase = (phase + 1) % self.taps
+        newest = self.ring[phase].copy_(self.new)
+        torch.mul(self.ring, self.weights[phase], out=self.products)
+        torch.sum(self.products, 0, out=self.y)
+        if self.updater.config.conv_silu:
+            F.silu(self.y, inplace=True)
+        return newest
+
+
+class Linear:
+    """The linear branch, whose output is `out` `[B, D]`, before the output projection.
+
+    Args:
+        updater: of the layer.
+        x: `[B, X]`, the output of its projection.
+        state: `[B, H, K, K]`, of the delta rule.
+        y: `[3, B, H K]`, q, k and v after the convolution.
+    """
+
+    def __init__(self, updater: Any, x: Tensor, state: Tensor, y: Tensor) -> None:
+        B, H, K, _ = state.shape
+        self.updater, self.state = updater, state.view(B * H, K, K)
+        _, self.gate, self.beta, self.alpha, *_ = x.split(updater.sections, dim=1)
+        self.q, self.k, self.v = y.view(3, B * H, 1, K)
+        self.q_k = y[:2].view(2 * B * H, 1, K)
+        self.pair = squares(self.q_k)
+        self.unit_eps = x.new_full((1, 1, 1), UNIT_EPS)
+        self.norm_eps = x.new_full((1, 1, 1), updater.out_norm.eps)
+        self.lengths, self.scale = x.new_empty(2 * B * H, 1, 1), x.new_empty(B * H, 1, 1)
+        self.write, self.o = x.new_empty(2, B * H, 1, K)
+        self.o_pair, self.out = squares(self.o), self.o.view(B, H * K)
+        self.beta_out, self.decay = x.new_empty(2, B, H)
+        self.betas, self.decays = self.beta_out.view(-1, 1, 1), self.decay.view(-1, 1, 1)
+        self.k_column, self.root, self.mean = self.k.mT, K**-0.5, 1 / K
+        self.gated, self.heads = x.new_empty(B, H * K), H
+
+    def refresh(self) -> None:
+        updater = self.updater
+        self.rate, self.step_bias = -updater.A_log.exp(), updater.dt_bias
+        self.gain = updater.out_norm.weight.repeat(self.heads)
+
+    def __call__(self) -> None:
+        torch.baddbmm(self.unit_eps, *self.pair, out=self.lengths).rsqrt_()
+        self.q_k.mul_(self.lengths)
+        torch.sigmoid(self.beta, out=self.beta_out)
+        torch.add(self.alpha, self.step_bias, out=self.decay)
+        torch.mul(F.softplus(self.decay), self.rate, out=self.decay)
+        self.decay.clamp_(min=MIN_LOG_ALPHA).exp_()
+        S = self.state.mul_(self.decays)
+        torch.baddbmm(self.v, self.k, S, alpha=-1, out=self.write).mul_(self.betas)
+        S.addcmul_(self.k_column, self.write)
+        torch.baddbmm(self.o, self.q, S, beta=0, alpha=self.root, out=self.o)
+        torch.baddbmm(self.norm_eps, *self.o_pair, alpha=self.mean, out=self.scale).rsqrt_()
+        self.o.mul_(self.scale)
+        torch.mul(F.silu(self.gate), self.gain, out=self.gated)
+        self.out.mul_(self.gated)
+
+
+class Window:
+    """The window branch, whose output is `out` `[B, D]`, before the output projection.
+
+    Args:
+        updater: of the layer.
+        x: `[B, X]`, the output of its projection.
+        state: holds keys and values `[B, H, slots, K]`.
+        slot: `[B, 1, 1, 1]`, int64, where the new ones go.
+        bias: `[B, H, 1, slots]`, of the scores: 0 at tokens that were read, else -inf.
+    """
+
+    def __init__(
+        self, updater: Any, x: Tensor, state: DecodeStates, slot: Tensor, bias: Tensor
+    ) -> None:
+        assert state.keys is not None
+        assert state.values is not None
+        self.keys, self.values = state.keys, state.values
+        B, H, _, K = self.keys.shape
+        factors = x.split(updater.sections, dim=1)[4]
+        self.factors, self.up = factors.view(B, 3, -1).transpose(0, 1), updater.window_up
+        self.bias, self.slot = bias.flatten(0, 1), slot.expand(B, H, 1, K)
+        self.q_k_v = x.new_empty(3, B, H * K)
+        q, self.key, self.value = self.q_k_v.view(3, B, H, 1, K)
+        self.q, self.o, self.scale = q.view(B * H, 1, K), x.new_empty(B * H, 1, K), K**-0.5
+        self.out = self.o.view(B, H * K)
+
+    def read(self, slots: int) -> None:
+        """From now on, the first so many slots are read."""
+        keys, values = (x.flatten(0, 1)[:, :slots] for x in (self.keys, self.values))
+        self.seen = self.bias[:, :, :slots], self.q, keys.mT
+        self.seen_values, self.scores = values, self.q.new_empty(len(keys), 1, slots)
+
+    def __call__(self, newest: Tensor) -> None:
+        torch.baddbmm(newest, self.factors, self.up, out=self.q_k_v)
+        self.keys.scatter_(2, self.slot, self.key)
+        self.values.scatter_(2, self.slot, self.value)
+        scores = torch.baddbmm(*self.seen, alpha=self.scale, out=self.scores)
+        torch.bmm(scores.softmax(-1), self.seen_values, out=self.o)
+
+
+class Trigger:
+    """A step of the Trigger; the task vector is written to `h_task` `[B, C]`.
+
+    Args:
+        updater: of the layer.
+        bank: of the model.
+        x: `[B, X]`, the output of the layer's projection.
+        memory: `[B, 4, R]`, or None.
+        fast: `[B, 4, R]`, changed in place.
+        h_task: `[B, C]`.
+    """
+
+    def __init__(
+        self, updater: Any, bank: Any, x: Tensor, memory: Tensor | None, fast: Tensor,
+        h_task: Tensor,
+    ) -> None:  # fmt: skip
+        (B, _, R), C = fast.shape, h_task.shape[1]
+        self.trigger, self.bank, self.C, self.h_task = updater.trigger, bank, (C,), h_task
+        task = x.split(updater.sections, dim=1)[5]
+        self.q, self.k, self.v = task.split(C, dim=1)
+        self.weight = bank.weight.view(C, C * R)
+        projected = x.new_empty(B, 2, C, R)
+        rows = projected.flatten(2)
+        if B == 1:
+            self.products = [(task[0, : 2 * C].view(2, C), rows[0])]
+        else:
+            self.products = [(self.q, rows[:, 0]), (self.k, rows[:, 1])]
+        self.U_q, self.U_k = projected.unbind(1)
+        self.U_k_mT = self.U_k.mT
+        self.step = x.new_zeros(B, 4, R) if memory is None else memory
+        self.step_w, self.step_others = self.step[:, 0], self.step[:, 1:].flatten(1)
+        self.gradient = x.new_empty(B, R, 1)
+        self.gradient_w = self.gradient[:, :, 0]
+        self.fast, self.fast_w, self.fast_others = fast, fast[:, 0, :, None], fast[:, 1:].flatten(1)
+        self.forms = x.new_zeros(3 * R, 3 * C)
+        applied = x.new_empty(B, 3 * C)
+        self.applied, (self.scale, bias, self.shift) = applied, applied.split(C, dim=1)
+        self.bias, z = bias[:, :, None], x.new_empty(B, C, 1)
+        self.z, self.z_row = z, z[:, :, 0]
+        self.vectors = x.new_empty(B, 3 * C)
+        self.e_n, self.delta, self.e = self.vectors.split(C, dim=1)
+        self.delta_column = self.delta[:, :, None]
+
+    def refresh(self) -> None:
+        C, R = self.bank.gain.shape
+        for part, form in enumerate((self.bank.gain, self.bank.bias, self.bank.shift)):
+            self.forms[part * R : (part + 1) * R, part * C : (part + 1) * C] = form.T
+        self.lr, self.decay = float(self.trigger.lr), float(self.trigger.decay)
+        self.decay = self.decay if self.trigger.has_memory else 0.0
+
+    def __call__(self) -> None:
+        for task, projected in self.products:
+            torch.mm(task, self.weight, out=projected)
+        if self.trigger.enabled:
+            self._descend()
+        n, _ = self._normalised(self.U_q)
+        torch.addcmul(self.q, self.scale, n, out=self.h_task).add_(self.shift)
+
+    def _normalised(self, U: Tensor) -> tuple[Tensor, Tensor]:
+        """n `[B, C]` and 1 / s `[B, 1]` of `nirvana.ops.trigger_apply`, with gain p_g in `scale`
+        and shift p_s in `shift`."""
+        torch.mm(self.fast_others, self.forms, out=self.applied)
+        torch.baddbmm(self.bias, U, self.fast_w, out=self.z)
+        n, self.mean, inverse = torch.native_layer_norm(self.z_row, self.C, None, None, TRIGGER_EPS)
+        return n, inverse
+
+    def _descend(self) -> None:
+        """The gradient of `nirvana.ops.trigger_gradient`, into the memory, and the step."""
+        n, inverse = self._normalised(self.U_k)
+        e = torch.sub(self.k, self.v, out=self.e).add_(self.shift).addcmul_(self.scale, n)
+        torch.mul(e, n, out=self.e_n)
+        u = self.scale.mul_(e)
+        if self.trigger.exact:
+            given = u, self.z_row, self.C, self.mean, inverse, None, None, [True, False, False]
+            self.delta.copy_(torch.ops.aten.native_layer_norm_backward(*given)[0])
+        else:
+            torch.mul(u, inverse, out=self.delta)
+        # A batched product adds to contiguous tensors only without a loop over the batch.
+        torch.bmm(self.U_k_mT, self.delta_column, out=self.gradient)
+        torch.add(self.gradient_w, self.step_w, alpha=self.decay, out=self.step_w)
+        self.step_others.addmm_(self.vectors, self.forms.T, beta=self.decay)
+        self.fast.add_(self.step, alpha=-self.lr)

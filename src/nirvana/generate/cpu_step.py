@@ -1,0 +1,242 @@
+"""One token of each text through the model on a CPU, in as few operations as PyTorch allows.
+
+In a small model an operation takes longer to call than to compute. So everything that a step reads
+and writes is allocated once, all views of it are made in advance, and products that share an
+argument are one product. The formulas are those of `nirvana.model` and `nirvana.ops`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nirvana.generate.cpu_parts import Linear, Norm, Recent, Trigger, Window
+from nirvana.generate.decode_states import DecodeStates, Place
+from nirvana.generate.fused_step import has_plain_layers
+from nirvana.model.config import NirvanaConfig
+
+BLOCK = 64
+"""The part of the ring buffers that attention reads grows by so many slots."""
+COPY_AFTER = 8
+"""Tokens after which wide weights are copied, when the copy has paid for itself."""
+COPY_ROWS = 2
+"""Texts at most for which a product with a copy is faster."""
+COPY_SIZE = 2**25
+"""Parameters at most of a model whose weights are copied."""
+
+
+class CpuStep:
+    """A step from tokens to logits.
+
+    After `load` the inputs of the convolutions are here and not in `states`; all other states are
+    written in place.
+
+    Args:
+        model: a `NirvanaForCausalLM` without a `refusal`.
+        states: of each layer.
+        place: of the states; `slot` is that of the next token of each text.
+        count: tokens of each text read so far, `[B]`, int64.
+    """
+
+    def __init__(
+        self, model: Any, states: Sequence[DecodeStates], place: Place, count: Tensor
+    ) -> None:
+        config: NirvanaConfig = model.config
+        self.model, self.count, self.slots = model, count, states[-1].slots
+        B, D, H = count.numel(), config.hidden_size, config.num_attention_heads
+        weight = model.lm_head.weight
+        self.h, self.normed = weight.new_empty(2, B, D)
+        self.logits = weight.new_empty(B, config.vocab_size)
+        self.bias = weight.new_empty(B, H, 1, self.slots)
+        slot = place.slot[:, None, None, None]
+        self.slot = slot.expand(B, H, 1, 1)
+        self.fast = weight.new_empty(B, 4, config.bank_size)
+        shared = self.h, self.normed, self.fast, slot, self.bias
+        self.layers = [
+            _Layer(model.model, index, state, *shared) for index, state in enumerate(states)
+        ]
+        self.norm = Norm(model.model.norm, self.h, self.normed)
+        small = sum(p.numel() for p in model.parameters()) <= COPY_SIZE
+        self.copies = small and B <= COPY_ROWS
+
+    @staticmethod
+    def refusal(model: Any) -> str | None:
+        """Why the step does not take a model: None for a float32 or float64 model with Triggers on
+        a CPU, whose linear layers and embedding are plain.
+
+        Args:
+            model: a `NirvanaForCausalLM`.
+        """
+        config: NirvanaConfig = model.config
+        H, G, _ = config.head_sizes
+        known = config.branches == "both" and config.gate == "trigger" and G == H
+        known = known and config.conv_size is not None and not config.num_sinks
+        known = known and not (config.qkv_bias or config.qk_norm) and config.rope_theta is None
+        if not (known and config.trigger_step == "plain" and config.num_hidden_layers):
+            return "its architecture settings are not those of a published model"
+        if not has_plain_layers(model):
+            return "it has adapters, or quantised or replaced layers"
+        kinds = {(p.dtype, p.device.type) for p in model.parameters()}
+        if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
+            return "it is not in float32 or float64 on a CPU"
+        if any(layer.updater.window_kept is not None for layer in model.model.layers):
+            return "it drops window branches"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        return None
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Goes on from the states, as a prefill leaves them, with the weights that the model has
+        now."""
+        self.length, self.steps = int(self.count.max()), 0
+        self.head = self.model.lm_head.weight.T
+        order = torch.arange(self.slots)
+        unread = (order >= self.count[:, None])[:, None, None]
+        self.bias.zero_().masked_fill_(unread, float("-inf"))
+        for layer in self.layers:
+            layer.load()
+        self._read(self._needed())
+
+    @torch.no_grad()
+    def reorder(self, rows: Tensor) -> None:
+        """Replaces the texts by those of the given rows, `[B]`."""
+        self.bias.copy_(self.bias.index_select(0, rows))
+        for layer in self.layers:
+            ring = layer.recent.ring
+            ring.copy_(ring.index_select(2, rows))
+
+    @torch.no_grad()
+    def __call__(self, token: Tensor) -> Tensor:
+        """Reads one token of each text; the caller increments `count` and `slot`.
+
+        Args:
+            token: `[B, 1]`, int64.
+
+        Returns:
+            logits `[B, vocab_size]`, which the next call overwrites.
+        """
+        if self.read < self._needed():
+            self._read(self._needed())
+        self.length += 1
+        self.steps += 1
+        if self.steps == COPY_AFTER and self.copies:
+            self._copy()
+        self.bias.scatter_(3, self.slot, 0.0)
+        self.fast.fill_(1.0)
+        torch.index_select(self.model.model.embed_tokens.weight, 0, token[:, 0], out=self.h)
+        for layer in self.layers:
+            layer()
+        self.norm()
+        return torch.mm(self.normed, self.head, out=self.logits)
+
+    def _copy(self) -> None:
+        """Copies the weights with many more rows than columns so that their rows are in memory what
+        were columns: a product with one vector then adds up rows, which takes half the time of as
+        many short scalar products."""
+        self.head = self.head.contiguous()
+        for layer in self.layers:
+            layer.in_proj, layer.gate_up = layer.in_proj.contiguous(), layer.gate_up.contiguous()
+
+    def _needed(self) -> int:
+        """Slots that the next token attends to, rounded up."""
+        return min(self.slots, -(-(self.length + 1) // BLOCK) * BLOCK)
+
+    def _read(self, slots: int) -> None:
+        self.read = slots
+        for layer in self.layers:
+            if layer.has_window:
+                layer.window.read(slots)
+
+
+class _Layer:
+    """`NirvanaBlock.forward`, on the residual stream `h` `[B, D]` in place.
+
+    Args:
+        trunk: a `NirvanaModel`.
+        index: of the layer.
+        state: of the layer.
+        h: `[B, D]`.
+        normed: `[B, D]`, overwritten.
+        fast: `[B, 4, R]`.
+        slot: see `Window`.
+        bias: see `Window`.
+    """
+
+    def __init__(
+        self, trunk: Any, index: int, state: DecodeStates, h: Tensor, normed: Tensor,
+        fast: Tensor, slot: Tensor, bias: Tensor,
+    ) -> None:  # fmt: skip
+        block = trunk.layers[index]
+        self.updater = updater = block.updater
+        self.h, self.normed, self.state, self.has_window = h, normed, state, updater.has_window
+        B, D = h.shape
+        self.norms = Norm(block.updater_norm, h, normed), Norm(block.mlp_norm, h, normed)
+        self.mlp = block.mlp
+        self.out_proj, self.down = updater.out_proj.weight.T, block.mlp.down_proj.weight.T
+        self.x = h.new_empty(B, updater.in_proj.out_features)
+        self.pre = h.new_empty(B, block.mlp.gate_up_proj.out_features)
+        self.act, self.up = self.pre.chunk(2, dim=1)
+        self.recent = Recent(updater, self.x)
+        assert state.delta is not None
+        self.linear = Linear(updater, self.x, state.delta, self.recent.y)
+        if not self.has_window:
+            return
+        C = updater.gate_proj.in_features
+        self.together = h.new_empty(B, 2 * D + C)
+        self.b, self.a, h_task = self.together.split([D, D, C], dim=1)
+        self.window = Window(updater, self.x, state, slot, bias)
+        given = self.x, state.memory, fast, h_task
+        self.trigger = Trigger(updater, trunk.bank, *given)
+        *first, self.window_up = [part.weight.T for part in updater.window_out]
+        self.window_down = [(w, h.new_empty(B, w.shape[1])) for w in first]
+        self.zeta_down, self.zeta_up = updater.zeta[0].weight.T, updater.zeta[2].weight.T
+        self.low, self.zeta = h.new_empty(B, self.zeta_down.shape[1]), h.new_empty(B, D)
+        self.gate, self.h_task = updater.gate_proj.weight.T, h_task
+        self.gates, self.one = h.new_empty(B, self.gate.shape[1]), h.new_ones(1)
+        self.t, self.rest = self.gates[:, :1], self.gates[:, 1:]
+        if updater.convex:
+            self.rest = h.new_empty(B, 1)
+
+    def load(self) -> None:
+        """Takes the states of a prefill, and the small weights."""
+        self.in_proj = self.updater.in_proj.weight.T
+        self.gate_up = self.mlp.gate_up_proj.weight.T
+        assert self.state.conv is not None
+        self.recent.load(self.state.conv)
+        parts = [self.recent, self.linear] + ([self.trigger] if self.has_window else [])
+        for part in parts:
+            part.refresh()
+
+    def __call__(self) -> None:
+        self.norms[0]()
+        torch.mm(self.normed, self.in_proj, out=self.x)
+        newest = self.recent()
+        self.linear()
+        if self.has_window:
+            torch.mm(self.linear.out, self.out_proj, out=self.b)
+            self.window(newest)
+            self.trigger()
+            self._blend()
+        else:
+            self.h.addmm_(self.linear.out, self.out_proj)
+        self.norms[1]()
+        torch.mm(self.normed, self.gate_up, out=self.pre)
+        F.silu(self.act, inplace=True).mul_(self.up)
+        self.h.addmm_(self.act, self.down)
+
+    def _blend(self) -> None:
+        """h += t (a + t' zeta) + t' b, see `Updater`."""
+        a = self.window.out
+        for weight, low in self.window_down:
+            a = torch.mm(a, weight, out=low)
+        torch.mm(a, self.window_up, out=self.a)
+        torch.mm(self.h_task, self.gate, out=self.gates).sigmoid_()
+        if self.updater.convex:
+            torch.sub(self.one, self.t, out=self.rest)
+        low = F.silu(torch.mm(self.together, self.zeta_down, out=self.low), inplace=True)
+        zeta = torch.mm(low, self.zeta_up, out=self.zeta)
+        torch.addcmul(self.a, self.rest, zeta, out=zeta)
+        self.h.addcmul_(self.t, zeta).addcmul_(self.rest, self.b)
