@@ -1,6 +1,7 @@
 """Short trainings, adaptation to measured scans and time, at a size that takes seconds."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from experiments.common.results import append_rows, read_rows
 from experiments.mri import (
     adaptation,
+    measured,
     measured_page,
     measured_tables,
     peers,
@@ -17,10 +19,11 @@ from experiments.mri import (
     short_trainings,
 )
 from experiments.mri import speed as speed_program
-from experiments.mri.methods import MEASURED, SHORT, tiny
+from experiments.mri.methods import MEASURED, SHORT, recipe_of, tiny
 from experiments.mri.study import SAMPLINGS
 from nirvana.config import to_dict
 from nirvana.errors import InputError
+from nirvana.model.backbone import load_backbone
 from nirvana.mri.classical.grappa import grappa
 from nirvana.mri.classical.peers import GrappaSettings
 from nirvana.mri.data.simulate import simulate_scan
@@ -68,8 +71,33 @@ def test_every_property_of_the_simulation_is_left_out_once():
 
 
 def test_models_of_the_short_trainings_have_about_as_many_parameters():
-    counts = {name: CodecModel(config, None).num_trained for name, config in SHORT.items()}
+    counts = {
+        name: CodecModel(config, load_backbone(config.backbone, config.weights)).num_trained
+        for name, config in SHORT.items()
+    }
     assert max(counts.values()) < 1.05 * min(counts.values()), counts
+
+
+def test_variants_of_the_short_codec_differ_in_one_thing():
+    codec, recipe = SHORT["short-codec"], recipe_of("short-codec")
+    for name in ("ssdu", "points", "sizes"):
+        assert SHORT[f"short-codec-{name}"] == codec
+    assert replace(recipe_of("short-codec-ssdu"), stage=recipe.stage) == recipe
+    assert recipe_of("short-codec-ssdu").stage.loss == "ssdu"
+    assert replace(recipe_of("short-codec-points"), points=0.0) == recipe
+    assert recipe_of("short-codec-points").points > 0
+    assert replace(recipe_of("short-codec-sizes"), sizes=recipe.sizes) == recipe
+    sides = [side for size in recipe_of("short-codec-sizes").sizes for side in size]
+    assert (min(sides), max(sides)) == (96, 320)
+    assert recipe_of("short-codec-prompts") == recipe
+    tokens = [SHORT[name] for name in ("short-tokens", "short-random", "short-pretrained")]
+    changed = [replace(each, backbone="none", weights="default") for each in tokens]
+    assert changed == [tokens[0]] * 3
+    assert [(each.backbone, each.weights) for each in tokens] == [
+        ("none", "default"),
+        ("nirvana", "random"),
+        ("nirvana", "default"),
+    ]
 
 
 def test_short_trainings_leave_out_what_they_name(scans: Path, archive: Path, tmp_path: Path):
@@ -100,7 +128,7 @@ def test_short_trainings_leave_out_what_they_name(scans: Path, archive: Path, tm
     # Every training is another one, also that of another seed.
     scores = [row["scans"][0]["psnr"] for row in rows]
     assert len(set(scores)) == len(scores)
-    assert len(whole["scans"]) == 2 * len(SAMPLINGS)
+    assert len(whole["scans"]) == 2 * len(SAMPLINGS) + len(measured.POINTS)
     assert "volumes" in whole
     assert "volumes" not in other_seed
 
@@ -112,6 +140,9 @@ def test_short_trainings_leave_out_what_they_name(scans: Path, archive: Path, tm
     assert f"| everything | all of them | 1 | {difference:+.2f} |" in text
     means = [short_page.mean_psnr(row, "head", mask) for row in (whole, other_seed)]
     assert f"| short-codec | {np.mean(means):.2f} (" in text
+    lattice = next(iter(measured.POINTS))
+    points = [short_page.mean_psnr(row, "head", lattice) for row in (whole, other_seed)]
+    assert f"| short-codec | {np.mean(points):.2f} (" in text.partition("head, masks of points")[2]
     assert f"| short-e2e-varnet | {short_page.mean_psnr(varnet, 'head', mask):.2f} (" in text
     spread = f"{np.std(means, ddof=1):.2f}"
     assert f"| standard deviation over seeds, nothing left out | 2 | {spread} |" in text
