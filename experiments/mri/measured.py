@@ -2,6 +2,7 @@
 
     python -m experiments.mri.measured --method bart-l1-wavelet --scans scans.npz
     python -m experiments.mri.measured --method codec --codec FOLDER --scans scans.npz
+    python -m experiments.mri.measured --method bart-l1-wavelet-best --peers FILE --scans scans.npz
 
 An .npz file holds scans by name, complex `[slices, coils, H, W]` with the centre of k-space near
 the middle. Every scan is scored as it is and transposed, with phase encoding along the other axis,
@@ -11,6 +12,8 @@ each scan, direction and mask.
 """
 
 import argparse
+import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,9 +30,12 @@ from experiments.mri.study import SAMPLINGS, Method, classical, codec_method
 from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
+from nirvana.mri.classical.bart import bart_pics
+from nirvana.mri.classical.peers import BartSettings
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io.scan import UNREADABLE
+from nirvana.mri.methods import classical_method
 from nirvana.mri.model.checkpoint import load_codec
 from nirvana.mri.physics.fourier import ifft2c, rss
 from nirvana.mri.physics.point_masks import POINT_KINDS, PointSampling
@@ -94,6 +100,28 @@ def evaluate(
                 yield {**row, **score(target, np.asarray(image), inside)}
 
 
+def tuned_bart(file: Path) -> Method:
+    """BART's wavelet with the settings of the nearest acceleration in a file of
+    `experiments.mri.peers`.
+
+    Raises:
+        InputError: the file cannot be read or has no such settings.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["chosen"]
+        found = {entry["acceleration"]: BartSettings(**entry["bart_l1"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--peers: {file} holds no settings of bart_l1: {error}") from error
+
+    def kspace_of(acquisition: Acquisition) -> Iterator[np.ndarray]:
+        logarithm = -math.log(acquisition.pattern.mean())
+        nearest = min(found, key=lambda each: abs(math.log(each) - logarithm))
+        return bart_pics(acquisition, "l1", found[nearest])
+
+    method = classical_method(kspace_of)
+    return lambda acquisition: np.stack([image.magnitude for image in method(acquisition)])
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """Mean PSNR and SSIM over the masks of every method, scan and direction."""
     samplings = dict.fromkeys(row["mask"] for row in rows)
@@ -119,6 +147,8 @@ def method_of(options: argparse.Namespace) -> Method:
     Raises:
         InputError: they name neither.
     """
+    if options.peers is not None:
+        return tuned_bart(options.peers)
     if options.codec is None:
         if options.method not in CLASSICAL:
             raise InputError(
@@ -130,7 +160,8 @@ def method_of(options: argparse.Namespace) -> Method:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    check_outputs({"--results": options.results}, [*options.scans, options.codec])
+    inputs = [*options.scans, options.codec, options.peers]
+    check_outputs({"--results": options.results}, inputs)
     method = method_of(options)
     found = evaluate(method, options.scans, points=options.points)
     rows = [{"method": options.method, **row} for row in found]
@@ -145,6 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--method", required=True, help="name in the rows; without --codec: " + ", ".join(CLASSICAL)
     )
     parser.add_argument("--codec", type=Path, help="folder of a codec")
+    parser.add_argument("--peers", type=Path, help="settings of BART, by experiments.mri.peers")
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--points", action="store_true", help="masks of points")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-measured.jsonl"))

@@ -18,6 +18,7 @@ NAMES = {
     "bart-sense": "SENSE (BART)",
     "l1-wavelet": "L1-wavelet (sigpy)",
     "bart-l1-wavelet": "L1-wavelet (BART)",
+    "bart-l1-wavelet-best": "L1-wavelet (BART, best settings)",
     "measured-unet": "U-Net, same simulation",
     "e2e-varnet": "E2E-VarNet, same simulation",
     "measured-e2e-varnet": "E2E-VarNet, same simulation",

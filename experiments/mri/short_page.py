@@ -167,7 +167,7 @@ def page(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("experiments.mri.short_page", __doc__)
     parser.add_argument("--results", type=Path, default=HERE / "short-trainings.jsonl.xz")
-    parser.add_argument("--out", type=Path, default=HERE / "SHORT_TRAININGS.md")
+    parser.add_argument("--out", type=Path, default=HERE / "SHORT.md")
     options = parser.parse_args(arguments)
     check_outputs({"--out": options.out}, [options.results])
     rows = read_rows(options.results)

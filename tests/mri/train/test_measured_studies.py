@@ -1,7 +1,8 @@
 """Short trainings, adaptation to measured scans and time, at a size that takes seconds."""
 
+import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from nirvana.config import to_dict
 from nirvana.errors import InputError
 from nirvana.model.backbone import load_backbone
 from nirvana.mri.classical.grappa import grappa
-from nirvana.mri.classical.peers import GrappaSettings
+from nirvana.mri.classical.peers import BartSettings, GrappaSettings
+from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.simulate import simulate_scan
 from nirvana.mri.data.simulation.config import PROPERTIES, REALISTIC, Simulation
 from nirvana.mri.model.checkpoint import save_codec
@@ -245,6 +247,28 @@ def test_best_settings_of_a_peer_are_searched_on_a_scan(scans: Path, monkeypatch
     )
     assert entry["psnr"]["grappa"] > entry["psnr_of_start"]["grappa"]
     assert entry["grappa"]["regularisation"] in (1.0, 100.0)
+    # The file that the search writes is what `measured --peers` reads.
+    l1 = asdict(BartSettings(weight=0.5, iterations=3))
+    saved = scans.with_suffix(".json")
+    entries = [
+        {"acceleration": number, "bart_l1": {**l1, "iterations": number}} for number in (4, 8)
+    ]
+    saved.write_text(json.dumps({"chosen": entries}))
+    used = []
+
+    def recorded(acquisition: Acquisition, norm: str, settings: BartSettings):
+        used.append((norm, settings.weight, settings.iterations))
+        return acquisition.slices()
+
+    monkeypatch.setattr(measured, "bart_pics", recorded)
+    method = measured.tuned_bart(saved)
+    for acceleration in (4.0, 8.0):
+        ((acquisition, _), *_) = peers.measured_problems(scans, acceleration)
+        assert method(acquisition).shape == (1, 64, 64)
+    assert used == [("l1", 0.5, 4), ("l1", 0.5, 8)]
+    saved.write_text('{"chosen": [{"acceleration": 4.0}]}')
+    with pytest.raises(InputError, match="no settings of bart_l1"):
+        measured.tuned_bart(saved)
     row = {"method": "codec", "mask": "random 4x", "mask_seed": 0, "psnr": 40.0}
     text = measured_tables.best_peers({"chosen": [entry]}, [row, {**row, "mask_seed": 1}])
     assert f"| {entry['psnr']['grappa']:.2f} | 40.00 | kernel" in text
