@@ -235,6 +235,26 @@ def test_gains_on_simulated_people_are_those_of_the_rows():
     assert f"| codec packaged before | {expected:.2f} (" in head
 
 
+def test_one_person_has_no_interval():
+    (codec_row,) = (
+        row
+        for row in read_rows(measured_page.HERE / "study-rows.jsonl")
+        if row["method"] == "codec"
+    )
+    people = [row for row in codec_row["volumes"] if row["group"] == "unseen people"]
+    one = {**codec_row, "volumes": [row for row in people if row["volume"] == people[0]["volume"]]}
+    with_others = {row["group"]: row for row in codec_row["volumes"]}
+    one["volumes"] += [
+        row
+        for row in codec_row["volumes"]
+        if row["group"] != "unseen people" and row["volume"] == with_others[row["group"]]["volume"]
+    ]
+    gains = measured_tables.simulated([one]).partition("Gain of the codec")[2]
+    (line,) = (line for line in gains.splitlines() if line.startswith("| equispaced 4x"))
+    mean, least = line.split("|")[2:4]
+    assert mean.strip() == least.strip()
+
+
 def test_best_settings_of_a_peer_are_searched_on_a_scan(scans: Path, monkeypatch):
     """From the package's settings on, and never to worse ones."""
     given = list(peers.measured_problems(scans, 4.0))
