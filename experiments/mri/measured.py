@@ -2,14 +2,18 @@
 
     python -m experiments.mri.measured --method bart-l1-wavelet --scans scans.npz
     python -m experiments.mri.measured --method codec --codec FOLDER --scans scans.npz
+    python -m experiments.mri.measured --method bart-l1-wavelet-best --peers FILE --scans scans.npz
 
 An .npz file holds scans by name, complex `[slices, coils, H, W]` with the centre of k-space near
 the middle. Every scan is scored as it is and transposed, with phase encoding along the other axis,
-under the four samplings of the study and `MASKS` masks each. Results are rows of a .jsonl file, one
-for each scan, direction and mask.
+under the four samplings of the study and `MASKS` masks each; with `--points` under masks of points,
+as if both axes were phase-encoded, and as it is alone. Results are rows of a .jsonl file, one for
+each scan, direction and mask.
 """
 
 import argparse
+import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,13 +30,22 @@ from experiments.mri.study import SAMPLINGS, Method, classical, codec_method
 from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
+from nirvana.mri.classical.bart import bart_pics
+from nirvana.mri.classical.peers import BartSettings
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io.scan import UNREADABLE
+from nirvana.mri.methods import classical_method
 from nirvana.mri.model.checkpoint import load_codec
 from nirvana.mri.physics.fourier import ifft2c, rss
+from nirvana.mri.physics.point_masks import POINT_KINDS, PointSampling
 
 MASKS = 3  # seeds of each sampling
+POINTS = {
+    f"{kind} points {acceleration:g}x": PointSampling(kind, acceleration)
+    for kind in POINT_KINDS
+    for acceleration in (4.0, 8.0)
+}
 
 
 def scans(files: Sequence[Path]) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -55,14 +68,30 @@ def scans(files: Sequence[Path]) -> Iterator[tuple[str, str, np.ndarray]]:
             yield name, "rows", np.ascontiguousarray(kspace.swapaxes(-2, -1))
 
 
-def evaluate(method: Method, files: Sequence[Path], masks: int = MASKS) -> Iterator[Row]:
-    """A row of scores for every scan, direction and mask, `masks` of each sampling."""
+def evaluate(
+    method: Method, files: Sequence[Path], masks: int = MASKS, points: bool = False
+) -> Iterator[Row]:
+    """A row of scores for every scan, direction and mask.
+
+    Args:
+        method: that is scored.
+        files: of the scans.
+        masks: seeds of each sampling.
+        points: the samplings of `POINTS`, which are the same in both directions, in place of those
+            of columns.
+    """
     for name, direction, kspace in scans(files):
+        if points and direction != "columns":
+            continue
         target = rss(ifft2c(torch.from_numpy(kspace))).numpy()
         inside = head_mask(target)
-        for sampling, settings in SAMPLINGS.items():
+        height, width = kspace.shape[-2:]
+        for sampling in POINTS if points else SAMPLINGS:
             for seed in range(masks):
-                mask = settings.mask(kspace.shape[-1], seed)
+                if points:
+                    mask, _ = POINTS[sampling].mask((height, width), seed)
+                else:
+                    mask = SAMPLINGS[sampling].mask(width, seed)
                 started = time.perf_counter()
                 image = method(Acquisition(kspace, mask.numpy(), name=name))
                 row = {"scan": name, "direction": direction, "coils": kspace.shape[1]}
@@ -71,20 +100,43 @@ def evaluate(method: Method, files: Sequence[Path], masks: int = MASKS) -> Itera
                 yield {**row, **score(target, np.asarray(image), inside)}
 
 
+def tuned_bart(file: Path) -> Method:
+    """BART's wavelet with the settings of the nearest acceleration in a file of
+    `experiments.mri.peers`.
+
+    Raises:
+        InputError: the file cannot be read or has no such settings.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["chosen"]
+        found = {entry["acceleration"]: BartSettings(**entry["bart_l1"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--peers: {file} holds no settings of bart_l1: {error}") from error
+
+    def kspace_of(acquisition: Acquisition) -> Iterator[np.ndarray]:
+        logarithm = -math.log(acquisition.pattern.mean())
+        nearest = min(found, key=lambda each: abs(math.log(each) - logarithm))
+        return bart_pics(acquisition, "l1", found[nearest])
+
+    method = classical_method(kspace_of)
+    return lambda acquisition: np.stack([image.magnitude for image in method(acquisition)])
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """Mean PSNR and SSIM over the masks of every method, scan and direction."""
-    table = Table("scan", "direction", "method", *SAMPLINGS)
+    samplings = dict.fromkeys(row["mask"] for row in rows)
+    table = Table("scan", "direction", "method", *samplings)
     keys = dict.fromkeys((row["scan"], row["direction"], row["method"]) for row in rows)
     for key in keys:
         cells = []
-        for sampling in SAMPLINGS:
+        for sampling in samplings:
             own = [
                 row
                 for row in rows
                 if (row["scan"], row["direction"], row["method"]) == key and row["mask"] == sampling
             ]
-            means = [np.mean([row[name] for row in own]) for name in ("psnr", "ssim")]
-            cells.append("{:.2f} {:.4f}".format(*means))
+            means = [np.mean([row[name] for row in own]) for name in ("psnr", "ssim") if own]
+            cells.append("{:.2f} {:.4f}".format(*means) if own else "")
         table.add_row(*key, *cells)
     Console(width=140).print(table)
 
@@ -95,6 +147,8 @@ def method_of(options: argparse.Namespace) -> Method:
     Raises:
         InputError: they name neither.
     """
+    if options.peers is not None:
+        return tuned_bart(options.peers)
     if options.codec is None:
         if options.method not in CLASSICAL:
             raise InputError(
@@ -106,9 +160,11 @@ def method_of(options: argparse.Namespace) -> Method:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    check_outputs({"--results": options.results}, [*options.scans, options.codec])
+    inputs = [*options.scans, options.codec, options.peers]
+    check_outputs({"--results": options.results}, inputs)
     method = method_of(options)
-    rows = [{"method": options.method, **row} for row in evaluate(method, options.scans)]
+    found = evaluate(method, options.scans, points=options.points)
+    rows = [{"method": options.method, **row} for row in found]
     append_rows(options.results, rows)
     print_table(read_rows(options.results))
 
@@ -120,7 +176,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--method", required=True, help="name in the rows; without --codec: " + ", ".join(CLASSICAL)
     )
     parser.add_argument("--codec", type=Path, help="folder of a codec")
+    parser.add_argument("--peers", type=Path, help="settings of BART, by experiments.mri.peers")
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
+    parser.add_argument("--points", action="store_true", help="masks of points")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-measured.jsonl"))
     parser.add_argument("--device", default="auto")
     return parser.parse_args(arguments)

@@ -70,10 +70,21 @@ MEASURED: dict[str, CodecConfig] = {
 
 # Trained for a short time on scans that look measured, with as many parameters as those of
 # `SMOOTH`: what is learned from is compared, not how long.
+SHORT_CODEC = replace(CODEC, cascade_features=(32, 64, 96), image_cascades=8)
+SHORT_TOKENS = replace(SENSE_TOKENS, cascade_features=(32, 64, 80), image_cascades=8)
 SHORT: dict[str, CodecConfig] = {
-    "short-codec": replace(CODEC, cascade_features=(32, 64, 96), image_cascades=8),
+    "short-codec": SHORT_CODEC,
     "short-e2e-varnet": SMOOTH["e2e-varnet"],
     "short-unet": SMOOTH["unet"],
+    # Tokens through no backbone, the packaged one, and one of its architecture with random weights.
+    "short-tokens": SHORT_TOKENS,
+    "short-pretrained": replace(SHORT_TOKENS, backbone="nirvana"),
+    "short-random": replace(SHORT_TOKENS, backbone="nirvana", weights="random"),
+    "short-codec-prompts": replace(SHORT_CODEC, prompts=5, cascade_features=(32, 64, 92)),
+    # The codec itself, trained otherwise: see `SHORT_RECIPES`.
+    "short-codec-ssdu": SHORT_CODEC,
+    "short-codec-points": SHORT_CODEC,
+    "short-codec-sizes": SHORT_CODEC,
 }
 
 CODECS = {**SMOOTH, **MEASURED, **SHORT}
@@ -91,6 +102,7 @@ class Recipe:
         stage: weights of the loss.
         simulation: of the scans.
         arrays: whether half of the coils are those of measured arrays.
+        points: share of batches with masks of points.
     """
 
     batch_size: int
@@ -100,6 +112,7 @@ class Recipe:
     stage: StageSection
     simulation: Simulation
     arrays: bool
+    points: float = 0.0
 
 
 SMOOTH_RECIPE = Recipe(
@@ -122,16 +135,24 @@ MEASURED_RECIPE = Recipe(
 )
 
 
-# Few shapes, because every one of them costs the capture of a CUDA graph.
+# Few shapes, because every one of them costs the capture of a CUDA graph; small batches, because
+# steps count for more than slices at the start of a training.
 SHORT_RECIPE = replace(
-    MEASURED_RECIPE, batch_size=8, sizes=((192, 176), (256, 224)), coils=(8, 8, 8, 4)
+    MEASURED_RECIPE, batch_size=4, sizes=((160, 128), (224, 192)), coils=(8, 8, 8, 4)
 )
+SHORT_RECIPES = {
+    "short-codec-ssdu": replace(SHORT_RECIPE, stage=StageSection(loss="ssdu")),
+    "short-codec-points": replace(SHORT_RECIPE, points=0.3),
+    "short-codec-sizes": replace(
+        SHORT_RECIPE, sizes=((96, 96), (160, 128), (224, 192), (320, 256))
+    ),
+}
 
 
 def recipe_of(method: str) -> Recipe:
     """How the codec of a name is trained."""
     if method in SHORT:
-        return SHORT_RECIPE
+        return SHORT_RECIPES.get(method, SHORT_RECIPE)
     return MEASURED_RECIPE if method in MEASURED else SMOOTH_RECIPE
 
 

@@ -84,7 +84,7 @@ def evaluate(method: Method, files: Sequence[Path]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    check_outputs({"--results": options.results}, [*options.scans, options.codec])
+    check_outputs({"--results": options.results}, [*options.scans, options.codec, options.peers])
     method = method_of(options)
     found = [{"method": options.method, **row} for row in evaluate(method, options.scans)]
     append_rows(options.results, found)
@@ -100,6 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--method", default="codec", help="without --codec: " + ", ".join(CLASSICAL)
     )
     parser.add_argument("--codec", type=Path, help="folder of a codec")
+    parser.add_argument("--peers", type=Path, help="settings of BART, by experiments.mri.peers")
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-phantom.jsonl"))
     parser.add_argument("--device", default="auto")

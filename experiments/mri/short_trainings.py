@@ -5,9 +5,10 @@
 
 What a group of properties of measured scans is worth is the difference between a training without
 it and one with all of them: `VARIANTS` names the groups. Seeds change data and weights. All runs of
-a comparison need equal `--steps`. A finished run is not repeated; its row has the scores on all
-scans of the .npz files (`experiments.mri.measured`) and, with `--simulated`, on the study's test
-volumes.
+a comparison need equal `--steps`. Methods beside the codec and its peers are the codec with one
+part or one way of training more (`experiments.mri.methods.SHORT`). A finished run is not repeated;
+its row has the scores on all scans of the .npz files (`experiments.mri.measured`), under masks of
+columns and of points, and, with `--simulated`, on the study's test volumes.
 """
 
 import argparse
@@ -84,7 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cuda = trained.device.type == "cuda"
     row["device"] = torch.cuda.get_device_name(trained.device) if cuda else "cpu"
     method = study.codec_method(trained, 8)
-    row["scans"] = list(measured.evaluate(method, options.scans, options.masks))
+    row["scans"] = [
+        scored
+        for points in (False, True)
+        for scored in measured.evaluate(method, options.scans, options.masks, points)
+    ]
     if options.simulated:
         row["volumes"] = study.evaluate(method, archive, 1 if options.tiny else 0)
     append_row(options.results, row)

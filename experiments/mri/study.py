@@ -76,6 +76,7 @@ def configuration(options: argparse.Namespace, steps: int) -> MriConfig:
         masks=["equispaced", "random"],
         accelerations=[4.0, 4.0, 8.0],
         center_fractions=[0.08, 0.08, 0.04],
+        points=recipe.points,
     )
     run = RunConfig(
         out=str(options.out / f"{options.method}-{options.seed}"),

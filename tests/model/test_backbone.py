@@ -30,6 +30,20 @@ def test_random_backbones_are_the_same_every_time(kind):
     assert not torch.allclose(later[:, 4], h[:, 4])
 
 
+def test_a_random_nirvana_has_the_architecture_of_the_packaged_one():
+    packaged, one, other = (load_backbone("nirvana", w) for w in ("default", "random", "random"))
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (packaged, one)]
+    assert shapes[0] == shapes[1]
+    assert fingerprint(one, None) == fingerprint(other, None)
+    assert fingerprint(one, None) != fingerprint(packaged, None)
+    assert not one.training
+    without = load_backbone("nirvana-without-trigger", "random")
+    assert fingerprint(without, None) == fingerprint(one, None)
+    traces = without.model(torch.arange(20)[None], output_trigger=True).trigger
+    assert all(not trace.change.any() for trace in traces)
+    assert backbone_folder("random") == backbone_folder()
+
+
 def test_without_trigger_no_step_is_taken():
     whole, without = load_backbone("nirvana"), load_backbone("nirvana-without-trigger")
     assert fingerprint(whole, None) == fingerprint(without, None)

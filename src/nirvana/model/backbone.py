@@ -26,6 +26,7 @@ Backbone = Literal["nirvana", "nirvana-without-trigger", "gated_deltanet", "tran
 """Kinds of backbone; "none" is the identity."""
 
 DEFAULT = "default"
+RANDOM = "random"
 PACKAGED = "tiny"
 RANDOM_SEED = 0
 
@@ -39,7 +40,8 @@ def load_backbone(
         kind: of the model. "nirvana-without-trigger" is a Nirvana whose Triggers take no step.
         weights: folder in transformers' format, or a packaged name. "default" is the packaged
             `tiny` for a Nirvana; for the other two, of which no trained model is packaged, it is a
-            network of `tiny`'s width and depth with random weights from a fixed seed.
+            network of `tiny`'s width and depth with random weights from a fixed seed. "random" is
+            such a network of any kind, for a Nirvana of `tiny`'s own architecture.
         device: of the model.
 
     Returns:
@@ -50,14 +52,17 @@ def load_backbone(
     """
     if kind == "none":
         return None
-    if kind in ("nirvana", "nirvana-without-trigger"):
+    is_nirvana = kind in ("nirvana", "nirvana-without-trigger")
+    if weights == RANDOM or (weights == DEFAULT and not is_nirvana):
+        model = _random(kind)
+    elif is_nirvana:
         model = load_language_model(_place(weights), device)[0]
-        if kind == "nirvana-without-trigger":
-            for module in model.modules():
-                if isinstance(module, Trigger):
-                    module.enabled = False
-        return model
-    model = _random(kind) if weights == DEFAULT else _foreign(weights, kind)
+    else:
+        model = _foreign(weights, kind)
+    if kind == "nirvana-without-trigger":
+        for module in model.modules():
+            if isinstance(module, Trigger):
+                module.enabled = False
     nn.Module.to(model, device)
     return model.eval()
 
@@ -66,7 +71,7 @@ def backbone_folder(weights: str = DEFAULT) -> Path:
     """The folder of a backbone's weights and tokenizer.
 
     Args:
-        weights: see `load_backbone`; "default" is the packaged `tiny`.
+        weights: see `load_backbone`; "default" and "random" are the packaged `tiny`.
 
     Returns:
         the folder.
@@ -99,14 +104,16 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = torch.bfloat16) ->
 
 
 def _place(weights: str) -> str:
-    """Replaces "default" by the packaged folder."""
-    return str(packaged(PACKAGED)) if weights == DEFAULT else weights
+    """Replaces "default", and "random", whose tokenizer it has, by the packaged folder."""
+    return str(packaged(PACKAGED)) if weights in (DEFAULT, RANDOM) else weights
 
 
 def _random(kind: str) -> PreTrainedModel:
     shape = preset(PACKAGED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
+        if kind in ("nirvana", "nirvana-without-trigger"):
+            return NirvanaForCausalLM(shape)
         if kind == "gated_deltanet":
             return gated_deltanet(shape.num_hidden_layers, PACKAGED)
         return LlamaForCausalLM._from_config(

@@ -15,7 +15,7 @@ from nirvana.mri.data.simulate import simulate_scan
 from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.model.checkpoint import load_codec, save_codec
-from nirvana.mri.model.codec import CodecModel
+from nirvana.mri.model.codec import CodecModel, brightness, slice_batches
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.model.layout import PATCH, pad_to_patches, to_channels
 from nirvana.mri.model.layout import crop as crop_patches
@@ -213,6 +213,20 @@ def images_of(model: CodecModel, kspace: torch.Tensor, mask: torch.Tensor):
     acquisition = Acquisition(kspace.numpy(), mask.numpy())
     magnitude, combined, _ = zip(*model.images(acquisition, batch_size=2), strict=True)
     return torch.cat(magnitude), torch.cat(combined)
+
+
+@pytest.mark.parametrize("shape", [(32,), (25, 32)])
+def test_a_scans_brightness_is_the_same_on_every_device(shape):
+    generator = torch.Generator().manual_seed(0)
+    kspace = torch.randn(3, 4, 25, 32, dtype=torch.complex64, generator=generator)
+    kspace[1] *= 3
+    pattern = (torch.rand(shape, generator=generator) < 0.5).numpy()
+    mixed = torch.randn(2, 4, dtype=torch.complex64, generator=generator).numpy()
+    acquisition = Acquisition(kspace.numpy(), pattern, mixed)
+    found = brightness(slice_batches(acquisition, 2, torch.device("cpu")))
+    assert float(found) == pytest.approx(acquisition.scale, rel=1e-5)
+    empty = Acquisition(np.zeros_like(kspace.numpy()), pattern)
+    assert float(brightness(slice_batches(empty, 2, torch.device("cpu")))) > 0
 
 
 def test_of_one_coil_the_combined_image_is_the_coils(small_codec):

@@ -34,6 +34,18 @@ def test_replays_are_what_was_captured():
 
 
 @needs_gpu
+@pytest.mark.parametrize("batch_size", [2, 4])  # several batches, and all slices in one
+def test_a_gpu_gives_the_image_of_a_cpu(batch_size):
+    kspace, mask = kspace_of(3, 64, 0)
+    kspace[1] *= 3  # the brightest slice is the scale of all
+    found = [
+        load_codec("codec", device).eval().reconstruct(kspace, mask, batch_size)
+        for device in ("cuda", "cpu")
+    ]
+    assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
+
+
+@needs_gpu
 def test_a_model_with_other_storage_is_captured_anew():
     model = load_codec("codec", "cuda").eval()
     kspace, mask = kspace_of(1, 64, 0)

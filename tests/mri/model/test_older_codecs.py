@@ -13,7 +13,7 @@ from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.physics.fourier import fft2c
 
 NEWER = ("maps", "map_sets", "map_features", "data_consistency", "consistency_steps", "start")
-NEWER += ("conditioning",)
+NEWER += ("conditioning", "prompts")
 
 CONFIG = CodecConfig(
     backbone="none",

@@ -1,6 +1,8 @@
 """Short trainings, adaptation to measured scans and time, at a size that takes seconds."""
 
+import json
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from experiments.common.results import append_rows, read_rows
 from experiments.mri import (
     adaptation,
+    measured,
     measured_page,
     measured_tables,
     peers,
@@ -17,12 +20,14 @@ from experiments.mri import (
     short_trainings,
 )
 from experiments.mri import speed as speed_program
-from experiments.mri.methods import MEASURED, SHORT, tiny
+from experiments.mri.methods import MEASURED, SHORT, recipe_of, tiny
 from experiments.mri.study import SAMPLINGS
 from nirvana.config import to_dict
 from nirvana.errors import InputError
+from nirvana.model.backbone import load_backbone
 from nirvana.mri.classical.grappa import grappa
-from nirvana.mri.classical.peers import GrappaSettings
+from nirvana.mri.classical.peers import BartSettings, GrappaSettings
+from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.simulate import simulate_scan
 from nirvana.mri.data.simulation.config import PROPERTIES, REALISTIC, Simulation
 from nirvana.mri.model.checkpoint import save_codec
@@ -68,8 +73,33 @@ def test_every_property_of_the_simulation_is_left_out_once():
 
 
 def test_models_of_the_short_trainings_have_about_as_many_parameters():
-    counts = {name: CodecModel(config, None).num_trained for name, config in SHORT.items()}
+    counts = {
+        name: CodecModel(config, load_backbone(config.backbone, config.weights)).num_trained
+        for name, config in SHORT.items()
+    }
     assert max(counts.values()) < 1.05 * min(counts.values()), counts
+
+
+def test_variants_of_the_short_codec_differ_in_one_thing():
+    codec, recipe = SHORT["short-codec"], recipe_of("short-codec")
+    for name in ("ssdu", "points", "sizes"):
+        assert SHORT[f"short-codec-{name}"] == codec
+    assert replace(recipe_of("short-codec-ssdu"), stage=recipe.stage) == recipe
+    assert recipe_of("short-codec-ssdu").stage.loss == "ssdu"
+    assert replace(recipe_of("short-codec-points"), points=0.0) == recipe
+    assert recipe_of("short-codec-points").points > 0
+    assert replace(recipe_of("short-codec-sizes"), sizes=recipe.sizes) == recipe
+    sides = [side for size in recipe_of("short-codec-sizes").sizes for side in size]
+    assert (min(sides), max(sides)) == (96, 320)
+    assert recipe_of("short-codec-prompts") == recipe
+    tokens = [SHORT[name] for name in ("short-tokens", "short-random", "short-pretrained")]
+    changed = [replace(each, backbone="none", weights="default") for each in tokens]
+    assert changed == [tokens[0]] * 3
+    assert [(each.backbone, each.weights) for each in tokens] == [
+        ("none", "default"),
+        ("nirvana", "random"),
+        ("nirvana", "default"),
+    ]
 
 
 def test_short_trainings_leave_out_what_they_name(scans: Path, archive: Path, tmp_path: Path):
@@ -100,7 +130,7 @@ def test_short_trainings_leave_out_what_they_name(scans: Path, archive: Path, tm
     # Every training is another one, also that of another seed.
     scores = [row["scans"][0]["psnr"] for row in rows]
     assert len(set(scores)) == len(scores)
-    assert len(whole["scans"]) == 2 * len(SAMPLINGS)
+    assert len(whole["scans"]) == 2 * len(SAMPLINGS) + len(measured.POINTS)
     assert "volumes" in whole
     assert "volumes" not in other_seed
 
@@ -112,6 +142,9 @@ def test_short_trainings_leave_out_what_they_name(scans: Path, archive: Path, tm
     assert f"| everything | all of them | 1 | {difference:+.2f} |" in text
     means = [short_page.mean_psnr(row, "head", mask) for row in (whole, other_seed)]
     assert f"| short-codec | {np.mean(means):.2f} (" in text
+    lattice = next(iter(measured.POINTS))
+    points = [short_page.mean_psnr(row, "head", lattice) for row in (whole, other_seed)]
+    assert f"| short-codec | {np.mean(points):.2f} (" in text.partition("head, masks of points")[2]
     assert f"| short-e2e-varnet | {short_page.mean_psnr(varnet, 'head', mask):.2f} (" in text
     spread = f"{np.std(means, ddof=1):.2f}"
     assert f"| standard deviation over seeds, nothing left out | 2 | {spread} |" in text
@@ -202,6 +235,26 @@ def test_gains_on_simulated_people_are_those_of_the_rows():
     assert f"| codec packaged before | {expected:.2f} (" in head
 
 
+def test_one_person_has_no_interval():
+    (codec_row,) = (
+        row
+        for row in read_rows(measured_page.HERE / "study-rows.jsonl")
+        if row["method"] == "codec"
+    )
+    people = [row for row in codec_row["volumes"] if row["group"] == "unseen people"]
+    one = {**codec_row, "volumes": [row for row in people if row["volume"] == people[0]["volume"]]}
+    with_others = {row["group"]: row for row in codec_row["volumes"]}
+    one["volumes"] += [
+        row
+        for row in codec_row["volumes"]
+        if row["group"] != "unseen people" and row["volume"] == with_others[row["group"]]["volume"]
+    ]
+    gains = measured_tables.simulated([one]).partition("Gain of the codec")[2]
+    (line,) = (line for line in gains.splitlines() if line.startswith("| equispaced 4x"))
+    mean, least = line.split("|")[2:4]
+    assert mean.strip() == least.strip()
+
+
 def test_best_settings_of_a_peer_are_searched_on_a_scan(scans: Path, monkeypatch):
     """From the package's settings on, and never to worse ones."""
     given = list(peers.measured_problems(scans, 4.0))
@@ -214,6 +267,28 @@ def test_best_settings_of_a_peer_are_searched_on_a_scan(scans: Path, monkeypatch
     )
     assert entry["psnr"]["grappa"] > entry["psnr_of_start"]["grappa"]
     assert entry["grappa"]["regularisation"] in (1.0, 100.0)
+    # The file that the search writes is what `measured --peers` reads.
+    l1 = asdict(BartSettings(weight=0.5, iterations=3))
+    saved = scans.with_suffix(".json")
+    entries = [
+        {"acceleration": number, "bart_l1": {**l1, "iterations": number}} for number in (4, 8)
+    ]
+    saved.write_text(json.dumps({"chosen": entries}))
+    used = []
+
+    def recorded(acquisition: Acquisition, norm: str, settings: BartSettings):
+        used.append((norm, settings.weight, settings.iterations))
+        return acquisition.slices()
+
+    monkeypatch.setattr(measured, "bart_pics", recorded)
+    method = measured.tuned_bart(saved)
+    for acceleration in (4.0, 8.0):
+        ((acquisition, _), *_) = peers.measured_problems(scans, acceleration)
+        assert method(acquisition).shape == (1, 64, 64)
+    assert used == [("l1", 0.5, 4), ("l1", 0.5, 8)]
+    saved.write_text('{"chosen": [{"acceleration": 4.0}]}')
+    with pytest.raises(InputError, match="no settings of bart_l1"):
+        measured.tuned_bart(saved)
     row = {"method": "codec", "mask": "random 4x", "mask_seed": 0, "psnr": 40.0}
     text = measured_tables.best_peers({"chosen": [entry]}, [row, {**row, "mask_seed": 1}])
     assert f"| {entry['psnr']['grappa']:.2f} | 40.00 | kernel" in text

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from scipy.io import savemat
 
 from experiments.common.results import read_rows
-from experiments.mri import measured_page, page, prepare
+from experiments.mri import measured, measured_page, page, prepare, short_page
 from experiments.mri.methods import MEASURED, MEASURED_RECIPE, tiny
 from nirvana.config import load_config
 from nirvana.mri.data.simulate import simulate_scan
@@ -147,6 +147,12 @@ def test_the_committed_measured_rows_give_their_page():
     assert page_text == measured_page.page(folder).rstrip("\n") + "\n"
 
 
+def test_the_committed_short_trainings_give_their_page():
+    rows = read_rows(short_page.HERE / "short-trainings.jsonl.xz")
+    page_text = (short_page.HERE / "SHORT.md").read_text(encoding="utf-8")
+    assert page_text == short_page.page(rows).rstrip("\n") + "\n"
+
+
 def test_methods_are_scored_on_measured_scans(
     run: Callable[..., str], tmp_path: Path, head_slices: np.ndarray
 ):
@@ -166,6 +172,10 @@ def test_methods_are_scored_on_measured_scans(
         return float(np.mean([row["psnr"] for row in chosen]))
 
     assert mean("codec") > mean("zero-filled")
+    run("measured", "--method", "zero-filled", "--points", *places, rows)
+    points = read_rows(rows)[len(scores) :]
+    assert {row["mask"] for row in points} == set(measured.POINTS)
+    assert len(points) == 4 * 3  # samplings, seeds; one direction
     discs = tmp_path / "phantom.jsonl"
     run("phantom", "--method", "codec", "--codec", tmp_path / "codec", *places, discs)
     found = read_rows(discs)
@@ -174,6 +184,9 @@ def test_methods_are_scored_on_measured_scans(
     out = tmp_path / "MEASURED.md"
     run("measured_page", "--folder", tmp_path, "--out", out)
     assert "| codec |" in out.read_text()
+    after = out.read_text().partition("Masks of points")[2]
+    lattice = [row["psnr"] for row in points if row["mask"] == "lattice points 4x"]
+    assert f"| zero-filled | {np.mean(lattice):.2f} (" in after
 
 
 def test_the_packaged_training_is_that_of_the_packaged_codec():

@@ -1,6 +1,7 @@
 """Training a codec: samples from a seed, a gain on zero-filling, bitwise resumption."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,18 @@ from safetensors.torch import load_file
 from helpers import HELPERS
 from nirvana import InputError
 from nirvana.config import load_config
-from nirvana.mri.data.batch import micro_batch_generator
+from nirvana.mri.data.batch import HeldBackBatch, micro_batch_generator
 from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.data.slices import SlicePool, simulate_batch
 from nirvana.mri.model.checkpoint import load_codec
+from nirvana.mri.physics.fourier import fft2c as to_kspace
 from nirvana.mri.physics.fourier import ifft2c as to_image
 from nirvana.mri.physics.fourier import rss
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig
 from nirvana.mri.train.task import ReconstructionTask, expand, train
 
+CPU = torch.device("cpu")
 CONFIG = """
 [data]
 train = ["{volumes}/*.npy"]
@@ -218,11 +221,74 @@ def test_a_changed_backbone_is_noticed(config, monkeypatch):
         train(config("nirvana"), ["--run.steps", "1"])
 
 
+POINTS = ["--data.points", "1.0"]
+
+
+def test_a_share_of_the_batches_has_masks_of_points(config):
+    def kinds(*more: str) -> list[int]:
+        task = ReconstructionTask(load_config(MriConfig, config(), list(more)), CPU)
+        return [task.batch(step, 0).mask.ndim for step in range(24)]
+
+    assert kinds() == 24 * [2]
+    assert kinds(*POINTS) == 24 * [3]
+    assert 4 < kinds("--data.points", "0.5").count(3) < 20
+    # Without points nothing else of a batch changes.
+    tasks = [
+        ReconstructionTask(load_config(MriConfig, config(), more), CPU)
+        for more in ([], ["--data.points", "1e-9"])
+    ]
+    shapes = [{task.batch(step, 0).kspace.shape for step in range(8)} for task in tasks]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--data.points", "1.5"], "data.points"),
+        (
+            ["--data.points", "0.1", "--data.sizes", "[[8, 24]]", "--data.accelerations", "[4.0]"],
+            "fewer than the 8 x 8",
+        ),
+        (["--stage.held_share", "1.0"], "stage.held_share"),
+        (["--stage.loss", "ssdu", "--data.reports", "x.jsonl"], "data.reports"),
+    ],
+)
+def test_wrong_samplings_and_losses_are_refused(config, setting, message):
+    with pytest.raises(InputError, match=message):
+        load_config(MriConfig, config(), setting)
+
+
+SSDU = ["--stage.loss", "ssdu"]
+
+
+def test_the_self_supervised_loss_sees_the_measured_samples_alone(config):
+    task = ReconstructionTask(load_config(MriConfig, config(), SSDU), CPU)
+    batch = task.batch(0, 0)
+    assert isinstance(batch, HeldBackBatch)
+    loss, terms = task.loss(batch)
+    again, _ = task.loss(replace(batch, target=torch.zeros_like(batch.target)))
+    assert torch.equal(loss, again)
+    # The relative errors of a prediction that is zero are 1 each.
+    with torch.no_grad():
+        coils, _ = task.model.coil_images(*batch.inputs)
+        predicted = to_kspace(coils) * batch.scale[:, None, None, None]
+        error = (predicted - batch.held_kspace) * batch.held[:, None, None]
+        norms = [each.abs().flatten(1).norm(dim=1) for each in (error, batch.held_kspace)]
+    torch.testing.assert_close(terms["held_l2"], (norms[0] / norms[1]).mean())
+    # What was not held back does not count: the input is put back as measured.
+    louder = replace(batch, held_kspace=batch.held_kspace * 0 + 1e-3 * batch.held[:, None, None])
+    assert not torch.equal(task.loss(louder)[0], loss)
+
+
 SENSE = ["--codec.maps", "espirit", "--codec.data_consistency", "conjugate_gradient"]
 SENSE += ["--codec.map_sets", "2", "--codec.map_features", "[2, 2]", "--codec.conditioning", "4"]
 
 
-@pytest.mark.parametrize("codec", [[], SENSE], ids=["gradient", "sense"])
+@pytest.mark.parametrize(
+    "codec",
+    [[], SENSE, [*SENSE, *SSDU], [*SENSE, "--data.points", "0.5"]],
+    ids=["gradient", "sense", "ssdu", "points"],
+)
 def test_training_gains_on_the_start(config, codec):
     """A fresh codec gives the zero-filled or the SENSE image; some steps later it must be
     better."""

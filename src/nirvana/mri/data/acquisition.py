@@ -68,7 +68,11 @@ class Acquisition:
 
     def slice(self, index: int) -> np.ndarray:
         """K-space of a slice, complex64 `[coils, H, W]`, zero where not measured."""
-        return self._combined(self.kspace[index]) * self.mask(index)
+        return self.samples(index) * self.mask(index)
+
+    def samples(self, index: int) -> np.ndarray:
+        """The same with whatever the scan's file holds outside of the pattern."""
+        return self._combined(self.kspace[index])
 
     def slices(self) -> Iterator[np.ndarray]:
         """All of `slice`, in order."""

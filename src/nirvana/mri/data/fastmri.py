@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from nirvana.errors import InputError
-from nirvana.mri.data.batch import MriBatch, draw_masks
+from nirvana.mri.data.batch import MriBatch, Samplings, draw_masks
 from nirvana.mri.data.report_texts import Reports, report_of
 from nirvana.mri.io import hdf5
 from nirvana.mri.io.scan import check_size
 from nirvana.mri.physics.fourier import fft2c, ifft2c
-from nirvana.mri.physics.masks import Sampling, find_mask
+from nirvana.mri.physics.masks import find_mask
 from nirvana.mri.physics.pattern import has_gaps
 
 SUFFIXES = (".h5", ".hdf5")
@@ -65,7 +65,7 @@ class ScanPool:
         batch_size: int,
         size: tuple[int, int],
         num_coils: int,
-        samplings: Sequence[Sampling],
+        samplings: Samplings,
         generator: Generator,
     ) -> MriBatch:
         """One training batch; every random number comes from `generator`.
@@ -86,7 +86,7 @@ class ScanPool:
         part = torch.rand(batch_size, generator=generator).tolist()
         chosen = [(files[i][0], int(u * files[i][1])) for i, u in zip(which, part, strict=True)]
         kspace = torch.stack([self._slice(*place, size) for place in chosen])
-        masks = draw_masks(samplings, batch_size, size[1], generator)
+        masks = draw_masks(samplings, batch_size, size, generator)
         reports = tuple(self.reports[place] for place in chosen) if self.reports else ()
         batch = MriBatch.fully_sampled(kspace, reports=reports)
         return batch.undersample(*masks).brighten(generator)

@@ -13,12 +13,11 @@ from torch import Generator, Tensor
 
 from nirvana.errors import InputError
 from nirvana.mri.anatomy.augment import draw_affines
-from nirvana.mri.data.batch import MriBatch, draw_masks
+from nirvana.mri.data.batch import MriBatch, Samplings, draw_masks
 from nirvana.mri.data.report_texts import Reports, report_of
 from nirvana.mri.data.simulate import simulate
 from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.io import read_volume
-from nirvana.mri.physics.masks import Sampling
 
 FILL = (0.75, 1.15)  # share of the field of view that a slice's longer side fills
 FILL_WRAPPED = (1.0, 1.4)  # the same where the slice folds over along its shorter side
@@ -124,7 +123,7 @@ def simulate_batch(
     batch_size: int,
     size: tuple[int, int],
     num_coils: int,
-    samplings: Sequence[Sampling],
+    samplings: Samplings,
     simulation: Simulation,
     generator: Generator,
     arrays: Sequence[Tensor] = (),
@@ -148,7 +147,7 @@ def simulate_batch(
         view, fill = (height, round(WIDE * width)), FILL_WRAPPED
     images = pool.views(index, view, generator, fill)
     kspace = simulate(images, generator, simulation, coils=num_coils, width=width, arrays=arrays)
-    masks = draw_masks(samplings, batch_size, size[1], generator)
+    masks = draw_masks(samplings, batch_size, size, generator)
     reports = tuple(pool.reports[i] for i in index.tolist()) if pool.reports else ()
     batch = MriBatch.fully_sampled(kspace, reports=reports)
     return batch.undersample(*masks).brighten(generator)

@@ -1,6 +1,6 @@
 """The codec: multi-coil k-space to an image, through a frozen language model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from nirvana.mri.model.unet import build_decoder, build_unet
 from nirvana.mri.model.varnet import Cascade, Sensitivities
 from nirvana.mri.model.vit import PatchEncoder
 from nirvana.mri.physics.calibration import soft_espirit
-from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
+from nirvana.mri.physics.fourier import energy, fft2c, ifft2c, rss
 from nirvana.mri.physics.partial_fourier import complete
 from nirvana.mri.physics.pattern import Extent, central_block, checked_pattern, slice_patterns
 from nirvana.mri.physics.sense import combine_coils, principal_coil
@@ -304,11 +304,17 @@ class CodecModel(nn.Module):
         """
         acquisition.require_calibration()
         device, extent = self.device, acquisition.extent
-        scale = torch.tensor(acquisition.scale, device=device)
+        batches: Iterable[SliceBatch] = slice_batches(acquisition, batch_size, device)
+        if device.type == "cpu":
+            scale = torch.tensor(acquisition.scale)
+        else:  # the host takes longer for the scale than a GPU for the whole reconstruction
+            one = [*batches] if len(acquisition) <= batch_size else None
+            batches = one or slice_batches(acquisition, batch_size, device)
+            scale = brightness(one or slice_batches(acquisition, batch_size, device))
         coil = principal_coil(torch.from_numpy(acquisition.coil_gram)).to(device)
         # The completion of a missing side moves windows to the device, which no graph may.
         graphed = device.type == "cuda" and capturable() and extent is None
-        for batch in slice_batches(acquisition, batch_size, device):
+        for batch in batches:
             inputs = (*batch, scale.expand(len(batch.kspace)), coil)
             inputs = (*inputs, *(self.initial_maps(batch.kspace, batch.calibration) or ()))
             if graphed:
@@ -365,9 +371,17 @@ def slice_batches(
         else:
             blocks = [padded(acquisition.calibration(i), acquisition.size) for i in indices]
             calibration = np.stack(blocks)
-        kspace = np.stack([acquisition.slice(index) for index in indices])
-        arrays = (torch.from_numpy(x).to(device) for x in (kspace, np.array(mask), calibration))
-        yield SliceBatch(*arrays)
+        samples = np.stack([acquisition.samples(index) for index in indices])
+        arrays = (samples, np.array(mask), calibration)
+        samples, mask, calibration = (torch.from_numpy(x).to(device) for x in arrays)
+        yield SliceBatch(samples * _by_slice(mask)[:, None], mask, calibration)
+
+
+def brightness(batches: Iterable[SliceBatch]) -> Tensor:
+    """`Acquisition.scale` of the slices of some batches, computed where they are: a scalar."""
+    # Where the middle of an axis lies changes phases and places, but no magnitude.
+    squares = [energy(torch.fft.ifft2(each.kspace, norm="ortho"), 1).amax() for each in batches]
+    return torch.stack(squares).amax().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _central(masks: np.ndarray, height: int) -> np.ndarray:

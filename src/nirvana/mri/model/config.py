@@ -35,6 +35,8 @@ class CodecConfig:
         start: of conjugate-gradient cascades: "sense", `START_STEPS` such steps, or "zero_filled".
         conditioning: size of the vector by which mask and noise level of a scan change the U-Nets'
             gains and the weight of the data; 0 for none.
+        prompts: learned components that each decoder level of a conjugate-gradient cascade's U-Net
+            mixes by its features and adds (`prompts.Prompt`); 0 for none.
         sensitivity_features: channels of the sensitivity U-Net: at 1/2, 1/4 ... of the resolution
             (at most four numbers), or the six numbers of MONAI's U-Net.
         cascade_features: of every cascade's U-Net, likewise.
@@ -65,6 +67,7 @@ class CodecConfig:
     consistency_steps: int = 4
     start: Literal["sense", "zero_filled"] = "sense"
     conditioning: int = 0
+    prompts: int = 0
     sensitivity_features: tuple[int, ...] = (8, 16, 32)
     cascade_features: tuple[int, ...] = (32, 64, 96)
     encoder_cascades: int = 0
@@ -102,7 +105,7 @@ class CodecConfig:
 
     def _check_cascades(self) -> None:
         if self.data_consistency == "gradient":
-            given = {"map_sets": 1, "map_features": (), "conditioning": 0}
+            given = {"map_sets": 1, "map_features": (), "conditioning": 0, "prompts": 0}
             for name, right in given.items():
                 if getattr(self, name) != right:
                     raise InputError(
@@ -121,8 +124,9 @@ class CodecConfig:
             raise InputError(
                 f"codec.consistency_steps = {self.consistency_steps} must be at least 1"
             )
-        if self.conditioning < 0:
-            raise InputError(f"codec.conditioning = {self.conditioning} must be at least 0")
+        for name in ("conditioning", "prompts"):
+            if getattr(self, name) < 0:
+                raise InputError(f"codec.{name} = {getattr(self, name)} must be at least 0")
         if len(self.map_features) > 2 or min(self.map_features, default=1) < 1:
             raise InputError(
                 f"codec.map_features = {self.map_features} must be at most 2 numbers of channels, "

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nirvana.mri.model.prompts import Prompt
+
 
 class Block(nn.Module):
     """x + conv(g relu(conv(x))), 3 x 3, with a gain g for each channel, 1 unless given."""
@@ -35,6 +37,7 @@ class ResidualUNet(nn.Module):
         context: channels of a map that is added at the coarsest level; 0 for none.
         in_channels: of the image.
         out_channels: of the result.
+        prompts: learned components of a `Prompt` at every level of the way up; 0 for none.
 
     Attributes:
         num_gains: channels of all blocks together.
@@ -46,6 +49,7 @@ class ResidualUNet(nn.Module):
         context: int = 0,
         in_channels: int = 2,
         out_channels: int = 2,
+        prompts: int = 0,
     ):
         super().__init__()
         pairs = list(pairwise(features))
@@ -55,6 +59,7 @@ class ResidualUNet(nn.Module):
         self.context = nn.Conv2d(context, features[-1], 1) if context else None
         self.middle = Block(features[-1])
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2, bias=False) for a, b in pairs)
+        self.prompts = nn.ModuleList(Prompt(prompts, a) for a, _ in pairs) if prompts else None
         self.after = nn.ModuleList(Block(a) for a, _ in pairs)
         self.write = nn.Conv2d(features[0], 4 * out_channels, 3, padding=1, bias=False)
         nn.init.zeros_(self.write.weight)
@@ -84,8 +89,11 @@ class ResidualUNet(nn.Module):
         if self.context is not None and context is not None:
             x = x + self.context(context)
         x = self.middle(x, next(gain_of))
-        for up, block in zip(reversed(self.up), reversed(self.after), strict=True):
-            x = block(up(x) + skips.pop(), next(gain_of))
+        for level in reversed(range(len(self.up))):
+            x = self.up[level](x) + skips.pop()
+            if self.prompts is not None:
+                x = self.prompts[level](x)
+            x = self.after[level](x, next(gain_of))
         return F.pixel_shuffle(self.write(x), 2)
 
     def _gains(self, gains: Tensor | None) -> Iterator[Tensor | None]:

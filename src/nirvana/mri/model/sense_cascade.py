@@ -32,7 +32,7 @@ class SenseCascade(nn.Module):
         super().__init__()
         sets = config.map_sets
         self.steps = config.consistency_steps
-        self.net = build_unet(config, config.cascade_features, 5 * sets, 2 * sets)
+        self.net = build_unet(config, config.cascade_features, 5 * sets, 2 * sets, config.prompts)
         self.maps = MapRefinement(config.map_features) if config.map_features else None
         self.log_weight = nn.Parameter(torch.tensor(-2.5))
         self.gains = self.weight_of = None

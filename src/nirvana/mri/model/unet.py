@@ -7,7 +7,11 @@ from nirvana.mri.model.residual_unet import ResidualUNet
 
 
 def build_unet(
-    config: CodecConfig, features: tuple[int, ...], in_channels: int = 2, out_channels: int = 2
+    config: CodecConfig,
+    features: tuple[int, ...],
+    in_channels: int = 2,
+    out_channels: int = 2,
+    prompts: int = 0,
 ) -> nn.Module:
     """A U-Net of the configured kind, from `[B, in_channels, H, W]` to `[B, out_channels, H, W]`.
 
@@ -16,9 +20,12 @@ def build_unet(
         features: numbers of channels, see `CodecConfig.sensitivity_features`.
         in_channels: of the image.
         out_channels: of the result.
+        prompts: see `ResidualUNet`; 0 for an "instance" U-Net.
     """
     if config.unet == "residual":
-        return ResidualUNet(features, in_channels=in_channels, out_channels=out_channels)
+        return ResidualUNet(
+            features, in_channels=in_channels, out_channels=out_channels, prompts=prompts
+        )
     from nirvana.mri.model.monai_unet import instance_unet
 
     return instance_unet(features)

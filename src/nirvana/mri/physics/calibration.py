@@ -126,7 +126,7 @@ def _apply(operator: Tensor, v: Tensor) -> Tensor:
     """W v in every pixel; coil by coil, which needs no transposed copy of W."""
     product = operator[:, :, 0] * v[:, None, 0]
     for coil in range(1, v.shape[1]):
-        product = product + operator[:, :, coil] * v[:, None, coil]
+        product.addcmul_(operator[:, :, coil], v[:, None, coil])
     return product
 
 

@@ -8,6 +8,7 @@ from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.model.report_tokens import PROMPT
 from nirvana.mri.physics.masks import MaskKind, Sampling
+from nirvana.mri.physics.point_masks import POINT_KINDS, PointSampling
 from nirvana.train.config import OptimConfig, ParallelConfig, RunConfig
 
 
@@ -27,6 +28,9 @@ class MriDataSection:
     masks: list[MaskKind] = field(default_factory=lambda: ["equispaced", "random"])
     accelerations: list[float] = field(default_factory=lambda: [4.0, 8.0])
     center_fractions: list[float] = field(default_factory=lambda: [0.08, 0.04])  # one for each
+    # share of the batches with masks of points instead, as of scans with two phase encodings, of
+    # every kind in `physics.point_masks` and of the same accelerations
+    points: float = 0.0
     # measured sensitivities of coils, complex .npy [coils, H, W], for half of the simulated scans
     coil_maps: list[str] = field(default_factory=list)
     valid_slices: int = 8  # evenly spaced slices of every validation volume
@@ -46,15 +50,23 @@ class MriDataSection:
         require(min(sides) >= 8, "data.sizes", self.sizes, "sides of at least 8 pixels")
         right = "from 1 to 256 each"
         require(all(1 <= n <= 256 for n in self.coils), "data.coils", self.coils, right)
-        for sampling in self.samplings:
-            for _, width in self.sizes:
-                sampling.mask(width, 0)  # raises where there is no such mask
+        require(0 <= self.points <= 1, "data.points", self.points, "a share, 0 to 1")
+        for size in self.sizes:  # these raise where there is no such mask
+            for sampling in self.samplings:
+                sampling.mask(size[1], 0)
+            for sampling in self.point_samplings if self.points else ():
+                sampling.mask(size, 0)
 
     @property
     def samplings(self) -> list[Sampling]:
         """Every kind of mask with every acceleration."""
         pairs = list(zip(self.accelerations, self.center_fractions, strict=True))
         return [Sampling(kind, *pair) for kind in self.masks for pair in pairs]
+
+    @property
+    def point_samplings(self) -> list[PointSampling]:
+        """Every kind of masks of points with every acceleration."""
+        return [PointSampling(kind, each) for kind in POINT_KINDS for each in self.accelerations]
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,17 @@ class StageSection:
     prompt: str = PROMPT  # what the backbone reads between image and report; a blank follows it
     report_tokens: int = 128  # to which longer reports are cut
     text_weight: float = 0.1  # of the reports' cross-entropy in the joint loss, with data.reports
+    # "image": the weighted errors below against the fully sampled image; "ssdu": self-supervised,
+    # some of the measured samples are held back from the input and predicted (arXiv 1912.07669)
+    loss: Literal["image", "ssdu"] = "image"
+    held_share: float = 0.4  # of the samples outside of the central block, with "ssdu"
     ssim_weight: float = 1.0  # of 1 - SSIM in the loss
     l1_weight: float = 1.0  # of the mean absolute error in the loss
     l2_weight: float = 0.0  # of the slices' root mean square error in the loss
 
     def __post_init__(self) -> None:
         require(self.report_tokens >= 1, "stage.report_tokens", self.report_tokens, "at least 1")
+        require(0 < self.held_share < 1, "stage.held_share", self.held_share, "between 0 and 1")
         for name in ("text_weight", "ssim_weight", "l1_weight", "l2_weight"):
             require(getattr(self, name) >= 0, f"stage.{name}", getattr(self, name), "at least 0")
 
@@ -96,6 +113,9 @@ class MriConfig:
         if self.stage.name == "1":
             right = "a file of reports, which stage 1 is trained on"
             require(bool(self.data.reports), "data.reports", self.data.reports, right)
+        if self.stage.loss == "ssdu":
+            right = "empty with stage.loss = 'ssdu', which trains on images alone"
+            require(not self.data.reports, "data.reports", self.data.reports, right)
         if self.data.reports:
             right = "a language model, which reads reports"
             require(self.codec.backbone != "none", "codec.backbone", self.codec.backbone, right)

@@ -20,7 +20,14 @@ from nirvana.files import existing_file
 from nirvana.model.backbone import backbone_folder, fingerprint, load_backbone
 from nirvana.model.specialist import own_state_dict
 from nirvana.mri.classical.common import zero_filled
-from nirvana.mri.data.batch import MriBatch, choice, micro_batch_generator
+from nirvana.mri.data.batch import (
+    HeldBackBatch,
+    MriBatch,
+    Samplings,
+    choice,
+    micro_batch_generator,
+    over_coils,
+)
 from nirvana.mri.data.fastmri import SUFFIXES, ScanPool
 from nirvana.mri.data.report_texts import Reports, read_reports
 from nirvana.mri.data.scans import is_full, target_of
@@ -33,6 +40,7 @@ from nirvana.mri.io.scan import UNREADABLE
 from nirvana.mri.model.checkpoint import load_codec, save_codec
 from nirvana.mri.model.codec import CodecModel, InitialMaps, in_encoder
 from nirvana.mri.model.report_tokens import ReportTokens, report_entropy
+from nirvana.mri.physics.fourier import fft2c
 from nirvana.mri.physics.masks import Sampling
 from nirvana.mri.train.config import MriConfig
 from nirvana.mri.train.loss import ssim
@@ -78,7 +86,7 @@ class ReconstructionTask(Task):
         self.model: nn.Module = _new_codec(config).to(device)
         _freeze_other_stages(self.model, config.stage.name)
         self.frozen_before = self._backbone_bits()
-        self._only_image = _ImageOnly(self.model)
+        self._one_output = (_ImageOnly if config.stage.loss == "image" else _CoilImages)(self.model)
         self._graphs: TrainingGraphs | None = None
         self.units_per_step = data.batch_size * config.optim.accumulation
 
@@ -100,27 +108,35 @@ class ReconstructionTask(Task):
         data, accumulation = self.config.data, self.config.optim.accumulation
         generator = micro_batch_generator(self.config.run.seed, step * accumulation + micro)
         size, coils = choice(data.sizes, generator), choice(data.coils, generator)
+        samplings: Samplings = data.samplings
+        if data.points and torch.rand((), generator=generator) < data.points:
+            samplings = data.point_samplings
         if isinstance(self.pool, ScanPool):
-            return self.pool.batch(data.batch_size, size, coils, data.samplings, generator)
-        return simulate_batch(
-            self.pool,
-            data.batch_size,
-            size,
-            coils,
-            data.samplings,
-            self.config.simulation,
-            generator,
-            self.arrays,
-        )
+            batch = self.pool.batch(data.batch_size, size, coils, samplings, generator)
+        else:
+            batch = simulate_batch(
+                self.pool,
+                data.batch_size,
+                size,
+                coils,
+                samplings,
+                self.config.simulation,
+                generator,
+                self.arrays,
+            )
+        stage = self.config.stage
+        return batch.hold_back(stage.held_share, generator) if stage.loss == "ssdu" else batch
 
     def loss(self, batch: MriBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 1: the reports' cross-entropy; stage 2: 1 - SSIM, L1 and L2; joint: their weighted
-        sum."""
+        sum. With `stage.loss = "ssdu"` that of the samples that were held back instead."""
+        if isinstance(batch, HeldBackBatch):
+            return self._held_back_loss(batch)
         stage = self.config.stage
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=self.device)
         if stage.name == "2" or self.tokens_and_labels is None:
-            image = self._image(*batch.inputs)
+            image = self._output(*batch.inputs)
         else:
             text, labels = self.tokens_and_labels(batch.reports, self.device)
             image, logits = self.model(*batch.inputs, text=text, image=stage.name == "joint")
@@ -137,6 +153,19 @@ class ReconstructionTask(Task):
             total = total + stage.l2_weight * l2
             terms |= {"ssim": similarity.detach(), "l1": l1.detach(), "l2": l2.detach()}
         return total, terms
+
+    def _held_back_loss(self, batch: HeldBackBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The errors of the held-back samples in the L2 and the L1 norm, relative to their own
+        norms, as SSDU weighs them (Yaman et al., arXiv 1912.07669)."""
+        coils = torch.view_as_complex(self._output(*batch.inputs))
+        measured = batch.held_kspace / batch.scale[:, None, None, None]
+        error = (fft2c(coils) - measured) * over_coils(batch.held)
+        norms = []
+        for order in (2, 1):
+            size, of_error = (x.abs().flatten(1).norm(order, dim=1) for x in (measured, error))
+            norms.append((of_error / size.clamp(min=1e-12)).mean())
+        l2, l1 = norms
+        return l2 + l1, {"held_l2": l2.detach(), "held_l1": l1.detach()}
 
     def validate(self) -> dict[str, float]:
         """Mean PSNR and SSIM over the validation volumes, and those of their zero-filled images;
@@ -184,18 +213,19 @@ class ReconstructionTask(Task):
             shard(self.model, blocks, self.config.parallel, processes)
             # A validation reconstructs by this method, which must gather the shards as `forward`.
             register_fsdp_forward_method(self.model, "batch_images")
+            register_fsdp_forward_method(self.model, "coil_images")  # of `_CoilImages`
             self.frozen_before = self._backbone_bits()
             return
         if not compiled:
             return
         if self.config.optim.accumulation > 1:
             raise InputError("run.compile needs optim.accumulation = 1 here; set one or the other")
-        self._graphs = self._graphs or TrainingGraphs(self._only_image)
+        self._graphs = self._graphs or TrainingGraphs(self._one_output)
 
-    def _image(self, *inputs: Tensor) -> Tensor:
+    def _output(self, *inputs: Tensor) -> Tensor:
         y, _, calibration, _ = inputs
         inputs = (*inputs, *(self.model.initial_maps(y, calibration) or ()))  # type: ignore[operator]
-        return self._only_image(*inputs) if self._graphs is None else self._graphs(*inputs)
+        return self._one_output(*inputs) if self._graphs is None else self._graphs(*inputs)
 
     def _backbone_bits(self) -> str | None:
         backbone = self.model.backbone
@@ -227,6 +257,20 @@ class _ImageOnly(nn.Module):
         """The images; `inputs` are those of a codec and the fields of `InitialMaps`, if any."""
         initial = InitialMaps(*inputs[4:]) if inputs[4:] else None
         return self.model(*inputs[:4], initial=initial).image
+
+
+class _CoilImages(nn.Module):
+    """Likewise, a codec's coil images: real `[B, coils, H, W, 2]`, divided by the scale."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Arguments as of `_ImageOnly.forward`."""
+        initial = InitialMaps(*inputs[4:]) if inputs[4:] else None
+        coils, _ = self.model.coil_images(*inputs[:4], initial=initial)  # type: ignore[operator]
+        return torch.view_as_real(coils)
 
 
 def _pool(
