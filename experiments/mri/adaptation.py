@@ -36,7 +36,7 @@ from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.fourier import ifft2c, rss
 
 ALL_LR = 3e-5  # step size with which all weights of a trained codec adapt
-SCRATCH_LR, SCRATCH_PATIENCE = 5e-4, 8
+SCRATCH_LR, SCRATCH_LOOKS = 5e-4, 8
 KEY = ("method", "parameters", "lr", "scan", "direction", "mask", "mask_seed")
 
 
@@ -44,7 +44,8 @@ def config_of(options: argparse.Namespace) -> ScanAdaptConfig:
     """How the codec adapts."""
     if options.scratch:
         lr = options.lr or SCRATCH_LR
-        return ScanAdaptConfig("all", options.scratch, lr=lr, patience=SCRATCH_PATIENCE)
+        steps, every = options.scratch, max(options.scratch // SCRATCH_LOOKS, 1)
+        return ScanAdaptConfig("all", steps, lr, repeat_weight=0.0, check_every=every)
     lr = options.lr or (ALL_LR if options.parameters == "all" else ScanAdaptConfig.lr)
     return ScanAdaptConfig(options.parameters, options.steps, lr=lr)
 
@@ -97,9 +98,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--codec", required=True, help="folder of a codec, or a packaged one")
     parser.add_argument("--parameters", default="gains", choices=("gains", "backbone", "all"))
     parser.add_argument("--lr", type=float, help="step size; default: that of the parameters")
-    parser.add_argument("--steps", type=int, default=ScanAdaptConfig.steps, help="at most")
+    parser.add_argument("--steps", type=int, default=ScanAdaptConfig.steps, help="of each fold")
     parser.add_argument(
-        "--scratch", type=int, default=0, help="steps by which random weights adapt instead"
+        "--scratch", type=int, default=0, help="steps of each fold by which random weights adapt"
     )
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--samplings", nargs="+", default=[*SAMPLINGS], choices=[*SAMPLINGS])

@@ -67,7 +67,7 @@ ADAPTATION = """
 ## Adaptation to a scan
 
 `experiments.mri.adaptation`: PSNR before, and what the adaptation added, in dB, over directions and
-masks. "Adapted" are the scans of which the held-back lines were predicted better; the others keep
+masks. "Adapted" are the scans of which hidden lines were clearly predicted better; the others keep
 the codec as it was. Scans of one coil are the two slices of the study.
 """
 

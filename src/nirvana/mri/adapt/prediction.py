@@ -1,0 +1,173 @@
+"""How well a codec predicts measured samples that it does not see."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nirvana.mri.adapt.lines import acquired, stands_for, weights
+from nirvana.mri.data.acquisition import Acquisition
+from nirvana.mri.model.codec import CodecModel, InitialMaps, slice_batches
+from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
+from nirvana.mri.train.loss import ssim
+
+NEIGHBOURHOOD = 5  # sides of the square, in pixels, over which noise and signal are told apart
+
+
+class CoilKspace(nn.Module):
+    """The k-space of all coils that a codec makes of its input, whose brightness is 1."""
+
+    def __init__(self, codec: CodecModel) -> None:
+        super().__init__()
+        self.codec = codec
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """Complex `[B, coils, H, W]`; arguments as of `CodecModel.coil_images`."""
+        return fft2c(self.codec.coil_images(*inputs)[0])
+
+
+@dataclass(frozen=True)
+class ScanSlice:
+    """A slice of the scan whose samples are predicted.
+
+    Attributes:
+        kspace: complex `[1, coils, H, W]` of brightness 1, zero where not measured.
+        calibration: as of `CodecModel.forward`.
+        initial: of `CodecModel.initial_maps`.
+        measured: bool `[1 or H, W]`.
+        weight: `[H, W]`, of squared differences in k-space.
+        signal: `[H, W]`, of squared differences in the image, see `signal_share`.
+        noise: standard deviation of the noise in the real part of `kspace`.
+    """
+
+    kspace: Tensor
+    calibration: Tensor
+    initial: InitialMaps | None
+    measured: np.ndarray
+    weight: Tensor
+    signal: Tensor
+    noise: float
+
+    @classmethod
+    def of(
+        cls, codec: CodecModel, acquisition: Acquisition, index: int, weight_power: float
+    ) -> "ScanSlice":
+        """A slice of a scan.
+
+        Args:
+            codec: whose image tells the object from the background.
+            acquisition: the scan.
+            index: of the slice.
+            weight_power: see `lines.weights`.
+        """
+        reference = acquisition.reference
+        measured = np.array(acquisition.mask(index))
+        single = replace(
+            acquisition,
+            kspace=np.asarray(acquisition.kspace[index])[None],
+            pattern=measured[None],
+            reference=None if reference is None else reference[index][None],
+        )
+        (batch,) = slice_batches(single, 1, codec.device)
+        kspace, noise = batch.kspace / acquisition.scale, acquisition.noise / acquisition.scale
+        weight = weights(kspace[0].cpu().numpy(), measured, noise, weight_power)
+        found = cls(
+            kspace=kspace,
+            calibration=batch.calibration,
+            initial=codec.initial_maps(kspace, batch.calibration),
+            measured=measured,
+            weight=torch.from_numpy(weight).to(codec.device),
+            signal=torch.ones_like(kspace[0, 0].real),
+            noise=noise,
+        )
+        with torch.no_grad():
+            image = rss(ifft2c(found.predicted(CoilKspace(codec), {}, kspace, [measured])))[0]
+        return replace(found, signal=signal_share(image, noise, kspace.shape[1]))
+
+    def predicted(
+        self,
+        model: CoilKspace,
+        changed: Mapping[str, Tensor],
+        kspace: Tensor,
+        given: Sequence[np.ndarray],
+    ) -> Tensor:
+        """The k-space that the codec makes of parts of it, complex `[B, coils, H, W]`.
+
+        Args:
+            model: of the codec.
+            changed: weights that differ from the codec's, by name.
+            kspace: complex `[B or 1, coils, H, W]`.
+            given: bool `[1 or H, W]` each, B of them, the samples that it sees.
+        """
+        mask = torch.from_numpy(np.stack(given)).to(kspace.device)
+        initial, count = self.initial, len(given)
+        if initial is not None:
+            initial = InitialMaps(*(part.expand(count, *part.shape[1:]) for part in initial))
+        inputs = kspace * mask[:, None], mask, self.calibration, kspace.new_ones(count).real
+        named = {f"codec.{name}": weight for name, weight in changed.items()}
+        return functional_call(model, named, (*inputs, initial))
+
+    def again(self, complete: Tensor, given: np.ndarray, generator: np.random.Generator) -> Tensor:
+        """A full scan that is like this one: its samples, and elsewhere those of a reconstruction
+        with noise.
+
+        Args:
+            complete: complex `[1, coils, H, W]`, of the reconstruction.
+            given: bool `[1 or H, W]`, the samples that are taken from the scan.
+            generator: of the noise.
+
+        Returns:
+            Complex like `complete`.
+        """
+        shape = (*complete.shape, 2)
+        noise = self.noise * generator.standard_normal(shape, dtype=np.float32)
+        noisy = complete + torch.view_as_complex(torch.from_numpy(noise)).to(complete.device)
+        return torch.where(torch.from_numpy(given).to(complete.device), self.kspace, noisy)
+
+    def error(self, found: Tensor, hidden: np.ndarray) -> Tensor:
+        """The squared error at samples that were hidden from the codec, over their energy.
+
+        Each counts as much as the samples that it stands for, and in the image the object counts
+        and not the noise around it.
+
+        Args:
+            found: complex `[coils, H, W]`, the codec's k-space.
+            hidden: bool `[1 or H, W]`, within `measured`.
+        """
+        unseen = np.zeros_like(hidden)
+        unseen[acquired(self.measured)] = True
+        unseen &= ~self.measured | hidden
+        share = torch.from_numpy(stands_for(hidden, unseen))
+        weight = (share.to(self.weight.device) * self.weight).sqrt()
+
+        def seen(kspace: Tensor) -> Tensor:
+            image = torch.view_as_real(ifft2c(kspace * weight))
+            return (image.square().sum((0, -1)) * self.signal).sum()
+
+        return seen(found - self.kspace[0]) / seen(self.kspace[0])
+
+
+def image_loss(image: Tensor, target: Tensor) -> Tensor:
+    """1 - SSIM + 2 L1 + 4 L2 of images `[1, H, W]`, the loss of the packaged codec's training."""
+    difference = image - target
+    root = difference.square().mean().clamp(min=1e-12).sqrt()
+    return 1 - ssim(image, target) + 2 * difference.abs().mean() + 4 * root
+
+
+def signal_share(image: Tensor, noise: float, coils: int) -> Tensor:
+    """Of the energy around each pixel, the share that noise does not explain, 0..1.
+
+    Args:
+        image: real `[..., H, W]`, root sum of squares.
+        noise: standard deviation in the real part of a coil's k-space.
+        coils: their number.
+    """
+    power = torch.nn.functional.avg_pool2d(
+        image.square()[None], NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2, count_include_pad=False
+    )[0]
+    floor = 2 * coils * noise**2
+    return (1 - floor / power.clamp(min=torch.finfo(power.dtype).tiny)).clamp(min=0)
