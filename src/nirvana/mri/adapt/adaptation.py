@@ -1,18 +1,16 @@
 """Adaptation of a codec to one scan, without any image of it.
 
 The measured samples outside of the calibrated middle are split into folds. For each fold a copy of
-the codec learns from the others, by two terms of the loss:
+the codec learns from the others: in every step few of their samples are hidden, so that the scan
+stays nearly as accelerated as it is, and the copy learns to predict them, as in zero-shot
+self-supervised learning (Yaman et al., ICLR 2022, arXiv 2102.07737). Then it predicts its fold, of
+which it has learned nothing. So every sample is predicted once, before and after the adaptation,
+and a paired interval of the gain decides whether the codec adapts; if so, it gets the mean of the
+copies' weights.
 
-- A few samples are hidden, and the copy learns to predict them, as in zero-shot self-supervised
-  learning (Yaman et al., ICLR 2022, arXiv 2102.07737). This alone would also teach it the wider
-  gaps, and to remove noise that the image of a full scan has.
-- The scan is repeated with another pattern of as many samples: the codec's reconstruction, with
-  the measured samples in it and noise in the others, is measured there, and the copy learns to
-  make the same image of it.
-
-Then the copy predicts its fold, of which it has learned nothing. So every sample is predicted
-once, before and after the adaptation, and a paired interval of the gain decides whether the codec
-adapts; if so, it gets the mean of the copies' weights.
+Where an image holds noise alone, hidden samples teach only to remove it, while the codec was
+trained on images of full scans, which are noisy there. So the adapted image is used where there is
+signal, and the codec's own where there is none.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,18 +24,18 @@ from torch import Tensor
 from torch.autograd import grad
 
 from nirvana.mri.adapt.config import ScanAdaptConfig
-from nirvana.mri.adapt.lines import outside_of_middle, parts, redrawn, require_lines
+from nirvana.mri.adapt.lines import outside_of_middle, parts, require_lines
 from nirvana.mri.adapt.parameters import ScanParameters
-from nirvana.mri.adapt.prediction import CoilKspace, ScanSlice, image_loss
+from nirvana.mri.adapt.prediction import CoilKspace, ScanSlice, signal_share
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.methods import SliceImage, codec_method
 from nirvana.mri.model.codec import CodecModel
-from nirvana.mri.physics.fourier import ifft2c, rss
-from nirvana.statistics import t_interval
+from nirvana.statistics import Interval, t_interval
 
 ADAPTED = "Nirvana, adapted"
 """The name of the method in tables."""
 
+HIDDEN_SETS = 2  # of samples that a step hides, each from a prediction of its own
 WARMUP = 4  # steps over which the step size rises: Adam's first steps are as long as its last
 
 StepCounter = Callable[[int], None]
@@ -93,24 +91,34 @@ def adapt_to_scan(
     for run in runs:
         run.learn()
     errors = np.concatenate([run.errors for run in runs], axis=1)
-    curve = errors.mean(axis=1)
-    best = int(curve.argmin())
-    gain = t_interval(errors[0] - errors[best])
+    best, gain = best_look(errors)
     adapted, kept = deepcopy(codec), 0
-    if gain.low > config.least_gain:
+    if best and gain.low > 0:
         kept = min(best * config.check_every, config.steps)
         with torch.no_grad():
             for name in runs[0].looks[best]:
                 mean = torch.stack([run.looks[best][name] for run in runs]).mean(0)
                 adapted.get_parameter(name).copy_(mean)
     record = {"parameters": runs[0].parameters.count, "steps": config.folds * config.steps}
-    record |= {"kept": kept, "curve": curve.tolist(), "gain": gain.figure}
+    record |= {"kept": kept, "curve": errors.mean(axis=1).tolist(), "gain": gain.figure}
     record |= {"low": gain.low, "high": gain.high, "config": asdict(config)}
     return ScanAdaptation(adapted, record)
 
 
+def best_look(errors: np.ndarray) -> tuple[int, Interval]:
+    """The look with the least mean error, and the interval of the gain since the first.
+
+    Args:
+        errors: in dB, `[looks, groups of samples]`.
+    """
+    best = int(errors.mean(axis=1).argmin())
+    return best, t_interval(errors[0] - errors[best])
+
+
 class AdaptedMethod:
     """The method of a codec that first adapts to the scan, see `methods.Method`.
+
+    It keeps the codec's own image where that holds noise alone.
 
     Args:
         codec: the codec, which stays as it is.
@@ -137,7 +145,29 @@ class AdaptedMethod:
         """The images of a scan."""
         found = adapt_to_scan(self.codec, acquisition, self.config, self.progress)
         self.record = found.record
-        yield from codec_method(found.codec, self.batch_size)(acquisition)
+        before = codec_method(self.codec, self.batch_size)(acquisition)
+        if not found.record["kept"]:
+            yield from before
+            return
+        after = codec_method(found.codec, self.batch_size)(acquisition)
+        for first, second in zip(before, after, strict=True):
+            yield _blended(first, second, acquisition)
+
+
+def _blended(first: SliceImage, second: SliceImage, acquisition: Acquisition) -> SliceImage:
+    """The second image where there is signal, and the first where there is none."""
+    magnitude = torch.from_numpy(first.magnitude)
+    signal = signal_share(magnitude, acquisition.noise, acquisition.num_coils).numpy()
+
+    def blend(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + signal * (b - a)
+
+    coils = blend(first.coils(), second.coils())
+    return SliceImage(
+        np.linalg.norm(coils, axis=0),
+        lambda: blend(first.combined(), second.combined()),
+        lambda: coils,
+    )
 
 
 class _Run:
@@ -169,12 +199,10 @@ class _Run:
         self.parameters = ScanParameters(codec, config.parameters)
         self._model, self._slices, self._config = CoilKspace(codec), slices, config
         self._generator, self._progress = generator, progress
-        self._given = [each.measured & ~own for each, own in zip(slices, fold, strict=True)]
-        with torch.no_grad():
-            self._complete = [
-                each.predicted(self._model, {}, each.kspace, [given])
-                for each, given in zip(slices, self._given, strict=True)
-            ]
+        self._learned = [
+            outside_of_middle(each.measured, each.kspace.shape[-2]) & ~own
+            for each, own in zip(slices, fold, strict=True)
+        ]
         count = max(round(1 / (config.folds * config.hidden_share)), 1)
         self._tests = [parts(own, count, generator) for own in fold]
         self._hidden: list[list[np.ndarray]] = [[] for _ in slices]
@@ -184,10 +212,10 @@ class _Run:
     def learn(self) -> None:
         """Takes all steps."""
         config, values = self._config, list(self.parameters.values.values())
-        optimizer = torch.optim.Adam(values, lr=config.lr, betas=(0.9, 0.99))
+        optimizer = torch.optim.Adam(values, lr=config.step_size, betas=(0.9, 0.99))
         self._look()
         for step in range(1, config.steps + 1):
-            optimizer.param_groups[0]["lr"] = config.lr * min(step / WARMUP, 1)
+            optimizer.param_groups[0]["lr"] = config.step_size * min(step / WARMUP, 1)
             slopes = grad(self._loss(step % len(self._slices)), values, allow_unused=True)
             for value, slope in zip(values, slopes, strict=True):
                 value.grad = slope
@@ -198,28 +226,19 @@ class _Run:
                 self._look()
 
     def _loss(self, number: int) -> Tensor:
-        """The two terms of the loss, of one slice."""
-        weight, each = self._config.repeat_weight, self._slices[number]
-        hidden = self._next_hidden(number)
-        kspace, given = [each.kspace], [each.measured & ~hidden]
-        if weight:
-            kspace.append(each.again(self._complete[number], self._given[number], self._generator))
-            given.append(redrawn(each.measured, each.kspace.shape[-2], self._generator))
-        changed = self.parameters.weights()
-        found = each.predicted(self._model, changed, torch.cat(kspace), given)
-        loss = each.error(found[0], hidden)
-        if weight:
-            loss = loss + weight * image_loss(rss(ifft2c(found[1:])), rss(ifft2c(kspace[1])))
-        return loss
+        """The error at hidden samples of a slice."""
+        each = self._slices[number]
+        hidden = [self._next_hidden(number) for _ in range(HIDDEN_SETS)]
+        given = [each.measured & ~part for part in hidden]
+        found = each.predicted(self._model, self.parameters.weights(), each.kspace, given)
+        errors = [each.error(*pair) for pair in zip(found, hidden, strict=True)]
+        return torch.stack(errors).mean()
 
     def _next_hidden(self, number: int) -> np.ndarray:
         """Samples of a slice to hide; each is hidden once before any is hidden again."""
         if not self._hidden[number]:
-            each = self._slices[number]
-            learned = outside_of_middle(each.measured, each.kspace.shape[-2])
-            learned &= self._given[number]
             count = round(1 / self._config.hidden_share)
-            self._hidden[number] = parts(learned, count, self._generator)
+            self._hidden[number] = parts(self._learned[number], count, self._generator)
         return self._hidden[number].pop()
 
     @torch.no_grad()

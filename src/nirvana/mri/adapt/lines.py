@@ -55,32 +55,6 @@ def distance(shape: tuple[int, ...]) -> np.ndarray:
     return np.hypot(rows[:, None], columns)
 
 
-def redrawn(measured: np.ndarray, height: int, generator: np.random.Generator) -> np.ndarray:
-    """Another pattern of the same kind: the samples outside of the middle are moved along by a
-    random distance, beyond the last one of the acquired part to its beginning, and those that meet
-    the middle or each other are drawn anew.
-
-    Args:
-        measured: bool `[1, W]` or `[H, W]`.
-        height: H.
-        generator: of the draw.
-
-    Returns:
-        bool of the same shape, as many samples, the middle among them.
-    """
-    outside = outside_of_middle(measured, height)
-    rows, columns = acquired(measured)
-    part = outside[rows, columns]
-    shift = [int(generator.integers(size)) for size in part.shape]
-    found = measured & ~outside
-    found[rows, columns] |= np.roll(part, shift, axis=(0, 1))
-    free = np.zeros_like(found)
-    free[rows, columns] = ~found[rows, columns]
-    lacking = int(measured.sum() - found.sum())
-    found.flat[generator.choice(np.flatnonzero(free), lacking, replace=False)] = True
-    return found
-
-
 def acquired(measured: np.ndarray) -> tuple[slice, slice]:
     """The rows and columns from the first to the last measured one; what lies beyond was not
     acquired. The argument is as of `outside_of_middle`."""

@@ -13,7 +13,6 @@ from nirvana.mri.adapt.lines import acquired, stands_for, weights
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.model.codec import CodecModel, InitialMaps, slice_batches
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
-from nirvana.mri.train.loss import ssim
 
 NEIGHBOURHOOD = 5  # sides of the square, in pixels, over which noise and signal are told apart
 
@@ -41,7 +40,6 @@ class ScanSlice:
         measured: bool `[1 or H, W]`.
         weight: `[H, W]`, of squared differences in k-space.
         signal: `[H, W]`, of squared differences in the image, see `signal_share`.
-        noise: standard deviation of the noise in the real part of `kspace`.
     """
 
     kspace: Tensor
@@ -50,7 +48,6 @@ class ScanSlice:
     measured: np.ndarray
     weight: Tensor
     signal: Tensor
-    noise: float
 
     @classmethod
     def of(
@@ -82,7 +79,6 @@ class ScanSlice:
             measured=measured,
             weight=torch.from_numpy(weight).to(codec.device),
             signal=torch.ones_like(kspace[0, 0].real),
-            noise=noise,
         )
         with torch.no_grad():
             image = rss(ifft2c(found.predicted(CoilKspace(codec), {}, kspace, [measured])))[0]
@@ -111,23 +107,6 @@ class ScanSlice:
         named = {f"codec.{name}": weight for name, weight in changed.items()}
         return functional_call(model, named, (*inputs, initial))
 
-    def again(self, complete: Tensor, given: np.ndarray, generator: np.random.Generator) -> Tensor:
-        """A full scan that is like this one: its samples, and elsewhere those of a reconstruction
-        with noise.
-
-        Args:
-            complete: complex `[1, coils, H, W]`, of the reconstruction.
-            given: bool `[1 or H, W]`, the samples that are taken from the scan.
-            generator: of the noise.
-
-        Returns:
-            Complex like `complete`.
-        """
-        shape = (*complete.shape, 2)
-        noise = self.noise * generator.standard_normal(shape, dtype=np.float32)
-        noisy = complete + torch.view_as_complex(torch.from_numpy(noise)).to(complete.device)
-        return torch.where(torch.from_numpy(given).to(complete.device), self.kspace, noisy)
-
     def error(self, found: Tensor, hidden: np.ndarray) -> Tensor:
         """The squared error at samples that were hidden from the codec, over their energy.
 
@@ -149,13 +128,6 @@ class ScanSlice:
             return (image.square().sum((0, -1)) * self.signal).sum()
 
         return seen(found - self.kspace[0]) / seen(self.kspace[0])
-
-
-def image_loss(image: Tensor, target: Tensor) -> Tensor:
-    """1 - SSIM + 2 L1 + 4 L2 of images `[1, H, W]`, the loss of the packaged codec's training."""
-    difference = image - target
-    root = difference.square().mean().clamp(min=1e-12).sqrt()
-    return 1 - ssim(image, target) + 2 * difference.abs().mean() + 4 * root
 
 
 def signal_share(image: Tensor, noise: float, coils: int) -> Tensor:
