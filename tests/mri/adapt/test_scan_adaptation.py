@@ -207,7 +207,7 @@ def test_a_prediction_does_not_see_what_it_predicts(kind: str, acquisition: Acqu
     assert first[1] != second[1]
 
 
-def test_signal_is_told_from_noise() -> None:
+def test_signal_is_separated_from_noise() -> None:
     noise = 0.01 * np.random.default_rng(0).normal(size=(2, 3, 64, 64))
     image = noise[0] + 1j * noise[1]
     image[:, 20:44, 20:44] += 0.1
@@ -278,6 +278,11 @@ def test_too_few_lines_are_refused(acquisition: Acquisition) -> None:
     few = replace(acquisition, pattern=middle)
     with pytest.raises(InputError, match="3 columns outside of the middle"):
         adapt_to_scan(codec_of(), few)
+    five = replace(acquisition, pattern=middle | (np.arange(64) == 6) | (np.arange(64) == 10))
+    with pytest.raises(InputError, match=r"5 columns outside of the middle.*at least 6"):
+        adapt_to_scan(codec_of(), five, ScanAdaptConfig(folds=6))
+    found = adapt_to_scan(codec_of(), five, ScanAdaptConfig(steps=1, folds=5))
+    assert len(found.record["curve"]) == 2
 
 
 @pytest.mark.parametrize(

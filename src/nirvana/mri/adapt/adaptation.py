@@ -261,5 +261,6 @@ def _slices(
     count = min(config.slices, len(acquisition))
     chosen = [(2 * number + 1) * len(acquisition) // (2 * count) for number in range(count)]
     for index in chosen:
-        require_lines(acquisition.mask(index), acquisition.size[0], acquisition.name)
+        measured, height = acquisition.mask(index), acquisition.size[0]
+        require_lines(measured, height, config.folds, acquisition.name)
     return [ScanSlice.of(codec, acquisition, index, config.weight_power) for index in chosen]

@@ -5,7 +5,7 @@ import numpy as np
 from nirvana.errors import InputError
 from nirvana.mri.physics.pattern import central_block
 
-LEAST_LINES = 8
+LEAST_LINES = 4
 """Lines, or points, outside of the middle that an adaptation needs."""
 
 
@@ -83,23 +83,25 @@ def stands_for(hidden: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     return np.where(hidden, share[cells], 0).astype(np.float32)
 
 
-def require_lines(measured: np.ndarray, height: int, name: str) -> None:
+def require_lines(measured: np.ndarray, height: int, folds: int, name: str) -> None:
     """Checks that enough samples can be held back.
 
     Args:
         measured: bool `[1, W]` or `[H, W]`.
         height: H.
+        folds: into which they are split.
         name: of the scan, for the error.
 
     Raises:
-        InputError: there are fewer than `LEAST_LINES` outside of the middle.
+        InputError: there are fewer than `LEAST_LINES`, or than folds, outside of the middle.
     """
+    least = max(LEAST_LINES, folds)
     count = int(outside_of_middle(measured, height).sum())
-    if count < LEAST_LINES:
+    if count < least:
         what = "columns" if len(measured) == 1 else "points"
         raise InputError(
             f"{name}: {count} {what} outside of the middle were measured; an adaptation to the "
-            f"scan needs at least {LEAST_LINES} to hold some back"
+            f"scan needs at least {least} to hold some back"
         )
 
 

@@ -14,7 +14,7 @@ from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.model.codec import CodecModel, InitialMaps, slice_batches
 from nirvana.mri.physics.fourier import fft2c, ifft2c, rss
 
-NEIGHBOURHOOD = 5  # sides of the square, in pixels, over which noise and signal are told apart
+NEIGHBOURHOOD = 5  # sides of the square, in pixels, over which noise is compared with signal
 
 
 class CoilKspace(nn.Module):
@@ -56,7 +56,7 @@ class ScanSlice:
         """A slice of a scan.
 
         Args:
-            codec: whose image tells the object from the background.
+            codec: whose image separates the object from the background.
             acquisition: the scan.
             index: of the slice.
             weight_power: see `lines.weights`.
