@@ -1,7 +1,7 @@
 """Adapts a codec to measured scans and scores its images before and after.
 
     python -m experiments.mri.adaptation --method codec --codec FOLDER --scans SCANS.npz
-    python -m experiments.mri.adaptation --method codec --codec FOLDER --parameters all ...
+    python -m experiments.mri.adaptation --method codec --codec FOLDER --parameters gains ...
     python -m experiments.mri.adaptation --method scratch --codec FOLDER --scratch 300 ...
 
 Scans, directions and masks are those of `experiments.mri.measured`. The adaptation sees the
@@ -27,7 +27,7 @@ from nirvana.bench.measure import commit
 from nirvana.device import choose_device
 from nirvana.errors import script
 from nirvana.files import check_outputs
-from nirvana.mri.adapt.adaptation import adapt_to_scan
+from nirvana.mri.adapt.adaptation import AdaptedMethod
 from nirvana.mri.adapt.config import ScanAdaptConfig
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.evaluate.metrics import head_mask, score
@@ -35,8 +35,7 @@ from nirvana.mri.model.checkpoint import load_codec
 from nirvana.mri.model.codec import CodecModel
 from nirvana.mri.physics.fourier import ifft2c, rss
 
-ALL_LR = 3e-5  # step size with which all weights of a trained codec adapt
-SCRATCH_LR, SCRATCH_PATIENCE = 5e-4, 8
+SCRATCH_LR, SCRATCH_LOOKS = 5e-4, 8
 KEY = ("method", "parameters", "lr", "scan", "direction", "mask", "mask_seed")
 
 
@@ -44,9 +43,9 @@ def config_of(options: argparse.Namespace) -> ScanAdaptConfig:
     """How the codec adapts."""
     if options.scratch:
         lr = options.lr or SCRATCH_LR
-        return ScanAdaptConfig("all", options.scratch, lr=lr, patience=SCRATCH_PATIENCE)
-    lr = options.lr or (ALL_LR if options.parameters == "all" else ScanAdaptConfig.lr)
-    return ScanAdaptConfig(options.parameters, options.steps, lr=lr)
+        steps, every = options.scratch, max(options.scratch // SCRATCH_LOOKS, 1)
+        return ScanAdaptConfig("all", steps, lr, check_every=every)
+    return ScanAdaptConfig(options.parameters, options.steps, options.lr)
 
 
 def problems(options: argparse.Namespace) -> Iterator[tuple[Row, Acquisition, np.ndarray]]:
@@ -70,19 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         model = CodecModel(model.config, model.backbone).to(model.device).eval()
     config = config_of(options)
-    about: Row = {"method": options.method, "parameters": config.parameters, "lr": config.lr}
+    about: Row = {"method": options.method, "parameters": config.parameters, "lr": config.step_size}
     about |= {"config": asdict(config), "commit": options.commit or commit() or "unknown"}
     done = {tuple(row[name] for name in KEY) for row in read_rows(options.results)}
     for named, acquisition, target in problems(options):
         row = about | named
         if tuple(row[name] for name in KEY) in done:
             continue
+        adapted, inside = AdaptedMethod(model, 4, config), head_mask(target)
+        row["before"] = score(target, codec_method(model)(acquisition), inside)
         started = time.perf_counter()
-        adapted = adapt_to_scan(model, acquisition, config)
+        images = np.stack([each.magnitude for each in adapted(acquisition)])
         row["seconds"] = time.perf_counter() - started
-        inside = head_mask(target)
-        for name, codec in (("before", model), ("after", adapted.codec)):
-            row[name] = score(target, codec_method(codec)(acquisition), inside)
+        row["after"] = score(target, images, inside)
         row["record"] = {name: x for name, x in adapted.record.items() if name != "config"}
         append_row(options.results, row)
         gain = row["after"]["psnr"] - row["before"]["psnr"]
@@ -95,11 +94,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("experiments.mri.adaptation", __doc__)
     parser.add_argument("--method", required=True, help="name in the rows")
     parser.add_argument("--codec", required=True, help="folder of a codec, or a packaged one")
-    parser.add_argument("--parameters", default="gains", choices=("gains", "backbone", "all"))
-    parser.add_argument("--lr", type=float, help="step size; default: that of the parameters")
-    parser.add_argument("--steps", type=int, default=ScanAdaptConfig.steps, help="at most")
     parser.add_argument(
-        "--scratch", type=int, default=0, help="steps by which random weights adapt instead"
+        "--parameters", default=ScanAdaptConfig.parameters, choices=("gains", "backbone", "all")
+    )
+    parser.add_argument("--lr", type=float, help="step size; default: that of the parameters")
+    parser.add_argument("--steps", type=int, default=ScanAdaptConfig.steps, help="of each fold")
+    parser.add_argument(
+        "--scratch", type=int, default=0, help="steps of each fold by which random weights adapt"
     )
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--samplings", nargs="+", default=[*SAMPLINGS], choices=[*SAMPLINGS])

@@ -266,7 +266,7 @@ def test_the_codec_adapts_to_every_scan(scans: Path, codec: Path, tmp_path: Path
     methods = [row["method"] for row in described["results"]]
     assert methods == ["zero-filled", "Nirvana", "Nirvana, adapted"]
     record = described["adaptation"]
-    assert (record["steps"], len(record["curve"])) == (8, 2)
+    assert (record["steps"], len(record["curve"])) == (24, 2)
     assert record["config"]["seed"] == 3
     with h5py.File(out / "reconstruction.h5") as file:
         image = file["reconstruction"][()]

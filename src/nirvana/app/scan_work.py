@@ -180,7 +180,7 @@ def reconstruct(session: Session, models: Models, request: ScanRequest, watch: W
         if name != ADAPTED:
             return watch.counter(f"{name}, slices", prepared.num_slices, *share)
         half = sum(share) / 2
-        adapted.progress = watch.counter(f"{name}, steps", adapt.steps, share[0], half)
+        adapted.progress = watch.counter(f"{name}, steps", adapt.total_steps, share[0], half)
         slices = cache(
             lambda: watch.counter(f"{name}, slices", prepared.num_slices, half, share[1])
         )

@@ -68,7 +68,9 @@ AdaptOption = Annotated[
 AdaptParametersOption = Annotated[
     str, typer.Option(help="What --adapt learns: gains, backbone or all.")
 ]
-AdaptStepsOption = Annotated[int, typer.Option(help="Steps of --adapt at most.", min=0)]
+AdaptStepsOption = Annotated[
+    int, typer.Option(help="Steps of --adapt in each of its three folds.", min=0)
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Keep results in --out that the same settings made.")
 ]
@@ -113,8 +115,8 @@ def reconstruct(
     noise: NoiseOption = None,
     wavelet: WaveletOption = True,
     adapt: AdaptOption = False,
-    adapt_parameters: AdaptParametersOption = "gains",
-    adapt_steps: AdaptStepsOption = 48,
+    adapt_parameters: AdaptParametersOption = "all",
+    adapt_steps: AdaptStepsOption = 32,
     formats: FormatsOption = "hdf5,nifti,dicom,png",
     complex_images: ComplexOption = False,
     resume: ResumeOption = False,
@@ -208,7 +210,7 @@ def reconstruct(
         counters = slice_counters(bars, name, given.num_slices)
         applied, written, adapted = methods, chosen, None
         if adapting is not None and given.measurement.acquisition.has_gaps:
-            task = bars.add_task(f"{name}: adapting", total=adapting.steps)
+            task = bars.add_task(f"{name}: adapting", total=adapting.total_steps)
             own = replace(adapting, seed=seed + images[job.number].file)
             adapted = AdaptedMethod(
                 codecs[NIRVANA], batch_size, own, progress=lambda done: bars.advance(task, done)

@@ -1,33 +1,42 @@
 """Adaptation of a codec to one scan, without any image of it.
 
-Of the measured samples outside of the calibrated middle a part is set aside, which decides when to
-stop. In every step some of the others are held back: the codec reconstructs a slice without them,
-and learns to predict them. Thereafter it reconstructs the scan from all samples. The scheme is that
-of zero-shot self-supervised learning (Yaman et al., ICLR 2022, arXiv 2102.07737), on few
-parameters of a trained codec, and with the codec as it was where the gain is not clear.
+The measured samples outside of the calibrated middle are split into folds. For each fold a copy of
+the codec learns from the others: in every step few of their samples are hidden, so that the scan
+stays nearly as accelerated as it is, and the copy learns to predict them, as in zero-shot
+self-supervised learning (Yaman et al., ICLR 2022, arXiv 2102.07737). Then it predicts its fold, of
+which it has learned nothing. So every sample is predicted once, before and after the adaptation,
+and a paired interval of the gain decides whether the codec adapts; if so, it gets the mean of the
+copies' weights.
+
+Where an image holds noise alone, hidden samples teach only to remove it, while the codec was
+trained on images of full scans, which are noisy there. So the adapted image is used where there is
+signal, and the codec's own where there is none.
 """
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import grad
-from torch.func import functional_call
 
 from nirvana.mri.adapt.config import ScanAdaptConfig
-from nirvana.mri.adapt.lines import held_back, require_lines, weights
+from nirvana.mri.adapt.lines import outside_of_middle, parts, require_lines
 from nirvana.mri.adapt.parameters import ScanParameters
+from nirvana.mri.adapt.prediction import CoilKspace, ScanSlice, signal_share
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.methods import SliceImage, codec_method
-from nirvana.mri.model.codec import CodecModel, InitialMaps, slice_batches
-from nirvana.mri.physics.fourier import fft2c
+from nirvana.mri.model.codec import CodecModel
+from nirvana.statistics import Interval, t_interval
 
 ADAPTED = "Nirvana, adapted"
 """The name of the method in tables."""
+
+HIDDEN_SETS = 2  # of samples that a step hides, each from a prediction of its own
+WARMUP = 4  # steps over which the step size rises: Adam's first steps are as long as its last
 
 StepCounter = Callable[[int], None]
 """Called with the number of steps just taken."""
@@ -39,10 +48,10 @@ class ScanAdaptation:
 
     Attributes:
         codec: a copy with adapted weights; those of the given codec where nothing was gained.
-        record: `parameters` (how many numbers were learned), `steps` taken, `kept` (the step whose
-            weights the codec has; 0: as it was), `before` and `after` (the weighted error at the
-            samples that were set aside, relative to their energy) and `curve`, that error at each
-            look.
+        record: `parameters` (how many numbers were learned), `steps` taken in all folds, `kept`
+            (the step of a fold whose weights the codec has; 0: as it was), `curve` (the mean error
+            in dB at each look, see `ScanSlice.error`), `gain` (by how many dB it fell until the
+            best look) with the bounds `low` and `high` of its interval, and `config`.
     """
 
     codec: CodecModel
@@ -70,45 +79,46 @@ def adapt_to_scan(
     config = config or ScanAdaptConfig()
     acquisition.require_calibration()
     generator = np.random.default_rng(config.seed)
-    problems = _problems(codec, acquisition, config, generator)
-    parameters = ScanParameters(codec, config.parameters)
-    model = _CoilKspace(codec)
-    optimizer = torch.optim.Adam(parameters.values.values(), lr=config.lr, betas=(0.9, 0.99))
-    curve = [_error(model, parameters, problems)]
-    best, kept, taken, waited = parameters.copied(), 0, 0, 0
-    while taken < config.steps and waited < config.patience:
-        problem = problems[taken % len(problems)]
-        hidden = held_back(problem.learned, problem.height, config.loss_share, generator)
-        loss = problem.error(model, parameters, problem.learned & ~hidden, hidden)
-        learned = list(parameters.values.values())
-        for value, slope in zip(learned, grad(loss, learned, allow_unused=True), strict=True):
-            value.grad = slope
-        optimizer.step()
-        taken += 1
-        if progress is not None:
-            progress(1)
-        if taken % config.check_every and taken < config.steps:
-            continue
-        curve.append(_error(model, parameters, problems))
-        if curve[-1] < min(curve[:-1]):
-            best, kept, waited = parameters.copied(), taken, 0
-        else:
-            waited += 1
-    if not min(curve) < (1 - config.least_gain) * curve[0]:
-        kept = 0
-    adapted = deepcopy(codec)
-    if kept:
-        parameters.restore(best)
+    slices = _slices(codec, acquisition, config)
+    folds = [
+        parts(outside_of_middle(each.measured, acquisition.size[0]), config.folds, generator)
+        for each in slices
+    ]
+    runs = [
+        _Run(codec, slices, [own[number] for own in folds], config, generator, progress)
+        for number in range(config.folds)
+    ]
+    for run in runs:
+        run.learn()
+    errors = np.concatenate([run.errors for run in runs], axis=1)
+    best, gain = best_look(errors)
+    adapted, kept = deepcopy(codec), 0
+    if best and gain.low > 0:
+        kept = min(best * config.check_every, config.steps)
         with torch.no_grad():
-            for name, weight in parameters.weights().items():
-                adapted.get_parameter(name).copy_(weight)
-    record = {"parameters": parameters.count, "steps": taken, "kept": kept}
-    record |= {"before": curve[0], "after": min(curve) if kept else curve[0], "curve": curve}
-    return ScanAdaptation(adapted, {**record, "config": asdict(config)})
+            for name in runs[0].looks[best]:
+                mean = torch.stack([run.looks[best][name] for run in runs]).mean(0)
+                adapted.get_parameter(name).copy_(mean)
+    record = {"parameters": runs[0].parameters.count, "steps": config.folds * config.steps}
+    record |= {"kept": kept, "curve": errors.mean(axis=1).tolist(), "gain": gain.figure}
+    record |= {"low": gain.low, "high": gain.high, "config": asdict(config)}
+    return ScanAdaptation(adapted, record)
+
+
+def best_look(errors: np.ndarray) -> tuple[int, Interval]:
+    """The look with the least mean error, and the interval of the gain since the first.
+
+    Args:
+        errors: in dB, `[looks, groups of samples]`.
+    """
+    best = int(errors.mean(axis=1).argmin())
+    return best, t_interval(errors[0] - errors[best])
 
 
 class AdaptedMethod:
     """The method of a codec that first adapts to the scan, see `methods.Method`.
+
+    It keeps the codec's own image where that holds noise alone.
 
     Args:
         codec: the codec, which stays as it is.
@@ -135,112 +145,122 @@ class AdaptedMethod:
         """The images of a scan."""
         found = adapt_to_scan(self.codec, acquisition, self.config, self.progress)
         self.record = found.record
-        yield from codec_method(found.codec, self.batch_size)(acquisition)
+        before = codec_method(self.codec, self.batch_size)(acquisition)
+        if not found.record["kept"]:
+            yield from before
+            return
+        after = codec_method(found.codec, self.batch_size)(acquisition)
+        for first, second in zip(before, after, strict=True):
+            yield _blended(first, second, acquisition)
 
 
-class _CoilKspace(nn.Module):
-    """The k-space of all coils that a codec makes of its input, whose brightness is 1."""
+def _blended(first: SliceImage, second: SliceImage, acquisition: Acquisition) -> SliceImage:
+    """The second image where there is signal, and the first where there is none."""
+    magnitude = torch.from_numpy(first.magnitude)
+    signal = signal_share(magnitude, acquisition.noise, acquisition.num_coils).numpy()
 
-    def __init__(self, codec: CodecModel) -> None:
-        super().__init__()
-        self.codec = codec
+    def blend(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return a + signal * (b - a)
 
-    def forward(self, *inputs: Any) -> Tensor:
-        """Complex `[1, coils, H, W]`; arguments as of `CodecModel.coil_images`."""
-        return fft2c(self.codec.coil_images(*inputs)[0])
+    coils = blend(first.coils(), second.coils())
+    return SliceImage(
+        np.linalg.norm(coils, axis=0),
+        lambda: blend(first.combined(), second.combined()),
+        lambda: coils,
+    )
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A slice of the scan.
+class _Run:
+    """The adaptation of one copy, which does not learn from its fold.
+
+    Args:
+        codec: the codec.
+        slices: of the scan.
+        fold: the samples of each slice that it does not learn from.
+        config: how.
+        generator: of the choice of samples.
+        progress: see `StepCounter`.
 
     Attributes:
-        kspace: complex `[1, coils, H, W]` of brightness 1, zero where not measured.
-        calibration: as of `CodecModel.forward`.
-        initial: of `CodecModel.initial_maps`.
-        weight: `[H, W]`, of squared differences.
-        learned: bool `[1 or H, W]`, the samples that are learned from.
-        stop: bool likewise, those that decide when to stop.
-        height: H.
+        parameters: what it learns.
+        looks: its weights before the first step and at each look, by name.
+        errors: those at parts of the fold in dB, `[looks, slices x parts]`.
     """
 
-    kspace: Tensor
-    calibration: Tensor
-    initial: InitialMaps | None
-    weight: Tensor
-    learned: np.ndarray
-    stop: np.ndarray
-    height: int
+    def __init__(
+        self,
+        codec: CodecModel,
+        slices: list[ScanSlice],
+        fold: list[np.ndarray],
+        config: ScanAdaptConfig,
+        generator: np.random.Generator,
+        progress: StepCounter | None,
+    ) -> None:
+        self.parameters = ScanParameters(codec, config.parameters)
+        self._model, self._slices, self._config = CoilKspace(codec), slices, config
+        self._generator, self._progress = generator, progress
+        self._learned = [
+            outside_of_middle(each.measured, each.kspace.shape[-2]) & ~own
+            for each, own in zip(slices, fold, strict=True)
+        ]
+        count = max(round(1 / (config.folds * config.hidden_share)), 1)
+        self._tests = [parts(own, count, generator) for own in fold]
+        self._hidden: list[list[np.ndarray]] = [[] for _ in slices]
+        self.looks: list[dict[str, Tensor]] = []
+        self.errors = np.zeros((0, sum(map(len, self._tests))))
 
-    def error(
-        self, model: _CoilKspace, parameters: ScanParameters, given: np.ndarray, wanted: np.ndarray
-    ) -> Tensor:
-        """The weighted squared error at samples of which the codec sees nothing, over their energy.
+    def learn(self) -> None:
+        """Takes all steps."""
+        config, values = self._config, list(self.parameters.values.values())
+        optimizer = torch.optim.Adam(values, lr=config.step_size, betas=(0.9, 0.99))
+        self._look()
+        for step in range(1, config.steps + 1):
+            optimizer.param_groups[0]["lr"] = config.step_size * min(step / WARMUP, 1)
+            slopes = grad(self._loss(step % len(self._slices)), values, allow_unused=True)
+            for value, slope in zip(values, slopes, strict=True):
+                value.grad = slope
+            optimizer.step()
+            if self._progress is not None:
+                self._progress(1)
+            if step % config.check_every == 0 or step == config.steps:
+                self._look()
 
-        Args:
-            model: of the codec.
-            parameters: what its weights are changed by.
-            given: bool `[1 or H, W]`, the samples that it sees.
-            wanted: bool likewise, those that it predicts.
-        """
-        device = self.kspace.device
-        mask, hidden = (torch.from_numpy(x).to(device) for x in (given, wanted))
-        inputs = self.kspace * mask, mask[None], self.calibration, self.kspace.new_ones(1).real
-        changed = {f"codec.{name}": weight for name, weight in parameters.weights().items()}
-        found = functional_call(model, changed, (*inputs, self.initial))
-        weight = self.weight * hidden
-        difference = torch.view_as_real(found - self.kspace).square().sum(-1)
-        energy = torch.view_as_real(self.kspace).square().sum(-1)
-        return (difference * weight).sum() / (energy * weight).sum()
+    def _loss(self, number: int) -> Tensor:
+        """The error at hidden samples of a slice."""
+        each = self._slices[number]
+        hidden = [self._next_hidden(number) for _ in range(HIDDEN_SETS)]
+        given = [each.measured & ~part for part in hidden]
+        found = each.predicted(self._model, self.parameters.weights(), each.kspace, given)
+        errors = [each.error(*pair) for pair in zip(found, hidden, strict=True)]
+        return torch.stack(errors).mean()
+
+    def _next_hidden(self, number: int) -> np.ndarray:
+        """Samples of a slice to hide; each is hidden once before any is hidden again."""
+        if not self._hidden[number]:
+            count = round(1 / self._config.hidden_share)
+            self._hidden[number] = parts(self._learned[number], count, self._generator)
+        return self._hidden[number].pop()
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Keeps the weights, and predicts the fold."""
+        weights = {name: weight.clone() for name, weight in self.parameters.weights().items()}
+        errors = []
+        for each, tests in zip(self._slices, self._tests, strict=True):
+            given = [each.measured & ~part for part in tests]
+            found = each.predicted(self._model, weights, each.kspace, given)
+            errors += [float(each.error(*pair)) for pair in zip(found, tests, strict=True)]
+        self.looks.append(weights)
+        self.errors = np.vstack([self.errors, 10 * np.log10(errors)])
 
 
-@torch.no_grad()
-def _error(model: _CoilKspace, parameters: ScanParameters, problems: list[_Problem]) -> float:
-    """The mean error at the samples that were set aside."""
-    errors = [each.error(model, parameters, each.learned, each.stop) for each in problems]
-    return float(torch.stack(errors).mean())
-
-
-def _problems(
-    codec: CodecModel,
-    acquisition: Acquisition,
-    config: ScanAdaptConfig,
-    generator: np.random.Generator,
-) -> list[_Problem]:
-    """Slices of the scan, evenly spread, each with the samples that are set aside."""
-    count, height = min(config.slices, len(acquisition)), acquisition.size[0]
+def _slices(
+    codec: CodecModel, acquisition: Acquisition, config: ScanAdaptConfig
+) -> list[ScanSlice]:
+    """Slices of the scan, evenly spread."""
+    count = min(config.slices, len(acquisition))
     chosen = [(2 * number + 1) * len(acquisition) // (2 * count) for number in range(count)]
-    scale, problems = acquisition.scale, []
     for index in chosen:
-        measured = np.array(acquisition.mask(index))
-        require_lines(measured, height, acquisition.name)
-        stop = held_back(measured, height, config.stop_share, generator)
-        single = _single(acquisition, index)
-        (batch,) = slice_batches(single, 1, codec.device)
-        kspace = batch.kspace / scale
-        weight = weights(
-            kspace[0].cpu().numpy(), measured, acquisition.noise / scale, config.weight_power
-        )
-        problems.append(
-            _Problem(
-                kspace=kspace,
-                calibration=batch.calibration,
-                initial=codec.initial_maps(kspace, batch.calibration),
-                weight=torch.from_numpy(weight).to(codec.device),
-                learned=measured & ~stop,
-                stop=stop,
-                height=height,
-            )
-        )
-    return problems
-
-
-def _single(acquisition: Acquisition, index: int) -> Acquisition:
-    """One slice of an acquisition."""
-    reference = acquisition.reference
-    return replace(
-        acquisition,
-        kspace=np.asarray(acquisition.kspace[index])[None],
-        pattern=np.array(acquisition.mask(index))[None],
-        reference=None if reference is None else reference[index][None],
-    )
+        measured, height = acquisition.mask(index), acquisition.size[0]
+        require_lines(measured, height, config.folds, acquisition.name)
+    return [ScanSlice.of(codec, acquisition, index, config.weight_power) for index in chosen]

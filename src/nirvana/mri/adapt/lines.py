@@ -9,53 +9,99 @@ LEAST_LINES = 4
 """Lines, or points, outside of the middle that an adaptation needs."""
 
 
-def held_back(
-    measured: np.ndarray, height: int, share: float, generator: np.random.Generator
-) -> np.ndarray:
-    """Some of the measured samples outside of the calibrated middle, drawn at random.
+def outside_of_middle(measured: np.ndarray, height: int) -> np.ndarray:
+    """The measured samples but for the block that calibrates the coils.
 
     Args:
         measured: bool `[1, W]`, columns, or `[H, W]`, points.
         height: H.
-        share: of the samples outside of the middle, 0..1; at least one is drawn.
-        generator: of the draw.
 
     Returns:
-        bool of the same shape, within `measured`.
+        bool of the same shape.
     """
-    outside = np.flatnonzero(outside_of_middle(measured, height))
-    count = min(max(round(share * len(outside)), 1), len(outside))
-    found = np.zeros(measured.shape, dtype=bool)
-    found.flat[generator.choice(outside, count, replace=False)] = True
-    return found
-
-
-def outside_of_middle(measured: np.ndarray, height: int) -> np.ndarray:
-    """The measured samples but for the block that calibrates the coils; arguments as of
-    `held_back`."""
     rows, columns = central_block(measured, height)
     outside = measured.copy()
     outside[rows if len(measured) > 1 else slice(None), columns] = False
     return outside
 
 
-def require_lines(measured: np.ndarray, height: int, name: str) -> None:
+def parts(chosen: np.ndarray, count: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Samples in parts that are alike: all have equally many near the origin and far from it.
+
+    Of every `count` samples that follow each other in their distance from the origin, each part
+    draws one.
+
+    Args:
+        chosen: bool `[1, W]`, columns, or `[H, W]`, points.
+        count: of the parts.
+        generator: of the draw.
+
+    Returns:
+        bool of the same shape, disjoint, together `chosen`; none is empty.
+    """
+    places = np.flatnonzero(chosen)
+    places = places[np.argsort(distance(chosen.shape).flat[places], kind="stable")]
+    found = [np.zeros(chosen.shape, dtype=bool) for _ in range(min(count, len(places)))]
+    for first in range(0, len(places), max(len(found), 1)):
+        block = places[first : first + len(found)]
+        for part, place in zip(generator.permutation(len(found)), block, strict=False):
+            found[part].flat[place] = True
+    return found
+
+
+def distance(shape: tuple[int, ...]) -> np.ndarray:
+    """Distances `[1 or H, W]` from the origin; half a period is 0.5 along both axes."""
+    rows, columns = (np.arange(n) / n - (n // 2) / n for n in shape)
+    return np.hypot(rows[:, None], columns)
+
+
+def acquired(measured: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns from the first to the last measured one; what lies beyond was not
+    acquired. The argument is as of `outside_of_middle`."""
+    rows, columns = (np.flatnonzero(measured.any(axis=axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def stands_for(hidden: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """How many unseen samples each hidden one represents: those whose distance from the origin is
+    nearer to its own than to that of any other, shared among all of the same distance.
+
+    Where the lines are denser near the origin, as in variable-density sampling, most of what is
+    missing lies far from it, and most of what can be hidden does not.
+
+    Args:
+        hidden: bool `[1 or H, W]`, measured samples that are predicted.
+        unseen: bool likewise, all that the network does not see, `hidden` among them.
+
+    Returns:
+        float32 likewise, zero outside of `hidden`; their sum is the number of unseen samples.
+    """
+    far = np.rint(max(hidden.shape) * distance(hidden.shape)).astype(int)
+    rings, count = np.unique(far[hidden], return_counts=True)
+    cells = np.searchsorted((rings[1:] + rings[:-1]) / 2, far)
+    share = np.bincount(cells[unseen], minlength=len(rings)) / count
+    return np.where(hidden, share[cells], 0).astype(np.float32)
+
+
+def require_lines(measured: np.ndarray, height: int, folds: int, name: str) -> None:
     """Checks that enough samples can be held back.
 
     Args:
         measured: bool `[1, W]` or `[H, W]`.
         height: H.
+        folds: into which they are split.
         name: of the scan, for the error.
 
     Raises:
-        InputError: there are fewer than `LEAST_LINES` outside of the middle.
+        InputError: there are fewer than `LEAST_LINES`, or than folds, outside of the middle.
     """
+    least = max(LEAST_LINES, folds)
     count = int(outside_of_middle(measured, height).sum())
-    if count < LEAST_LINES:
+    if count < least:
         what = "columns" if len(measured) == 1 else "points"
         raise InputError(
             f"{name}: {count} {what} outside of the middle were measured; an adaptation to the "
-            f"scan needs at least {LEAST_LINES} to hold some back"
+            f"scan needs at least {least} to hold some back"
         )
 
 
