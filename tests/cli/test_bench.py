@@ -137,6 +137,17 @@ def test_warm_names_the_caches_and_measures_nothing(bench, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_start_measures_two_processes(bench, tmp_path):
+    arguments = ("--parts", "start", "--new-tokens", 2, "--peers", "none")
+    code, _, err = bench(*SMALL, *arguments, "--json", "figures.json")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["how"] for row in rows] == ["empty caches", "full caches"]
+    for row in rows:
+        assert list(row["seconds"]) == ["import", "model", "first text", "second text"]
+        assert row["ms"] == pytest.approx(1e3 * row["seconds"]["first text"])
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [

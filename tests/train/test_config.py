@@ -111,7 +111,7 @@ def test_changed_keys():
     assert changed_keys(old, new) == ["a.c: 2 -> 5"]
 
 
-@pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b", "distill"])
+@pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b", "1.3b-window-512", "distill"])
 def test_shipped_configurations_name_and_explain_every_setting(name):
     """None of them is left to a default, and each line explains its meaning."""
     shipped = packaged_config(name)
