@@ -1,9 +1,14 @@
 """`nirvana bench`, as a user calls it: figures, files, exit codes."""
 
 import json
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
+
+from nirvana.bench import start
 
 SMALL = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--eager", "--steps", 1)
 SIZES = (
@@ -137,10 +142,23 @@ def test_warm_names_the_caches_and_measures_nothing(bench, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_start_measures_two_processes(bench, tmp_path):
+def test_start_measures_a_process_with_empty_and_one_with_full_caches(bench, tmp_path, monkeypatch):
+    """Here the process is this one; it prints its figures after other lines."""
+    folders = []
+
+    def run(command, env, **how):
+        folders.append({name: env[name] for name in start.CACHES})
+        with redirect_stdout(StringIO()) as printed:
+            print("compiled a kernel")
+            start.main(json.loads(command[-1]))
+        return SimpleNamespace(returncode=0, stdout=printed.getvalue(), stderr="")
+
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(run=run))
     arguments = ("--parts", "start", "--new-tokens", 2, "--peers", "none")
     code, _, err = bench(*SMALL, *arguments, "--json", "figures.json")
     assert code == 0, err
+    assert folders[0] == folders[1]
+    assert len(set(folders[0].values())) == 4
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [row["how"] for row in rows] == ["empty caches", "full caches"]
     for row in rows:
