@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from nirvana.bench import start
+from nirvana.bench.run import Options
 
 SMALL = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--eager", "--steps", 1)
 SIZES = (
@@ -65,6 +66,19 @@ def test_every_part_has_its_figures(bench, tmp_path):
         assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["ms"])
         off = row.get("how") in ("step off", "no trigger")
         assert ("time_share_of_trigger" in row) == off
+
+
+def test_training_in_float8_has_a_row_with_its_error(bench, tmp_path, monkeypatch):
+    """On a CPU the products are slow, but the same."""
+    monkeypatch.setattr(Options, "has_float8", True)
+    arguments = ("--parts", "train", "--train", "2x16", "--peers", "none")
+    code, out, err = bench(*SMALL, *arguments, "--json", "figures.json")
+    assert code == 0, err
+    assert "gradient error" in out
+    plain, rounded = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert "how" not in plain
+    assert rounded["how"] == "fp8"
+    assert 0.01 < rounded["gradient_error"] < 0.3
 
 
 def test_a_model_that_fails_keeps_its_row(bench, monkeypatch, tmp_path):

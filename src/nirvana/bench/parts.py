@@ -1,7 +1,7 @@
 """The measurements of one model: training, the Trigger's share, prefill, decoding, start-up."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
@@ -51,9 +51,13 @@ def train(model: nn.Module, name: str, options: "Options", batch: int, length: i
     cost = measure_costs({name: step}, options.device, options.steps)[name]
     row = {"how": "fp8"} | _training_row(cost, options, batch * length)
     after = model_gradients(model)
-    error = sum((after[n] - g).float().square().sum() for n, g in before.items())
-    size = sum(g.float().square().sum() for g in before.values())
-    return [*rows, row | {"gradient_error": float((error / size).sqrt())}]
+    error = total_norm([after[name] - g for name, g in before.items()])
+    return [*rows, row | {"gradient_error": error / total_norm(before.values())}]
+
+
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all numbers of some tensors."""
+    return torch.stack([x.float().norm() for x in tensors]).norm().item()
 
 
 def model_gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ def _product(
     `fast` sums in the tensor cores' own precision, which is enough for values; sums of gradients
     are moved to float32 registers at intervals.
     """
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # type: ignore[reportPrivateImportUsage]
         a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast
     )
 
