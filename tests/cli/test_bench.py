@@ -1,9 +1,15 @@
 """`nirvana bench`, as a user calls it: figures, files, exit codes."""
 
 import json
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
+
+from nirvana.bench import start
+from nirvana.bench.run import Options
 
 SMALL = ("--preset", "tiny", "--layers", 3, "--device", "cpu", "--eager", "--steps", 1)
 SIZES = (
@@ -68,6 +74,19 @@ def test_every_part_has_its_figures(bench, tmp_path):
         assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["ms"])
         off = row.get("how") in ("step off", "no trigger")
         assert ("time_share_of_trigger" in row) == off
+
+
+def test_training_in_float8_has_a_row_with_its_error(bench, tmp_path, monkeypatch):
+    """On a CPU the products are slow, but the same."""
+    monkeypatch.setattr(Options, "has_float8", True)
+    arguments = ("--parts", "train", "--train", "2x16", "--peers", "none")
+    code, out, err = bench(*SMALL, *arguments, "--json", "figures.json")
+    assert code == 0, err
+    assert "gradient error" in out
+    plain, rounded = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert "how" not in plain
+    assert rounded["how"] == "fp8"
+    assert 0.01 < rounded["gradient_error"] < 0.3
 
 
 @pytest.mark.usefixtures("_short_gate")
@@ -146,6 +165,30 @@ def test_warm_names_the_caches_and_measures_nothing(bench, tmp_path):
     assert sizes == ["prefill, 1 x 40", *["decode, 1 x 8"] * 2, *["decode, 3 x 20"] * 2]
     assert lines[-2].startswith("PyTorch keeps its kernels in ")
     assert not [*tmp_path.iterdir()]
+
+
+def test_start_measures_a_process_with_empty_and_one_with_full_caches(bench, tmp_path, monkeypatch):
+    """Here the process is this one; it prints its figures after other lines."""
+    folders = []
+
+    def run(command, env, **how):
+        folders.append({name: env[name] for name in start.CACHES})
+        with redirect_stdout(StringIO()) as printed:
+            print("compiled a kernel")
+            start.main(json.loads(command[-1]))
+        return SimpleNamespace(returncode=0, stdout=printed.getvalue(), stderr="")
+
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(run=run))
+    arguments = ("--parts", "start", "--new-tokens", 2, "--peers", "none")
+    code, _, err = bench(*SMALL, *arguments, "--json", "figures.json")
+    assert code == 0, err
+    assert folders[0] == folders[1]
+    assert len(set(folders[0].values())) == 4
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["how"] for row in rows] == ["empty caches", "full caches"]
+    for row in rows:
+        assert list(row["seconds"]) == ["import", "model", "first text", "second text"]
+        assert row["ms"] == pytest.approx(1e3 * row["seconds"]["first text"])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from experiments.language import (
     study,
     variants,
     verdicts,
+    windows,
 )
 from experiments.language.data import CANDIDATES, HERE, RESULTS, load_data
 from helpers.words import WORDS
@@ -152,6 +153,28 @@ def test_processes_divide_the_variants(run, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     done = {(line["variant"], line["setting"], line["environment"]["beside"]) for line in lines}
     assert done == {("gated-deltanet", s, 2) for s in "AB"} | {("normalised", "B", 2)}
+
+
+def test_windows_are_compared_by_seed(prepared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(windows, "WINDOWS", (8, 64))
+    out = tmp_path / "windows.jsonl"
+    small = f"--size toy --context 256 --rows 2 --tokens 1536 --data {prepared} --out {out}"
+    windows.main([*small.split(), "--seeds", "1"])
+    windows.main([*small.split(), "--seeds", "2"])
+    rows = read_rows(out)
+    assert [(row["window"], row["seed"]) for row in rows] == [
+        (w, s) for s in (0, 1) for w in (8, 64)
+    ]
+    assert len({str(row["text"]) for row in rows}) == 4
+    assert len({row["parameters"] for row in rows}) == 1
+    found = windows.comparison(rows)
+    takes = [scores.text(domain, ranges=slice(None)) for domain in variants.DOMAINS]
+    figures = [scores.mean_figure(row, takes) for row in rows]
+    difference = t_interval([figures[0] - figures[1], figures[2] - figures[3]]).show(4, True)
+    assert found[0].startswith("all positions: ")
+    assert found[0].endswith(f" with 64, {difference}")
+    assert found[1].startswith("positions 1 to 255: ")
+    assert capsys.readouterr().out.endswith("\n".join(found) + "\n")
 
 
 def test_a_failed_run_does_not_cost_the_results_of_others(run, tmp_path, monkeypatch):

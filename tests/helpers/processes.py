@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from nirvana.errors import InputError
-from nirvana.train import language
+from nirvana.train import float8, language
 from nirvana.train.language import LanguageTask, train
 from nirvana.train.trainer import Trainer
 
@@ -43,6 +43,11 @@ def fused():
     torch.optim.AdamW = partial(in_fused_form, torch.optim.AdamW)
 
 
+def float8_anywhere():
+    """Products in float8 on the CPU, too."""
+    float8.has_float8 = lambda device: True
+
+
 def in_fused_form(original, groups, **options):
     """AdamW in its fused form, whatever the configuration."""
     return original(groups, **{**options, "fused": True})
@@ -59,6 +64,8 @@ if __name__ == "__main__":
         rounded()
     elif kind == "fused":
         fused()
+    elif kind == "float8":
+        float8_anywhere()
     elif kind != "none":
         interrupt(kind, int(at))
     resume = "--resume" in arguments

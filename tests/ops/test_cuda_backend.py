@@ -133,6 +133,28 @@ def test_window_branch(size, window, packed):
     compare(ops.window_branch, inputs, head_dim=K, window=window, **borders_of(B, T, packed))
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_low_rank_terms_have_a_kernel_without_gradients(size):
+    B, T, H, K = size
+    half = {"dtype": torch.bfloat16}
+    inputs = [
+        torch.randn(B, T, 3 * H * K + 8, **half)[..., : 3 * H * K],
+        torch.randn(B, T, 3 * 16, **half),
+        torch.randn(3, 16, H * K, **half) / 4,
+    ]
+    with ops.dispatch.recorded_backends() as used:
+        fast = ops.add_low_rank(*inputs, K)
+    assert used == {"add_low_rank": ["cuda"]}
+    exact = ops.add_low_rank(*(x.double() for x in inputs), K)
+    for actual, expected in zip(fast, exact, strict=True):
+        assert actual.shape == size
+        assert relative(actual, expected) < TOLERANCE
+    inputs[2].requires_grad_()
+    with ops.dispatch.recorded_backends() as used:
+        ops.add_low_rank(*inputs, K)
+    assert used == {"add_low_rank": ["chunked"]}
+
+
 @pytest.mark.parametrize("window", [100, None])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_window_attention(size, window):
@@ -417,6 +439,7 @@ def test_gradients_of_a_compiled_model_are_those_of_float32_on_the_cpu():
 
 def test_operations_are_proper():
     from nirvana.ops.cuda import linear
+    from nirvana.ops.cuda import low_rank as low_ranks
     from nirvana.ops.cuda import window as windows
 
     B, T, H, K = 1, 70, 2, 128
@@ -432,6 +455,7 @@ def test_operations_are_proper():
     low_rank, up = torch.randn(B, T, 48).bfloat16(), torch.randn(3, 16, H * K).bfloat16()
     arguments = (qkv, low_rank, up, K, 30, None)
     torch.library.opcheck(windows._window, arguments, test_utils=checks)
+    torch.library.opcheck(low_ranks._add, (qkv, low_rank, up), test_utils=checks[:2])
     q, k, v = (torch.randn(B, T, H, K).bfloat16().requires_grad_() for _ in range(3))
     torch.library.opcheck(windows._attention, (q, k, v, 30, None), test_utils=checks)
     sinks = (torch.randn(B, 4 + T, H, K).bfloat16().requires_grad_() for _ in range(2))

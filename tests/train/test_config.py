@@ -78,7 +78,7 @@ def test_saved_configuration_reads_back(path, tmp_path):
         ("--run.steps true", "run.steps = True must be a whole number"),
         ("--run.steps 0", "run.steps = 0 must be at least 1"),
         ("--run.compile 1", "run.compile = 1 must be true or false"),
-        ("--run.precision fp8", "'bf16' or 'float32'"),
+        ("--run.precision fp4", "'bf16' or 'fp8' or 'float32'"),
         ("--optim.betas 0.9", "a list of 2"),
         ("--optim.betas [0.9,1.0]", "from 0 to below 1"),
         ("--optim 3", "must be a section"),
@@ -111,7 +111,7 @@ def test_changed_keys():
     assert changed_keys(old, new) == ["a.c: 2 -> 5"]
 
 
-@pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b", "distill"])
+@pytest.mark.parametrize("name", ["tiny", "60m", "340m", "1.3b", "1.3b-window-512", "distill"])
 def test_shipped_configurations_name_and_explain_every_setting(name):
     """None of them is left to a default, and each line explains its meaning."""
     shipped = packaged_config(name)

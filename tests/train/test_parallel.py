@@ -14,6 +14,7 @@ from helpers import HELPERS
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
+from nirvana.train import float8
 from nirvana.train.config import ParallelConfig
 from nirvana.train.distributed import ProcessContext
 from nirvana.train.language import LanguageTask, train
@@ -164,6 +165,20 @@ def test_the_fused_optimiser_takes_cut_and_whole_parameters(config, rounded, tog
     assert code == 0, output
     for a, b in zip(curve(rounded), curve(tmp_path / "run"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def test_float8_in_two_processes_is_that_of_one(config, together, tmp_path, monkeypatch):
+    monkeypatch.setattr(float8, "has_float8", lambda device: True)
+    # Sizes of which most products are multiples of 16.
+    options = ["--run.precision=fp8", "--data.context_length=16", "--model.hidden_size=32"]
+    options += ["--model.num_attention_heads=1", "--model.task_dim=8"]
+    train(config, [*options, f"--run.out={tmp_path / 'one'}"])
+    code, output = together(config, tmp_path / "two", *options, kind="float8")
+    assert code == 0, output
+    assert output.count("130 x 32 stay in bf16") == 1
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+    train(config, [*options, "--run.precision=float32", f"--run.out={tmp_path / 'exact'}"])
+    assert curve(tmp_path / "two") != curve(tmp_path / "exact")
 
 
 def test_muon_in_two_processes_is_that_of_one(config, together, tmp_path):

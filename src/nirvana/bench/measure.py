@@ -1,6 +1,7 @@
 """Time, memory and the machine they were measured on."""
 
 import gc
+import os
 import platform
 import subprocess
 import time
@@ -130,7 +131,8 @@ def kernel_caches() -> dict[str, Path]:
 
         folders["Triton"] = Path(knobs.cache.dir)
     if find_spec("tilelang"):
-        folders["TileLang"] = Path.home() / ".tilelang"
+        folder = os.environ.get("TILELANG_CACHE_DIR")
+        folders["TileLang"] = Path(folder) if folder else Path.home() / ".tilelang"
     return folders
 
 

@@ -1,7 +1,7 @@
-"""The measurements of one model: training, the Trigger's share, prefill, decoding."""
+"""The measurements of one model: training, the Trigger's share, prefill, decoding, start-up."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from statistics import median
@@ -13,8 +13,10 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from nirvana.bench.measure import Cost, measure_costs, milliseconds
 from nirvana.bench.peers import OURS
+from nirvana.bench.start import start
 from nirvana.model.nirvana import compile_blocks
 from nirvana.model.trigger import Trigger, without_trigger
+from nirvana.train.float8 import use_float8
 
 if TYPE_CHECKING:
     from nirvana.bench.run import Options
@@ -26,6 +28,9 @@ FLOOR_TRAIN = 95_000
 BANDWIDTH = 4.2e12
 """Bytes/s of a copy there: decoding reads the weights and keys, and reads and writes the states."""
 
+FLOAT8 = (OURS, "llama_compiled")
+"""Models whose training is also measured in float8; rounding is fast only where it is compiled."""
+
 TRIGGER_OFF = {
     "step off": "without gradient, memory and step; the task vector, from fast parameters of "
     "ones, its projection and the gates remain",
@@ -34,10 +39,31 @@ TRIGGER_OFF = {
 
 
 def train(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
-    """Forward and backward, without an optimiser and without activation checkpointing."""
+    """Forward and backward, without an optimiser and without activation checkpointing; of compiled
+    models also with the large products of the blocks in float8, where the device has it."""
     step = _training_step(model, name, options, batch, length)
     cost = measure_costs({name: step}, options.device, options.steps)[name]
-    return [_training_row(cost, options, batch * length)]
+    rows = [_training_row(cost, options, batch * length)]
+    if name not in FLOAT8 or not options.has_float8:
+        return rows
+    before = model_gradients(model)
+    use_float8(model.model.layers)  # type: ignore[union-attr,arg-type]
+    cost = measure_costs({name: step}, options.device, options.steps)[name]
+    row = {"how": "fp8"} | _training_row(cost, options, batch * length)
+    after = model_gradients(model)
+    error = total_norm([after[name] - g for name, g in before.items()])
+    return [*rows, row | {"gradient_error": error / total_norm(before.values())}]
+
+
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all numbers of some tensors."""
+    return torch.stack([x.float().norm() for x in tensors]).norm().item()
+
+
+def model_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's gradients by name."""
+    named = model.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def trigger(model: nn.Module, name: str, options: "Options", batch: int, length: int) -> list[Row]:
@@ -92,6 +118,7 @@ PARTS: dict[str, Callable[..., list[Row]]] = {
     "trigger": trigger,
     "prefill": prefill,
     "decode": decode,
+    "start": start,
 }
 
 

@@ -12,6 +12,10 @@ from nirvana.bench.measure import clean_room
 from nirvana.bench.parts import PARTS, Row
 from nirvana.bench.peers import OURS, build, parameters
 from nirvana.model.config import NirvanaConfig, preset
+from nirvana.train.float8 import has_float8
+
+START = (1, 1024)
+"""Batch x tokens of the first prompt of a process."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Options:
             and "H200" in torch.cuda.get_device_name(self.device)
         )
 
+    @property
+    def has_float8(self) -> bool:
+        """Whether training is measured in float8, too."""
+        rounds = self.compiled and self.dtype == torch.bfloat16
+        return rounds and has_float8(self.device)
+
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "dtype": str(self.dtype), "device": str(self.device)}
 
@@ -79,7 +89,7 @@ def measure(options: Options) -> Iterator[Row]:
 def _applies(part: str, name: str) -> bool:
     """Whether a part is measured of a model. A compiled prefill is specific to a length, so that
     Llama's is not compared."""
-    if part == "trigger":
+    if part in ("trigger", "start"):
         return name == OURS
     return part != "prefill" or name != "llama_compiled"
 
@@ -87,6 +97,8 @@ def _applies(part: str, name: str) -> bool:
 def _sizes(part: str, options: Options) -> list[tuple[int, int]]:
     if part == "prefill":
         return [(1, options.context)]
+    if part == "start":
+        return [START]
     if part == "decode":
         return list(options.decode)
     return list(options.train[:1] if part == "trigger" else options.train)

@@ -11,6 +11,7 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ms": ("ms", lambda ms: f"{ms:,.2f}"),
     "peak_bytes": ("peak, GiB", lambda n: f"{n / 2**30:.2f}"),
     "share_of_floor": ("of floor", lambda share: f"{share:.0%}"),
+    "gradient_error": ("gradient error", lambda error: f"{error:.1%}"),
     "time_share_of_trigger": ("Trigger's time", lambda share: f"{share:.1%}"),
     "memory_share_of_trigger": ("memory", lambda share: f"{share:.1%}"),
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nirvana.bench.run import Options
 
 PARTS = ("train", "prefill", "decode", "trigger")
+START = "start"  # a part that is measured on request: it compiles everything once more
 PEERS = ("gated_deltanet", "llama", "llama_compiled")
 DTYPES = ("bfloat16", "float32")
 DECODE = ("1x1024", "8x1024", "32x1024", "64x1024", "1x65536", "8x65536")
@@ -23,7 +24,9 @@ DECODE = ("1x1024", "8x1024", "32x1024", "64x1024", "1x65536", "8x65536")
 
 def bench(
     preset: Annotated[str, typer.Option(help="Size of the models.")] = "1.3b",
-    parts: Annotated[str, typer.Option(help="What to measure.")] = ",".join(PARTS),
+    parts: Annotated[
+        str, typer.Option(help=f"What to measure; also {START}: the first text of a new process.")
+    ] = ",".join(PARTS),
     train: Annotated[
         list[str] | None,
         typer.Option(help="Batch x tokens of a training step; again for more.  [4x4096, 1x16384]"),
@@ -61,7 +64,7 @@ def bench(
         raise InputError("--warm compiles and measures nothing: leave out --eager and --json")
     chosen = {"installed": list(PEERS), "none": []}.get(peers)
     selected_peers = _some_of(peers, PEERS, "peers") if chosen is None else chosen
-    selected_parts = _some_of(parts, PARTS, "parts")
+    selected_parts = _some_of(parts, (*PARTS, START), "parts")
     sizes = tuple(_size(text, "train") for text in train or ("4x4096", "1x16384"))
     contexts = tuple(_size(text, "decode") for text in decode or DECODE)
     dtypes = _some_of(dtype, DTYPES, "dtype")
@@ -135,7 +138,8 @@ def _warm(options: "Options") -> None:
     from nirvana.bench.run import measure
 
     console = output()
-    once = replace(options, peers=(), steps=1, new_tokens=1)
+    parts = tuple(part for part in options.parts if part != START)
+    once = replace(options, parts=parts, peers=(), steps=1, new_tokens=1)
     began, failed = time.perf_counter(), False
     for row in measure(once):
         now = time.perf_counter()

@@ -59,7 +59,8 @@ class Decoder(StepDecoder):
             between texts, in place.
         max_length: the largest length of prompt and continuation. A model without a window needs
             it; with a window, a smaller number saves the memory of the keys beyond it.
-        compiled: compile the steps, and the pieces of a prompt that are `PREFILL_CHUNK` long.
+        compiled: compile the steps, and of prompts in several pieces those that are `PREFILL_CHUNK`
+            long.
 
     Raises:
         ValueError: for a model without a window, if there is no `max_length`.
@@ -142,7 +143,8 @@ class Decoder(StepDecoder):
             past = first if window is None else min(first, window - 1)
             masks = self._piece_masks(piece, first, past, None if lengths is None else new)
             self.place.piece(self.count, new, past, self.slots)
-            whole = self.compiled and lengths is None and piece.shape[1] == size
+            # A single piece ends sooner than its compilation, which a batch size needs of its own.
+            whole = self.compiled and lengths is None and piece.shape[1] == size < T
             h = self._run(piece, masks, _compiled_block() if whole else _block)
             end = h.take_along_dim((new - 1).clamp(min=0)[:, None, None], dim=1)
             last = end if last is None else torch.where((new > 0)[:, None, None], end, last)

@@ -376,6 +376,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sliding_window": 2048,
     },
 }
+PRESETS["1.3b-window-512"] = {**PRESETS["1.3b"], "sliding_window": 512}
 
 
 def preset(name: str, **overrides: Any) -> NirvanaConfig:

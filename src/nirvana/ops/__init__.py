@@ -203,7 +203,9 @@ def add_low_rank(
     Returns:
         q `[B, T, H, K]`, k and v `[B, T, G, K]`.
     """
-    return dispatch.implementation("add_low_rank")(qkv, low_rank, up, head_dim, num_heads)
+    fits = dispatch.low_rank_fits(qkv, low_rank, up)
+    compute = dispatch.implementation("add_low_rank", fits)
+    return compute(qkv, low_rank, up, head_dim, num_heads)
 
 
 def window_branch(

@@ -24,6 +24,7 @@ BACKENDS = ("reference", "chunked", "cuda")
 """The names of the backends."""
 KERNELS = (
     "linear_branch",
+    "add_low_rank",
     "window_branch",
     "window_attention",
     "sink_attention",
@@ -131,6 +132,10 @@ def _kernel_module(operation: str) -> Any:
         from nirvana.ops.cuda import linear
 
         return linear
+    if operation == "add_low_rank":
+        from nirvana.ops.cuda import low_rank
+
+        return low_rank
     from nirvana.ops.cuda import window
 
     return window
@@ -204,6 +209,15 @@ def linear_branch_fits(
         if conv_weight.shape[1] != CONV_WIDTH or (learned and segments is not None):
             return False
     return branch_fits(qkv, head_dim, segments, cu_seqlens)
+
+
+def low_rank_fits(qkv: Tensor, low_rank: Tensor, up: Tensor) -> bool:
+    """Whether the kernel of `add_low_rank` takes a call; the arguments are its own.
+
+    It has no gradient: without a past `window_branch` adds the terms, and computes theirs.
+    """
+    learned = any(x.requires_grad for x in (qkv, low_rank, up)) and torch.is_grad_enabled()
+    return suits_kernels(qkv) and qkv.shape[1] > 1 and up.ndim == 3 and not learned
 
 
 def sink_attention_fits(

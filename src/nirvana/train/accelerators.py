@@ -11,6 +11,7 @@ class Accelerator:
 
     flops: float  # FLOP/s of dense bf16 matrix products
     memory: int  # bytes, in the largest version
+    float8: bool = True  # whether it has matrix products in float8
 
 
 def _gigabytes(number: int) -> int:
@@ -26,8 +27,8 @@ ACCELERATORS = {
     "H200": Accelerator(989e12, _gigabytes(141)),
     "H800": Accelerator(989e12, _gigabytes(80)),
     "B200": Accelerator(2250e12, _gigabytes(180)),
-    "A100": Accelerator(312e12, _gigabytes(80)),
-    "A800": Accelerator(312e12, _gigabytes(80)),
+    "A100": Accelerator(312e12, _gigabytes(80), float8=False),
+    "A800": Accelerator(312e12, _gigabytes(80), float8=False),
     "L40S": Accelerator(362e12, _gigabytes(48)),
     "L4": Accelerator(121e12, _gigabytes(24)),
     "4090": Accelerator(165e12, _gigabytes(24)),

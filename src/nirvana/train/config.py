@@ -84,7 +84,7 @@ class RunConfig:
         """Returns the autocast type that `precision` selects on a device; None without autocast."""
         import torch
 
-        rounds = self.precision == "bf16" and device.type == "cuda"
+        rounds = self.precision != "float32" and device.type == "cuda"
         return torch.bfloat16 if rounds else None
 
     @property
@@ -103,6 +103,14 @@ class RunConfig:
             require(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "at least 0")
         for name in ("keep_checkpoints", "most_skipped"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True)
+class LanguageRunConfig(RunConfig):
+    """[run] of a language model."""
+
+    # "fp8": bf16 with the large products of the blocks in float8, on GPUs that have it
+    precision: Literal["bf16", "fp8", "float32"] = "bf16"  # type: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclass(frozen=True)
@@ -180,7 +188,7 @@ class LanguageConfig:
     """All settings of a language-model training."""
 
     data: DataSection
-    run: RunConfig
+    run: LanguageRunConfig
     optim: LanguageOptimConfig = field(default_factory=LanguageOptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: ModelSection = field(default_factory=ModelSection)

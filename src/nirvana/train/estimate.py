@@ -20,9 +20,10 @@ def peak_flops(device: torch.device, precision: str) -> float:
         precision: `run.precision`.
 
     Returns:
-        bf16 FLOP/s; 0 for an unknown device, and for a run that does not compute in bf16.
+        bf16 FLOP/s, also for fp8, so that shares of it compare; 0 for an unknown device, and for a
+        run in float32.
     """
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or precision == "float32":
         return 0.0
     found = find_accelerator(torch.cuda.get_device_name(device))
     return 0.0 if found is None else found.flops

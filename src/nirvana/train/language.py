@@ -1,5 +1,6 @@
 """Training of a language model on token shards."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nirvana.train.config import LanguageConfig
 from nirvana.train.distributed import ProcessContext
 from nirvana.train.estimate import warn_of_repetition
 from nirvana.train.export import export
+from nirvana.train.float8 import MULTIPLE, require_float8, use_float8
 from nirvana.train.loop import Outcome, check_run, fit_configured
 from nirvana.train.parallel import parallelize
 from nirvana.train.saved_model import find_model, model_config
@@ -35,7 +37,8 @@ class LanguageTask(Task):
 
     Raises:
         InputError: for unusable shards, shards of different tokenizers, a wrong configuration of
-            the model, or a vocabulary smaller than the tokenizer's.
+            the model, a vocabulary smaller than the tokenizer's, or a device without float8 for
+            `run.precision` = "fp8".
     """
 
     unit = "tokens"
@@ -43,6 +46,8 @@ class LanguageTask(Task):
     def __init__(self, config: LanguageConfig, device: torch.device) -> None:
         data = config.data
         self.config, self.data, self.device = config, data, device
+        if config.run.precision == "fp8" and device.type != "meta":
+            require_float8(device)
         self.sources = {name: TokenShards(folder) for name, folder in data.train.items()}
         self.loader = PackedLoader(
             self.sources,
@@ -99,7 +104,21 @@ class LanguageTask(Task):
         rounded = self.config.run.autocast_dtype(processes.device)
         if processes.is_main:
             warn_of_repetition(self.loader, self.config.run.steps)
+        if self.config.run.precision == "fp8":
+            self._use_float8(blocks, processes.is_main)
         parallelize(self.model, blocks, self.config.parallel, processes, compiled, rounded)
+
+    def _use_float8(self, blocks: list[nn.Module], is_main: bool) -> None:
+        """Computes the large products of the blocks in float8; the main process logs which cannot
+        be."""
+        tokens = self.data.batch_size * self.data.context_length
+        unfit = [f"{tokens:,} tokens"] if tokens % MULTIPLE else use_float8(blocks)
+        if unfit and is_main:
+            logging.getLogger(__name__).warning(
+                "products of %s stay in bf16: float8 needs multiples of %d",
+                ", ".join(unfit),
+                MULTIPLE,
+            )
 
     def begin(self, folder: Path) -> None:
         """Copies the tokenizer into the run's folder, so that checkpoints can be exported."""

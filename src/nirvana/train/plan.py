@@ -14,6 +14,7 @@ from nirvana.train.accelerators import known_accelerator
 from nirvana.train.config import LanguageConfig
 from nirvana.train.distributed import ProcessContext, init_distributed
 from nirvana.train.estimate import memory_bytes, peak_flops, warn_of_repetition
+from nirvana.train.float8 import no_float8, require_float8
 from nirvana.train.language import LanguageTask
 from nirvana.train.parallel import shard_size
 
@@ -47,9 +48,13 @@ def estimate(
     if device_name is not None:
         accelerator = known_accelerator(device_name)
         planned = ProcessContext(torch.device("meta"), size=processes or 1)
-        peak = accelerator.flops if config.run.precision == "bf16" else 0.0
+        peak = 0.0 if config.run.precision == "float32" else accelerator.flops
+        if config.run.precision == "fp8" and not accelerator.float8:
+            raise no_float8(device_name)
         return _estimate(config, planned, peak, accelerator.memory)
     with init_distributed(config.run.device) as context:
+        if config.run.precision == "fp8":
+            require_float8(context.device)
         peak = peak_flops(context.device, config.run.precision)
         memory = None
         if context.device.type == "cuda":
@@ -80,7 +85,7 @@ def _estimate(
         sum(p.numel() for name, p in model.named_parameters() if name in matrices),
     )
     if planned.size > 1 and not config.parallel.reshard:
-        rows["gathered weights"] = count * (2.0 if config.run.precision == "bf16" else 4.0)
+        rows["gathered weights"] = count * (4.0 if config.run.precision == "float32" else 2.0)
     corpus = sum(shards.num_tokens for shards in task.sources.values())
     figures: dict[str, Any] = {
         "parameters": count,

@@ -91,15 +91,6 @@ def products_kernel(
 
 
 @triton.jit
-def norm_kernel(x, norm, out, eps, K: tl.constexpr, COLUMNS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * K
-    k = tl.arange(0, COLUMNS)
-    v = tl.load(x + at + k, k < K, 0.0).to(tl.float32)
-    y = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
-    tl.store(out + at + k, y * tl.load(norm + k, k < K, 0.0).to(tl.float32), k < K)
-
-
-@triton.jit
 def swiglu_product_kernel(
     weight, x, norm, out, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +181,7 @@ def product(
     """
     (N, K), B = weight.shape, x.shape[0]
     if B > 1:
-        _multiply(weight, x if norm is None else _normalised(x, norm, eps), out, added)
+        _multiply(weight, x if norm is None else F.rms_norm(x, (K,), norm, eps), out, added)
         return
     tile = _tile(N, K)
     flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None}
@@ -210,7 +201,7 @@ def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> 
     """
     (B, N), K = out.shape, weight.shape[1]
     if B > 1:
-        both = F.linear(_normalised(x, norm, eps), weight)
+        both = F.linear(F.rms_norm(x, (K,), norm, eps), weight)
         launch(swiglu_kernel, (B, blocks(N, COLUMNS)), both, out, N, COLUMNS=COLUMNS)
         return
     tile = Tile(min(2048, padded(K)), 1, 4)
@@ -284,13 +275,6 @@ def _multiply(weight: Tensor, x: Tensor, out: Tensor, added: Tensor | None) -> N
         rows, batch, grid = _small_tile(N, B)
         sizes = {"K": K, "PADDED": padded(K, LEAST), "ROWS": rows, "BATCH": batch}
         launch(products_kernel, grid, weight, x, out, N, B, x.stride(0), out.stride(0), **sizes)
-
-
-def _normalised(x: Tensor, norm: Tensor, eps: float) -> Tensor:
-    """x `[B, K]`, contiguous, of unit root mean square, scaled by norm `[K]`."""
-    out, (B, K) = torch.empty_like(x), x.shape
-    launch(norm_kernel, (B,), x, norm, out, eps, K=K, COLUMNS=padded(K), num_warps=8)
-    return out
 
 
 def _small_tile(N: int, B: int) -> tuple[int, int, tuple[int, int]]:

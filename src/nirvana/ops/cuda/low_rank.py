@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
+from nirvana.ops.cuda.launch import FLEXIBLE_LAYOUT, LEAST, blocks, even_rows, launch, padded
 
 BLOCK, COLUMNS, WARPS = 128, 128, 8
 """Tokens and columns of a program, and its warps."""
@@ -34,7 +34,7 @@ def low_rank_kernel(
     tl.store(out + rows * (3 * D) + (p * D + c)[None, :], sums, real)
 
 
-def add_low_rank(x: Tensor, factors: Tensor, up: Tensor) -> Tensor:
+def add(x: Tensor, factors: Tensor, up: Tensor) -> Tensor:
     """Adds the low-rank terms.
 
     Args:
@@ -53,3 +53,23 @@ def add_low_rank(x: Tensor, factors: Tensor, up: Tensor) -> Tensor:
     given = (x, x.stride(1), factors, factors.stride(1), up, out, B * T, D, rank)
     launch(low_rank_kernel, grid, *given, **sizes, num_warps=WARPS)
     return out
+
+
+@torch.library.custom_op(
+    "nirvana::add_low_rank", mutates_args=(), device_types="cuda", tags=FLEXIBLE_LAYOUT
+)
+def _add(x: Tensor, factors: Tensor, up: Tensor) -> Tensor:
+    return add(even_rows(x), even_rows(factors), up.contiguous())
+
+
+@_add.register_fake
+def _(x, factors, up):
+    return x.new_empty(x.shape)
+
+
+def add_low_rank(
+    qkv: Tensor, low_rank: Tensor, up: Tensor, head_dim: int, num_heads: int | None
+) -> tuple[Tensor, ...]:
+    """See `nirvana.ops.add_low_rank`; `dispatch` lets through only calls without gradients and with
+    as many heads of k and v as of q."""
+    return _add(qkv, low_rank, up.to(qkv.dtype)).unflatten(-1, (3, -1, head_dim)).unbind(2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nirvana.ops.cuda import attention, sinks
 from nirvana.ops.cuda.launch import FLEXIBLE_LAYOUT, even_rows
-from nirvana.ops.cuda.low_rank import add_low_rank
+from nirvana.ops.cuda.low_rank import add
 
 
 def _parts(x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def _window(
     window: int | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _heads(add_low_rank(even_rows(qkv), even_rows(low_rank), up.contiguous()), head_dim)
+    q, k, v = _heads(add(even_rows(qkv), even_rows(low_rank), up.contiguous()), head_dim)
     return attention.forward(q, k, v, window, cu_seqlens)
 
 
@@ -60,7 +60,7 @@ def _window_gradients(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, low_rank and up."""
-    q, k, v = _heads(add_low_rank(even_rows(qkv), even_rows(low_rank), up.contiguous()), head_dim)
+    q, k, v = _heads(add(even_rows(qkv), even_rows(low_rank), up.contiguous()), head_dim)
     grads = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     parts = _heads(grads, head_dim)
     attention.backward(do.contiguous(), q, k, v, o, lse, window, cu_seqlens, parts)
