@@ -53,7 +53,7 @@ def config(
         if out is not None:
             raise InputError(f"--out needs a NAME, one of {', '.join(config_names())}")
         for each in config_names():
-            print(f"{each:<14}{_title(each)}")
+            print(f"{each:<16}{_title(each)}")
         return
     if name not in config_names():
         raise InputError(
