@@ -123,8 +123,9 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != self.module:
             return None
-        for finder in sys.meta_path:
-            find = None if finder is self else getattr(finder, "find_spec", None)
+        # Another action may wait for the same module: its finder, behind this one, comes next.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find = getattr(finder, "find_spec", None)
             spec = find(name, path, target) if find else None
             if spec is not None:
                 if spec.loader is not None:

@@ -11,7 +11,7 @@ from helpers.adopted_settings import ADOPTED, LLAMA3
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
 from nirvana.generate.fused_step import FusedStep
 from nirvana.generate.graph_decoder import Decoder
-from nirvana.model.rotary import rotate, rotation
+from nirvana.model.attention import Rotary, rotate
 from nirvana.model.state import State
 from nirvana.model.updater import ALIGNED, aligned_linear
 from nirvana.ops import dispatch, warn_without_kernels
@@ -156,13 +156,11 @@ def test_scaled_positions_are_the_librarys(kind):
     cos, sin = LlamaRotaryEmbedding(llama)(x, positions)
     half = torch.cat([-x[..., 16:], x[..., :16]], dim=-1)
     expected = x * cos[:, :, None] + half * sin[:, :, None]
-
-    def turned(x, positions):
-        return rotate(x, rotation(config, positions, x.dtype))
-
-    torch.testing.assert_close(turned(x, positions), expected, rtol=0, atol=1e-5)
-    compiled = torch.compile(turned, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, positions), expected, rtol=0, atol=1e-5)
+    rotary = Rotary.of(config)
+    assert rotary is not None
+    torch.testing.assert_close(rotate(x, positions, rotary), expected, rtol=0, atol=1e-5)
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, positions, rotary), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

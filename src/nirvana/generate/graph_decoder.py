@@ -26,7 +26,7 @@ from nirvana.generate.decode_states import DecodeStates, Place
 from nirvana.generate.fused_step import FusedStep
 from nirvana.model.cache import StepDecoder
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.masks import Masks, create_state_masks, place_masks
+from nirvana.model.masks import Masks, create_state_masks
 from nirvana.model.state import LayerState, State
 
 logger = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ class Decoder(StepDecoder):
         """The masks of a piece that begins at column `first` and sees `past` tokens before it."""
         columns = torch.arange(piece.shape[1], device=piece.device)
         if new is None:
-            return self._no_masks(first + columns[None])
+            return _no_masks(first + columns[None])
         # Masks depend on the number of keys, not on their values.
         like = self._like()
         keys = like.new_empty(1, 1, past, 1, device="meta")
@@ -275,15 +275,11 @@ class Decoder(StepDecoder):
             self.config, piece[..., None], (columns < new[:, None]).long(), state, None
         )
 
-    def _no_masks(self, positions: Tensor) -> Masks:
-        places = place_masks(self.config, positions, positions, self._like().dtype)
-        return {**places, **dict.fromkeys(("segments", "cu_seqlens", "lengths", "window"))}
-
     def _step(self) -> Tensor:
         if self.fused is not None:
             logits = self.fused(self.token)
         else:
-            masks = self._no_masks(self.count[:, None])
+            masks = _no_masks(self.count[:, None])
             slots = torch.arange(self.slots, device=self.count.device)
             masks["window"] = (slots <= self.count[:, None])[:, None, None]
             block = _compiled_block() if self.compiled else _block
@@ -348,6 +344,11 @@ def _shifted(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Ten
 def _require_no_padding(mask: Tensor) -> None:
     if not mask.all():
         raise ValueError("the tokens that follow a prompt in a Decoder are without padding")
+
+
+def _no_masks(positions: Tensor) -> Masks:
+    names = ("segments", "cu_seqlens", "lengths", "window")
+    return {"positions": positions, "index": positions, **dict.fromkeys(names)}
 
 
 @lru_cache(maxsize=1)

@@ -1,16 +1,23 @@
 """Softmax attention within a window: of the window branch, and in place of a whole Updater."""
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers import initialization as init
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.masks import Masks
-from nirvana.model.rotary import rotate
 from nirvana.model.state import SLOTS, LayerStates, unshared
 from nirvana.model.trigger import TriggerTrace
-from nirvana.ops import masked_attention, sink_attention, window_attention
+from nirvana.ops import at_least_float32, masked_attention, sink_attention, window_attention
 
 SINKS = SLOTS.index("sinks")
 
@@ -59,6 +66,85 @@ class QKV(nn.Module):
         return qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al., arXiv 2104.09864).
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: the library's `rope_parameters` as JSON, where they are not powers of theta.
+        factor: of cosines and sines.
+    """
+
+    theta: float
+    scaling: str | None = None
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, config: NirvanaConfig) -> "Rotary | None":
+        """The rotary positions of a model; None without."""
+        if config.rope_theta is None or config.rope_scaling is None:
+            return None if config.rope_theta is None else cls(config.rope_theta)
+        scaling = json.dumps({**config.rope_scaling, "rope_theta": config.rope_theta})
+        assert config.head_dim is not None
+        return cls(config.rope_theta, scaling, _scaled(scaling, config.head_dim, "cpu")[1])
+
+
+def rotate(x: Tensor, positions: Tensor | None, rotary: Rotary) -> Tensor:
+    """Rotates pairs of numbers of each head by angles that grow with the position.
+
+    Args:
+        x: `[B, T, H, K]`, K even.
+        positions: `[B, T]` or `[1, T]`.
+        rotary: the frequencies.
+
+    Returns:
+        `[B, T, H, K]` in x's dtype.
+    """
+    assert positions is not None
+    half = x.shape[-1] // 2
+    if rotary.scaling is None:
+        powers = -torch.arange(half, device=x.device, dtype=torch.float32) / half
+        frequency = rotary.theta**powers
+    else:
+        frequency = _frequency(rotary.scaling, x.shape[-1], str(x.device))
+    # In float64 the angles, too: only their differences matter, which float32 rounds.
+    precise = at_least_float32(x)
+    angle = (positions[..., None].to(precise.dtype) * frequency.to(precise.dtype))[:, :, None]
+    first, second = precise.split(half, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    if rotary.factor != 1:
+        cos, sin = cos * rotary.factor, sin * rotary.factor
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _frequency(scaling: str, head_dim: int, device: str) -> Tensor:
+    return _scaled(scaling, head_dim, device)[0]
+
+
+@lru_cache(maxsize=32)
+def _scaled(scaling: str, head_dim: int, device: str) -> tuple[Tensor, float]:
+    """Frequencies `[K / 2]` and the factor of cosines and sines, of the library's functions.
+
+    Computed once for a device: a copy from the host cannot be recorded in a CUDA graph.
+    """
+    given: dict[str, Any] = json.loads(scaling)
+    original = given.get("original_max_position_embeddings", 2048)
+    described = LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        head_dim=head_dim,
+        max_position_embeddings=int(original * given["factor"]),
+        rope_parameters=given,  # type: ignore[arg-type]
+    )
+    compute: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS[given["rope_type"]]
+    # Models are made on the meta device, without memory, and run in inference mode.
+    with torch.inference_mode(False), torch.device("cpu"):
+        frequency, factor = compute(described, torch.device("cpu"))
+        return frequency.to(device), float(factor)
+
+
 class Attention(nn.Module):
     """The layer of a Transformer in place of the Updater: softmax attention without low-rank terms.
 
@@ -71,7 +157,7 @@ class Attention(nn.Module):
     def __init__(self, config: NirvanaConfig, layer_idx: int, initialise: bool = True):
         super().__init__()
         D, (H, _, K) = config.hidden_size, config.head_sizes
-        self.config, self.layer_idx = config, layer_idx
+        self.config, self.layer_idx, self.rotary = config, layer_idx, Rotary.of(config)
         self.in_proj = nn.Linear(D, config.qkv_size, bias=False)
         self.qkv = QKV(config)
         self.out_proj = nn.Linear(H * K, D, bias=False)
@@ -96,7 +182,7 @@ class Attention(nn.Module):
         sinks = None
         if states is not None and self.config.num_sinks:
             sinks = unshared(states.get_conv_state(self.layer_idx, state_idx=SINKS), states)
-        o = attend(q, k, v, self.config, masks, sinks, states, self.layer_idx)
+        o = attend(q, k, v, self.config, self.rotary, masks, sinks, states, self.layer_idx)
         return self.out_proj(o.flatten(2)), fast
 
 
@@ -105,6 +191,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     config: NirvanaConfig,
+    rotary: Rotary | None,
     masks: Masks,
     sinks: Tensor | None,
     states: LayerStates | None,
@@ -121,6 +208,7 @@ def attend(
         k: `[B, T, G, K]`.
         v: `[B, T, G, K]`.
         config: gives the window W and the number n of sinks.
+        rotary: of the positions; None means none.
         masks: of `create_masks`.
         sinks: `[B, 2 G K, n]`, of the past; None means none.
         states: hold the keys and values of the past, and receive the new ones; None means none.
@@ -130,12 +218,15 @@ def attend(
         `[B, T, H, K]`.
     """
     window, n, (B, T) = config.sliding_window, config.num_sinks, q.shape[:2]
-    rotation, far_rotation = masks["rotation"], masks["far_rotation"]
-    index, mask = masks["index"], masks["window"]
-    far = q if far_rotation is None else rotate(q, far_rotation)
-    both = None
-    if rotation is not None:
-        q, k = rotate(q, rotation), rotate(k, rotation)
+    positions, index, mask = masks["positions"], masks["index"], masks["window"]
+    far, both = q, None
+    if rotary is not None:
+        if n:
+            assert positions is not None
+            assert index is not None
+            assert window is not None
+            far = rotate(q, positions - (index - (window + n - 1)).clamp(min=0), rotary)
+        q, k = (rotate(x, positions, rotary) for x in (q, k))
     if n and index is not None:
         new = torch.stack([k, v], dim=2)
         if sinks is None:

@@ -9,7 +9,6 @@ from transformers.cache_utils import Cache
 
 from nirvana.model.cache import CacheContents, require_room, require_rows
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.rotary import far_positions, rotation
 from nirvana.model.rows import RowLayout, chunk_layout, may_branch, may_sync, row_layout
 from nirvana.model.state import State
 
@@ -31,7 +30,7 @@ def create_masks(
 
     Args:
         config: of the model.
-        inputs_embeds: `[B, T, ...]`; only its shape, dtype and device are read.
+        inputs_embeds: `[B, T, ...]`; only its shape and device are read.
         attention_mask: see `row_layout`.
         cache: the cache before this call.
         position_ids: `[B, T]` or `[1, T]`, see `row_layout`.
@@ -53,8 +52,8 @@ def create_masks(
           (`position_ids` beside them must agree), and those given on the GPU for one row are used
           unchanged; otherwise the borders are counted on the device, which the host waits for.
         - "lengths": None; see `create_state_masks`.
-        - "positions", "rotation", "far_rotation" and "index", see `place_masks`; packed samples
-          start at position 0.
+        - "positions": `[B, T]` or `[1, T]`, for rotary embeddings; packed samples start at 0.
+        - "index": `[B, T]` or `[1, T]`, tokens of its sample before each token; None without sinks.
 
     Raises:
         ValueError: for masks and borders that `row_layout` rejects.
@@ -110,12 +109,8 @@ def create_masks(
         "cu_seqlens": _kernel_borders(row, borders, position_ids, seq_idx),
         "lengths": None,
         "window": window,
-        **place_masks(
-            config,
-            positions,
-            _index(row, segments, new, past) if config.num_sinks else None,
-            inputs_embeds.dtype,
-        ),
+        "positions": positions,
+        "index": _index(row, segments, new, past) if config.num_sinks else None,
     }
 
 
@@ -132,7 +127,7 @@ def create_state_masks(
 
     Args:
         config: of the model.
-        inputs_embeds: `[B, T, ...]`; only its shape, dtype and device are read.
+        inputs_embeds: `[B, T, ...]`; only its shape and device are read.
         attention_mask: see `chunk_layout`.
         state: before the chunk; None before the first token.
         position_ids: see `chunk_layout`; they only mark where samples start.
@@ -146,7 +141,7 @@ def create_state_masks(
         - "window": `[B, 1, T, n + T]` over the keys of the state and the new ones; None where
           `window_attention` needs no mask.
         - "lengths": `[B]` or None, see `nirvana.ops`.
-        - "positions", "rotation", "far_rotation" and "index", counted within the samples.
+        - "positions" and "index": `[B, T]`, counted within the samples.
 
     Raises:
         ValueError: for masks and borders that `chunk_layout` rejects.
@@ -180,37 +175,8 @@ def create_state_masks(
         "cu_seqlens": _kernel_borders(row, borders, position_ids, seq_idx),
         "lengths": row.lengths,
         "window": window,
-        **place_masks(config, positions, positions, inputs_embeds.dtype),
-    }
-
-
-def place_masks(
-    config: NirvanaConfig, positions: Tensor, index: Tensor | None, dtype: torch.dtype
-) -> Masks:
-    """What layers read of the places of tokens within their samples.
-
-    Args:
-        config: of the model.
-        positions: `[B, T]` or `[1, T]`.
-        index: see the returns; None without sinks.
-        dtype: see `rotation`.
-
-    Returns:
-        a dictionary of
-
-        - "positions": `[B, T]` or `[1, T]`, for rotary embeddings.
-        - "rotation": their cosines and sines, see `rotation`.
-        - "far_rotation": those of the positions from which tokens see the sinks, or None.
-        - "index": `[B, T]` or `[1, T]`, tokens of its sample before each token.
-    """
-    far = None
-    if config.num_sinks and index is not None:
-        far = rotation(config, far_positions(config, positions, index), dtype)
-    return {
         "positions": positions,
-        "rotation": rotation(config, positions, dtype),
-        "far_rotation": far,
-        "index": index,
+        "index": positions,
     }
 
 

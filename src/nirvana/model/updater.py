@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from nirvana.model.attention import QKV, SINKS, RMSNorm, attend
+from nirvana.model.attention import QKV, SINKS, RMSNorm, Rotary, attend
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.loss import is_plain
 from nirvana.model.masks import Masks
@@ -47,6 +47,7 @@ class Updater(nn.Module):
         self.initial_std = config.initializer_range
         D, (H, _, K), C = config.hidden_size, config.head_sizes, config.task_dim
         self.config, self.layer_idx, self.head_dim = config, layer_idx, K
+        self.rotary = Rotary.of(config)
         self.convex = config.interpolation == "convex"
         self.has_window = layer_idx >= config.num_prelude_layers and config.branches == "both"
         self.has_trigger = self.has_window and config.has_trigger
@@ -249,14 +250,14 @@ class Updater(nn.Module):
             a `[B, T, D]`.
         """
         config, (H, G, K) = self.config, self.config.head_sizes
-        plain = config.rope_theta is None and G == H and not config.num_sinks
+        plain = self.rotary is None and G == H and not config.num_sinks
         if plain and states is None and masks["window"] is None:
             borders = masks["segments"], masks["cu_seqlens"]
             window = config.sliding_window
             o = window_branch(qkv, low_rank, self.window_up, K, window, *borders)
             return self.window_out(o.flatten(2))
         q, k, v = add_low_rank(qkv, low_rank, self.window_up, K, H)
-        o = attend(q, k, v, config, masks, sinks, states, self.layer_idx)
+        o = attend(q, k, v, config, self.rotary, masks, sinks, states, self.layer_idx)
         return self.window_out(o.flatten(2))
 
     def blend(self, a: Tensor, b: Tensor, h_task: Tensor, gates: Tensor) -> Tensor:
