@@ -5,14 +5,13 @@ import lzma
 import random
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.adapt.data import Document, load_documents
 from experiments.adapt.domains import SEEN, UNSEEN, VALIDATION
 from experiments.adopt import adaptation
 from experiments.adopt.adaptation_tables import adaptations
 from experiments.common.results import read_rows
+from helpers.teachers import save_random_teacher
 from helpers.words import WORDS
 from nirvana.data.tokenizer import aligned_encoder, load_tokenizer, train_tokenizer
 from nirvana.errors import InputError
@@ -44,17 +43,14 @@ def place(tmp_path_factory):
     (place / "documents.json.xz").write_bytes(lzma.compress(content))
     (place / "text.txt").write_text(" ".join(dice.choices(WORDS, k=3000)))
     train_tokenizer([place / "text.txt"], place / "teacher", 280)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(load_tokenizer(place / "teacher")),
+    save_random_teacher(
+        place / "teacher",
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         intermediate_size=16,
-        initializer_range=0.2,
     )
-    LlamaForCausalLM(config).save_pretrained(place / "teacher")
     return place
 
 

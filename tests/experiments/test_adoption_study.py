@@ -5,14 +5,13 @@ import lzma
 import random
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.adopt import measure, page, prepare, study
 from experiments.common.results import read_rows
+from helpers.teachers import save_random_teacher
 from helpers.words import WORDS
 from nirvana.data.shards import TokenShards
-from nirvana.data.tokenizer import load_tokenizer, train_tokenizer
+from nirvana.data.tokenizer import train_tokenizer
 from nirvana.errors import InputError
 from nirvana.evaluate.harness import run_tasks
 from nirvana.model.adopt import adopt
@@ -37,18 +36,15 @@ def place(tmp_path_factory):
             query, *choices = (" ".join(dice.choices(WORDS, k=4)) for _ in range(3))
             file.write(json.dumps({"query": query, "choices": choices, "gold": 1}) + "\n")
     train_tokenizer([folder / "train.jsonl.xz"], place / "teacher", 300)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(load_tokenizer(place / "teacher")),
+    save_random_teacher(
+        place / "teacher",
         hidden_size=24,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=32,
-        initializer_range=0.2,
         max_position_embeddings=64,
     )
-    LlamaForCausalLM(config).save_pretrained(place / "teacher")
     return place
 
 

@@ -1,4 +1,4 @@
-"""Measured samples in three parts: the network's input, what it must predict, when to stop."""
+"""Measured samples in parts: those that a network sees, and those that it must predict."""
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def parts(chosen: np.ndarray, count: int, generator: np.random.Generator) -> lis
 
 def distance(shape: tuple[int, ...]) -> np.ndarray:
     """Distances `[1 or H, W]` from the origin; half a period is 0.5 along both axes."""
-    rows, columns = (np.arange(n) / n - (n // 2) / n for n in shape)
+    rows, columns = ((np.arange(n) - n // 2) / n for n in shape)
     return np.hypot(rows[:, None], columns)
 
 
@@ -121,9 +121,7 @@ def weights(kspace: np.ndarray, measured: np.ndarray, noise: float, power: float
     """
     height, width = kspace.shape[-2:]
     there = np.broadcast_to(measured, (height, width))
-    rows = (np.arange(height) - height // 2) / height
-    columns = (np.arange(width) - width // 2) / width
-    ring = np.rint(64 * np.hypot(rows[:, None], columns)).astype(int)
+    ring = np.rint(64 * distance((height, width))).astype(int)
     energy = np.square(np.abs(kspace)).mean(axis=0)
     total = np.bincount(ring[there], energy[there], ring.max() + 1)
     count = np.bincount(ring[there], minlength=ring.max() + 1)

@@ -259,12 +259,8 @@ class _ImageOnly(nn.Module):
         return self.model(*inputs[:4], initial=initial).image
 
 
-class _CoilImages(nn.Module):
+class _CoilImages(_ImageOnly):
     """Likewise, a codec's coil images: real `[B, coils, H, W, 2]`, divided by the scale."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Arguments as of `_ImageOnly.forward`."""
