@@ -57,11 +57,12 @@ ADOPTED = {
         "num_key_value_heads": 8,
         "head_dim": 128,
         "intermediate_size": 6144,
+        "num_sinks": 0,
         "qk_norm": True,
         "qkv_bias": True,
     },
 }
-"""Sizes of two Transformers; the second has biases, too, for the sake of the kernel."""
+"""Sizes of two Transformers. For the sake of the kernels the second has biases and no sinks."""
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 compiled = set()
 

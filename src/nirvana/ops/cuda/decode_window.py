@@ -1,9 +1,9 @@
 """One token of each text of a batch through the window branch, for CUDA tensors.
 
 Every text has its own number of tokens, `count`, before this one; its token's key and value go to
-slot `count` modulo SLOTS of its ring buffers, and as one of the first SINKS tokens to the sinks,
-too. A text reads them from there once they have left the window. SHARED = H / G heads of q have one
-head of k and v: a program of the attention computes all of them.
+slot `count` modulo SLOTS of its ring buffers, those of the first SINKS tokens to the sinks, too. A
+text reads a sink from there once it has left the window. SHARED = H / G heads of q have one head of
+k and v: a program of the attention computes all of them.
 """
 
 import torch
@@ -198,8 +198,8 @@ def rotary(count: Tensor, frequency: Tensor, factor: float, turns: Tensor, end: 
         end: from which far sinks are seen; None leaves the second half of `turns` as it is.
     """
     half = frequency.numel()
-    grid = (count.numel(), 1 if end is None else 2)
-    launch(rotary_kernel, grid, count, frequency, turns, end, factor, HALF=half, num_warps=1)
+    grid, far = (count.numel(), 1 if end is None else 2), end or 0
+    launch(rotary_kernel, grid, count, frequency, turns, far, factor, HALF=half, num_warps=1)
 
 
 def window(
