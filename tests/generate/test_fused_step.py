@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from helpers.adopted_settings import LLAMA3, YARN
 from nirvana.generate import fused_step
 from nirvana.generate.fused_step import FusedStep
 from nirvana.generate.graph_decoder import Decoder
@@ -29,6 +30,57 @@ KINDS = {
         "task_dim": 7,
         "bank_size": 5,
         "intermediate_size": 41,
+    },
+}
+WINDOW = 4
+NEW = {"num_prelude_layers": 0, "num_hidden_layers": 1, "sliding_window": WINDOW}
+ADOPTED = {
+    "SmolLM2": {
+        **NEW,
+        "num_hidden_layers": 2,
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "conv_size": None,
+        "conv_silu": False,
+        "num_sinks": 2,
+        "window_output": "full",
+        "interpolation": "independent",
+        "rope_theta": 100.0,
+        "rope_scaling": LLAMA3,
+    },
+    "sinks without positions, constant gates": {
+        **NEW,
+        "hidden_size": 48,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_sinks": 3,
+        "conv_silu": False,
+        "gate": "constant",
+    },
+    "bias, norms and positions without a window": {
+        **NEW,
+        "sliding_window": None,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "hidden_size": 41,
+        "conv_size": None,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "gate": "constant",
+        "interpolation": "independent",
+        "rope_theta": 100.0,
+        "rope_scaling": YARN,
+    },
+    "linear branches alone, a bias": {
+        **NEW,
+        "branches": "linear",
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "qkv_bias": True,
     },
 }
 
@@ -67,14 +119,24 @@ def test_two_blocks_of_rows(small_model):
     check(small_model(**{**SIZES, "num_hidden_layers": 2}), rows=65, length=1, steps=2)
 
 
+# From texts of few tokens on, of two lengths in a batch, until the sinks have left the window.
+ADOPTED_BATCHES = [(kind, 3, 3, WINDOW + 1) for kind in ADOPTED]
+ADOPTED_BATCHES += [(kind, 1, 1, WINDOW + 3 if kind == "SmolLM2" else 2) for kind in ADOPTED]
+
+
+@pytest.mark.parametrize(("kind", "rows", "length", "steps"), ADOPTED_BATCHES)
+def test_tokens_of_adopted_models(small_model, kind, rows, length, steps):
+    check(small_model(**{**SIZES, **ADOPTED[kind]}), rows, length, steps)
+
+
 def check(model, rows, length, steps):
     """The logits of `steps` tokens after `length` ones are as exact as those without kernels."""
-    exact, model = Decoder(deepcopy(model), compiled=False), model.float()
+    exact, model = Decoder(deepcopy(model), 100, compiled=False), model.float()
     tokens = torch.randint(61, (rows, length + steps))
     # Texts of different lengths have their token in different slots of the ring buffers.
     mask = torch.ones_like(tokens)[:, :length]
     mask[1::2, : length // 3] = 0
-    decoder = Decoder(model, compiled=False)
+    decoder = Decoder(model, 100, compiled=False)
     for each in (exact, decoder):
         each.prefill(tokens[:, :length], mask)
     step = FusedStep(model, deepcopy(decoder.states), decoder.count.clone())

@@ -199,22 +199,38 @@ def test_settings_without_kernels_are_logged_once(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "setting"),
     [
-        {"num_key_value_heads": 1},
-        {"head_dim": 32},
-        {"qkv_bias": True},
-        {"qk_norm": True},
-        {"conv_size": None},
-        {"conv_silu": False},
-        {"num_sinks": 1},
-        {"window_output": "full"},
+        ({"branches": "window"}, "branches = 'window'"),
+        ({"gate": "input"}, "gate = 'input'"),
+        ({"trigger_step": "normalised"}, "trigger_step = 'normalised'"),
+        ({"conv_size": 3}, "conv_size = 3"),
+        ({"head_dim": 48}, "head_dim = 48"),
+        ({"num_sinks": 17}, "num_sinks = 17"),
     ],
 )
-def test_the_fused_step_refuses_what_it_does_not_compute(monkeypatch, fields):
+def test_the_fused_step_names_what_it_does_not_compute(monkeypatch, fields, setting):
     monkeypatch.setattr("nirvana.generate.fused_step.suits_kernels", lambda x: True)
-    assert FusedStep.refusal(NirvanaForCausalLM(preset("tiny"))) is None
-    assert FusedStep.refusal(NirvanaForCausalLM(preset("tiny", **fields)))
+    model = NirvanaForCausalLM(preset("tiny", **fields))
+    assert FusedStep.refusal(model) == f"no kernel of a step takes {setting}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_key_value_heads": 1, "head_dim": 32, "num_sinks": 4, "rope_theta": 1e4},
+        {"conv_size": None, "conv_silu": False, "window_output": "full", "gate": "constant"},
+        {"qkv_bias": True, "qk_norm": True, "rope_theta": 1e4, "rope_scaling": LLAMA3},
+        {"branches": "linear", "trigger_step": "normalised"},
+    ],
+)
+def test_the_fused_step_takes_adopted_models(monkeypatch, fields):
+    monkeypatch.setattr("nirvana.generate.fused_step.suits_kernels", lambda x: True)
+    model = NirvanaForCausalLM(preset("tiny", **fields))
+    assert FusedStep.refusal(model) is None
+    model.model.layers[-1].updater.window_kept = torch.zeros(1, 1, 1)
+    assert FusedStep.refusal(model) == "it drops window branches"
 
 
 @pytest.mark.parametrize("variant", ADOPTED, ids=range(len(ADOPTED)))

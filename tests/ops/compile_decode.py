@@ -1,9 +1,9 @@
 """Compiles the kernels of a decoding step for an H100 or H200; needs Triton, and no GPU.
 
-    python tests/ops/compile_decode.py PRESET BATCH [BATCH ...]
+    python tests/ops/compile_decode.py MODEL BATCH [BATCH ...]
 
-Prints a line of JSON for each kernel: its name, shared memory in bytes, and the bytes that a thread
-spills.
+MODEL is a preset or one of `ADOPTED`. Prints a line of JSON for each kernel: its name, shared
+memory in bytes, and the bytes that a thread spills.
 """
 
 import json
@@ -18,10 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nirvana import NirvanaForCausalLM, preset
+from nirvana import NirvanaConfig, NirvanaForCausalLM, preset
 from nirvana.generate.decode_states import DecodeStates, Place
 from nirvana.generate.fused_step import FusedStep
-from nirvana.ops.cuda import decode_products, decode_step
+from nirvana.ops.cuda import decode_products, decode_step, decode_window
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -29,6 +29,40 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
+NEW = {
+    "num_prelude_layers": 0,
+    "conv_size": None,
+    "conv_silu": False,
+    "window_output": "full",
+    "interpolation": "independent",
+    "sliding_window": 512,
+    "num_sinks": 4,
+    "rope_theta": 100000.0,
+}
+"""Settings that `nirvana.model.adopt` chooses."""
+ADOPTED = {
+    "smollm2-135m": {
+        **NEW,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+    },
+    "qwen3-1.7b": {
+        **NEW,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "num_sinks": 0,
+        "qk_norm": True,
+        "qkv_bias": True,
+    },
+}
+"""Sizes of two Transformers. For the sake of the kernels the second has biases and no sinks."""
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 compiled = set()
 
@@ -68,14 +102,17 @@ def spilled(ptx):
 
 
 def main(name, *batches):
-    for module in (decode_step, decode_products):
+    for module in (decode_step, decode_products, decode_window):
         module.launch = launch
+    config = preset(name) if name not in ADOPTED else NirvanaConfig(**ADOPTED[name])
+    config.num_hidden_layers = config.num_prelude_layers + 2
     with torch.device("meta"):
-        model = NirvanaForCausalLM(preset(name, num_hidden_layers=4)).to(torch.bfloat16)
+        model = NirvanaForCausalLM(config).to(torch.bfloat16)
         for batch in map(int, batches):
             place = Place(slot=torch.zeros(batch, dtype=torch.long))
-            like = model.model.norm.weight
-            states = [DecodeStates(model.config, layer, 2048, place, like) for layer in range(4)]
+            like, slots = model.model.norm.weight, config.sliding_window
+            layers = range(config.num_hidden_layers)
+            states = [DecodeStates(config, layer, slots, place, like) for layer in layers]
             FusedStep(model, states, place.slot)(torch.zeros(batch, 1, dtype=torch.long))
 
 

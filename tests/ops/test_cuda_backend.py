@@ -6,9 +6,11 @@ from copy import deepcopy
 import pytest
 import torch
 
+from helpers.adopted_settings import LLAMA3
 from nirvana import NirvanaConfig, NirvanaForCausalLM, ops
 from nirvana.device import HAS_KERNELS
 from nirvana.generate import graph_decoder
+from nirvana.generate.fused_step import FusedStep
 from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.masks import create_masks
 from nirvana.model.nirvana import compile_blocks
@@ -403,9 +405,35 @@ def test_prefill_and_decode_are_forward(n):
     assert relative(torch.cat(logits, 1)[:, :260], expected) < TOLERANCE
 
 
-def test_one_graph_a_token_is_the_forward_pass(monkeypatch):
+ADOPTED = {
+    "hidden_size": 144,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_prelude_layers": 0,
+    "conv_size": None,
+    "conv_silu": False,
+    "num_sinks": 4,
+    "window_output": "full",
+    "interpolation": "independent",
+    "rope_theta": 10000.0,
+    "rope_scaling": LLAMA3,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        ADOPTED,
+        {**ADOPTED, "gate": "constant", "qkv_bias": True, "qk_norm": True, "num_sinks": 0},
+        {"branches": "linear", "num_key_value_heads": 1},
+    ],
+    ids=["published", "adopted", "bias and norms", "linear"],
+)
+def test_one_graph_a_token_is_the_forward_pass(monkeypatch, settings):
     monkeypatch.setattr(graph_decoder, "PREFILL_CHUNK", 64)
-    model = make_model().eval()
+    model = make_model(**settings).eval()
     tokens = torch.randint(97, (2, 200))
     torch.set_default_device(None)  # its mode is in the way of the compiler
     decoder, exact = Decoder(model), deepcopy(model).float()
@@ -416,6 +444,7 @@ def test_one_graph_a_token_is_the_forward_pass(monkeypatch):
                 each(text, use_cache=False).logits[:, length - 1 :] for each in (exact, model)
             )
         logits = [decoder.prefill(tokens[:, :length])]
+        assert isinstance(decoder.fused, FusedStep)
         for t in range(length, length + 40):
             logits.append(decoder.step(tokens[:, t : t + 1]).clone())
         # In half precision both round, each in its way.

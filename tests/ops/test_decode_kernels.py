@@ -38,6 +38,13 @@ def test_they_compile_for_the_1_3b_preset():
     assert names >= {"product_kernel", "delta_kernel", "attention_kernel"}
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3-1.7b"])
+def test_they_compile_for_adopted_models(name):
+    names = compiled("compile_decode.py", name, "1", "8")
+    assert names >= {"rotary_kernel", "low_rank_kernel", "attention_kernel", "mix_kernel"}
+    assert ("qkv_kernel" in names) == name.startswith("qwen")
+
+
 def test_those_of_adopted_models_compile():
     names = compiled("compile_adopted.py")
     assert names >= {"unit_kernel", "conv_kernel", "add_kernel", "gradient_kernel"}

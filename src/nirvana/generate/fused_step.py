@@ -1,4 +1,5 @@
-"""One token of each text through the model, by the kernels of `nirvana.ops.cuda.decode_step`."""
+"""One token of each text through the model, by the kernels of `nirvana.ops.cuda.decode_step`, of
+`decode_window` and of `decode_products`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nirvana.model.attention import QKV, RMSNorm
+from nirvana.model.attention import QKV, RMSNorm, frequencies
 from nirvana.model.block import NirvanaBlock, SwiGLU
 from nirvana.model.config import NirvanaConfig
 from nirvana.model.nirvana import NirvanaModel
-from nirvana.model.trigger import Trigger, WeightBank
-from nirvana.model.updater import Updater
+from nirvana.model.trigger import NoBank, Trigger, WeightBank
+from nirvana.model.updater import ALIGNED, Updater
 from nirvana.ops import suits_kernels
-from nirvana.ops.limits import CONV_WIDTH, HEAD_DIMS
+from nirvana.ops.limits import CONV_WIDTH, HEAD_DIMS, MAX_SINKS
 
 PLAIN = frozenset(
     [
         *(nn.Linear, nn.Embedding, nn.ModuleList, nn.Sequential, nn.SiLU, RMSNorm, QKV, SwiGLU),
-        *(NirvanaModel, NirvanaBlock, Updater, Trigger, WeightBank),
+        *(NirvanaModel, NirvanaBlock, Updater, Trigger, WeightBank, NoBank),
     ]
 )
-"""The classes of the parts of a model with Triggers."""
+"""The classes of the parts of a model with linear branches."""
 
 
 class FusedStep:
@@ -33,8 +34,9 @@ class FusedStep:
 
     Args:
         model: a `NirvanaForCausalLM` without a `refusal`.
-        states: of each layer, written in place: `conv`, `delta`, and with a Trigger `memory`,
-            `keys` and `values`, of the shapes in `nirvana.generate.decode_states`.
+        states: of each layer, written in place: `conv`, `delta`, and as far as the layer has them
+            `memory`, `sinks`, `keys` and `values`, of the shapes in
+            `nirvana.generate.decode_states`.
         count: tokens of each text read so far, `[B]`, int64; the token's slot in a ring buffer is
             count modulo its number of slots.
     """
@@ -42,60 +44,67 @@ class FusedStep:
     def __init__(self, model: Any, states: Sequence[Any], count: Tensor) -> None:
         config: NirvanaConfig = model.config
         self.model, self.config, self.states, self.count = model, config, states, count
-        B, D, C, R = count.numel(), config.hidden_size, config.task_dim, config.bank_size
+        (H, _, K), R = config.head_sizes, config.bank_size
+        B, D = count.numel(), config.hidden_size
+        C = 0 if config.gate == "constant" else config.task_dim
         layers = model.model.layers
         weight = layers[0].updater.in_proj.weight
-        widest = max(sum(layer.updater.sections) for layer in layers)
         rank = max(1, D // 8)
-        sizes = {"h": D, "together": 2 * D + C, "a": D, "low": rank}
+        sizes = {"h": D, "together": 2 * D + C, "a": H * K, "low": rank}
         sizes |= {"zeta": rank, "act": config.intermediate_size, "logits": config.vocab_size}
         self.buffers = {name: weight.new_empty(B, size) for name, size in sizes.items()}
-        self.x = weight.new_empty(B * widest)
-        floats = {"mixed": [3 * D], "o": [D], "U": [2, C * R], "fast": [4, R], "gates": [2]}
+        self.x = weight.new_empty(B * max(_row(layer.updater) for layer in layers))
+        floats = {"mixed": [config.qkv_size], "o": [H * K], "U": [2, C * R], "fast": [4, R]}
         self.floats = {
             name: weight.new_empty(B, *size, dtype=torch.float32) for name, size in floats.items()
         }
+        # Of an even number of texts, so that those of each layer begin at a multiple of 16 bytes.
+        self.gates = weight.new_empty(len(layers), B + B % 2, 2, dtype=torch.float32)
         self.rates = weight.new_zeros(len(layers), 2, dtype=torch.float32)
         self.window = None
-        keys = states[-1].keys
-        if keys is not None:
-            from nirvana.ops.cuda import decode_step
+        if config.branches == "both":
+            from nirvana.ops.cuda import decode_window
 
-            self.window = decode_step.window_scratch(keys)
-        self.sides = [torch.cuda.Stream(weight.device) if weight.is_cuda else None for _ in "ab"]
+            self.window = decode_window.window_scratch(states[-1].keys, H)
+        self.rotary, self.turns = layers[-1].updater.rotary, None
+        if self.window is not None and self.rotary is not None:
+            self.frequency = frequencies(self.rotary, K, weight.device)
+            self.turns = weight.new_empty(B, 2, K, dtype=torch.float32)
+        sides = range(1 + config.has_trigger if config.branches == "both" else 0)
+        self.sides = [torch.cuda.Stream(weight.device) if weight.is_cuda else None for _ in sides]
         self.refresh()
 
     @staticmethod
     def refusal(model: Any) -> str | None:
-        """Why the kernels do not take a model: None for a half-precision model with Triggers on a
-        GPU, whose linear layers and embedding are plain.
+        """Why the kernels do not take a model: None for a half-precision model with linear branches
+        on a GPU, whose linear layers and embedding are plain.
 
         Args:
             model: a `NirvanaForCausalLM`.
         """
-        config: NirvanaConfig = model.config
-        H, G, K = config.head_sizes
-        known = K in HEAD_DIMS and config.conv_size == CONV_WIDTH and config.conv_silu
-        known = known and config.hidden_size == H * K == G * K and not config.num_sinks
-        known = known and not (config.qkv_bias or config.qk_norm)
-        known = known and config.window_output == "low_rank" and config.rope_theta is None
-        known = known and config.branches == "both" and config.trigger_step == "plain"
-        if not (known and config.gate == "trigger"):
-            return "its architecture settings are not those of a published model"
+        setting = _setting_without_kernels(model.config)
+        if setting is not None:
+            return f"no kernel of a step takes {setting}"
         if not has_plain_layers(model):
             return "it has adapters, or quantised or replaced layers"
+        if any(layer.updater.window_kept is not None for layer in model.model.layers):
+            return "it drops window branches"
         if not suits_kernels(model.lm_head.weight):
             return "it is not in half precision on a GPU with Triton"
         return None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies step sizes and decays to where a recorded graph reads them."""
-        for rates, layer in zip(self.rates, self.model.model.layers, strict=True):
-            if layer.updater.has_trigger:
-                trigger = layer.updater.trigger
+        """Copies step sizes, decays and constant gates to where a recorded graph reads them."""
+        layers = self.model.model.layers
+        for rates, gates, layer in zip(self.rates, self.gates, layers, strict=True):
+            updater = layer.updater
+            if updater.has_trigger:
+                trigger = updater.trigger
                 rates[0] = trigger.lr if trigger.enabled else 0.0
                 rates[1] = trigger.decay
+            elif updater.has_window:
+                gates[:, : updater.gate_logit.numel()] = updater.gate_logit.sigmoid()
 
     @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:
@@ -107,11 +116,15 @@ class FusedStep:
         Returns:
             logits `[B, vocab_size]`, which the next call overwrites.
         """
-        from nirvana.ops.cuda import decode_products
+        from nirvana.ops.cuda import decode_products, decode_window
 
         trunk, buffers = self.model.model, self.buffers
         h, logits = buffers["h"], buffers["logits"]
         torch.index_select(trunk.embed_tokens.weight, 0, token[:, 0], out=h)
+        if self.turns is not None:
+            window, n = self.config.sliding_window, self.config.num_sinks
+            end = window + n - 1 if window is not None and n else None
+            decode_window.rotary(self.count, self.frequency, self.rotary.factor, self.turns, end)
         for index in range(len(trunk.layers)):
             self._layer(index)
         norm, eps = trunk.norm.weight, self.config.rms_norm_eps
@@ -124,21 +137,26 @@ class FusedStep:
 
         block, state, buffers = self.model.model.layers[index], self.states[index], self.buffers
         updater, eps, h = block.updater, self.config.rms_norm_eps, buffers["h"]
-        (B, D), width = h.shape, sum(updater.sections)
-        x = self.x[: B * width].view(B, width)
+        (B, D), row, width = h.shape, _row(updater), sum(updater.sections)
+        x = self.x[: B * row].view(B, row)[:, :width]
         decode_products.product(updater.in_proj.weight, h, x, block.updater_norm.weight, eps)
-        if updater.has_trigger:
+        if self.config.qkv_bias or self.config.qk_norm:
+            bias, *norms = updater.qkv.bias, updater.qkv.q_norm, updater.qkv.k_norm
+            scales = tuple(norm.weight for norm in norms if norm is not None)
+            decode_step.qkv(x, self.config.head_sizes, bias, scales or None, eps)
+        if updater.has_window:
             self._window(updater, x, state)
-            self._trigger(updater, x, state, index)
-        weights = updater.conv_weight, updater.A_log, updater.dt_bias
-        given = (x, state.conv, *weights, state.delta, updater.out_norm.weight, eps)
-        given = (*given, updater.out_proj.weight, (self.floats["mixed"], self.floats["o"]))
         if updater.has_trigger:
+            self._trigger(updater, x, state, index)
+        given = (x, state.conv, updater.conv_weight, self.config.conv_silu, updater.A_log)
+        given = (*given, updater.dt_bias, state.delta, updater.out_norm.weight, eps)
+        given = (*given, updater.out_proj.weight, (self.floats["mixed"], self.floats["o"]))
+        if updater.has_window:
             together, zeta, low = buffers["together"], updater.zeta, buffers["zeta"]
             decode_step.linear(*given, together[:, :D])
             self._join()
             decode_products.product(zeta[0].weight, together, low)
-            gates = self.floats["gates"]
+            gates = self.gates[index]
             decode_products.blend(zeta[2].weight, low, together, gates, h, updater.convex)
         else:
             decode_step.linear(*given, h, added=h)
@@ -147,17 +165,20 @@ class FusedStep:
         decode_products.product(mlp.down_proj.weight, act, h, added=h)
 
     def _window(self, updater: Any, x: Tensor, state: Any) -> None:
-        from nirvana.ops.cuda import decode_products, decode_step
+        from nirvana.ops.cuda import decode_products, decode_window
 
         assert self.window is not None
         a, low, D = self.buffers["a"], self.buffers["low"], self.config.hidden_size
         factors = x.split(updater.sections, dim=1)[4]
-        down, up = updater.window_out
+        *down, up = updater.window_out
         with _on_stream(self.sides[0]):
-            rings = state.keys, state.values, self.count
-            decode_step.window(x, factors, updater.window_up, *rings, self.window, a)
-            decode_products.product(down.weight, a, low)
-            decode_products.product(up.weight, low, self.buffers["together"][:, D : 2 * D])
+            kept = state.keys, state.values, state.sinks, self.count
+            how = self.turns, self.config.sliding_window, self.window
+            decode_window.window(x, factors, updater.window_up, *kept, *how, a)
+            if down:
+                decode_products.product(down[0].weight, a, low)
+                a = low
+            decode_products.product(up.weight, a, self.buffers["together"][:, D : 2 * D])
 
     def _trigger(self, updater: Any, x: Tensor, state: Any, index: int) -> None:
         from nirvana.ops.cuda import decode_step
@@ -172,7 +193,7 @@ class FusedStep:
                 updater.gate_proj.weight,
                 self.floats["U"],
                 self.buffers["together"][:, 2 * self.config.hidden_size :],
-                self.floats["gates"],
+                self.gates[index],
                 start=index == self.config.num_prelude_layers,
                 exact=updater.trigger.exact,
             )
@@ -183,9 +204,30 @@ class FusedStep:
                 torch.cuda.current_stream(side.device).wait_stream(side)
 
 
+def _row(updater: Updater) -> int:
+    """Numbers from one text's output of in_proj to the next one's: cuBLAS has slower kernels for
+    rows that do not begin at multiples of 16 bytes."""
+    return -(-sum(updater.sections) // ALIGNED) * ALIGNED
+
+
+def _setting_without_kernels(config: NirvanaConfig) -> str | None:
+    """The first setting that the kernels do not take, with its value; None if they take all."""
+    taken = {
+        "branches": config.branches != "window",
+        "gate": config.gate != "input",
+        "trigger_step": config.trigger_step == "plain" or not config.has_trigger,
+        "conv_size": config.conv_size in (CONV_WIDTH, None),
+        "head_dim": config.head_dim in HEAD_DIMS,
+        "num_sinks": config.num_sinks <= MAX_SINKS,
+    }
+    wrong = (name for name, fits in taken.items() if not fits)
+    return next((f"{name} = {getattr(config, name)!r}" for name in wrong), None)
+
+
 def has_plain_layers(model: Any) -> bool:
-    """Whether all parts of a model with Triggers are of the classes that it was made of. A step
-    reads their weights, and an adapter, a wrapper or a quantised layer computes more than those.
+    """Whether all parts of a model with linear branches are of the classes that it was made of. A
+    step reads their weights, and an adapter, a wrapper or a quantised layer computes more than
+    those.
 
     Args:
         model: a `NirvanaForCausalLM`.

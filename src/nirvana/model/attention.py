@@ -103,11 +103,7 @@ def rotate(x: Tensor, positions: Tensor | None, rotary: Rotary) -> Tensor:
     """
     assert positions is not None
     half = x.shape[-1] // 2
-    if rotary.scaling is None:
-        powers = -torch.arange(half, device=x.device, dtype=torch.float32) / half
-        frequency = rotary.theta**powers
-    else:
-        frequency = _frequency(rotary.scaling, x.shape[-1], str(x.device))
+    frequency = frequencies(rotary, x.shape[-1], x.device)
     # In float64 the angles, too: only their differences matter, which float32 rounds.
     precise = at_least_float32(x)
     angle = (positions[..., None].to(precise.dtype) * frequency.to(precise.dtype))[:, :, None]
@@ -116,6 +112,23 @@ def rotate(x: Tensor, positions: Tensor | None, rotary: Rotary) -> Tensor:
     if rotary.factor != 1:
         cos, sin = cos * rotary.factor, sin * rotary.factor
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def frequencies(rotary: Rotary, head_dim: int, device: torch.device) -> Tensor:
+    """The angles by which pairs of numbers turn from one position to the next.
+
+    Args:
+        rotary: the positions.
+        head_dim: K, even.
+        device: of the result.
+
+    Returns:
+        `[K / 2]`, float32.
+    """
+    if rotary.scaling is not None:
+        return _frequency(rotary.scaling, head_dim, str(device))
+    half = head_dim // 2
+    return rotary.theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
 
 
 @torch.compiler.assume_constant_result

@@ -3,11 +3,10 @@
 The cost of a decoded token is that of reading the weights once, plus the launches of short kernels
 in sequence. States are updated in place; a barrier separates the reads of a value by several lanes
 from the write. The output of in_proj, a row of X numbers a text, has the layout of
-`Updater.sections`: q k v | gate | beta | alpha | low rank of q k v | task. Every text has its own
-number of tokens, `count`.
+`Updater.sections`: q k v | gate | beta | alpha | low rank of q k v | task. SHARED = H / G heads of
+q have one head of k and v. The window branch has a module of its own, `decode_window`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,50 +16,79 @@ from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
 
 UNIT_EPS = tl.constexpr(1e-6)
 """Epsilon of the unit length of q and k, and of the Trigger's normalisation."""
-KEYS = 64
-"""Slots of the ring buffer that a program of the attention reads at a time."""
-PROGRAMS = 1056
-"""Programs of the attention from which on each reads several times: eight a multiprocessor."""
-NEVER = tl.constexpr(-1e30)
-"""The largest score of a program that has none."""
 
 
 @triton.jit
-def mix_kernel(x, state, weight, mixed, H, X, K: tl.constexpr):
+def qkv_kernel(
+    x, bias, q_norm, k_norm, H, X, eps,
+    K: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """The bias and the norm of one head of q, k or v, in place."""
+    head, b, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, K)
+    at = x + b * X + head * K + i
+    y = tl.load(at).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias + head * K + i).to(tl.float32)
+    if HAS_NORM:
+        unit = y * tl.rsqrt(tl.sum(y * y, 0) / K + eps)
+        if head < H:
+            y = unit * tl.load(q_norm + i).to(tl.float32)
+        elif head < H + H // SHARED:
+            y = unit * tl.load(k_norm + i).to(tl.float32)
+    tl.debug_barrier()
+    tl.store(at, y)
+
+
+@triton.jit
+def mix_kernel(
+    x, state, weight, mixed, H, X,
+    K: tl.constexpr, SHARED: tl.constexpr, HAS_CONV: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
     """The convolution of one head of q, k or v, SiLU, unit length of q (over sqrt(K)) and k."""
     head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    c = head * K + tl.arange(0, K)
-    x, state, mixed = x + b * X, state + b * 9 * H * K, mixed + b * 3 * H * K
-    x0, x1 = tl.load(x + c), tl.load(state + c * 3 + 2)
-    x2, x3 = tl.load(state + c * 3 + 1), tl.load(state + c * 3)
-    a = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
-    a += x1.to(tl.float32) * tl.load(weight + c * 4 + 2).to(tl.float32)
-    a += x2.to(tl.float32) * tl.load(weight + c * 4 + 1).to(tl.float32)
-    a += x3.to(tl.float32) * tl.load(weight + c * 4).to(tl.float32)
-    y = a * tl.sigmoid(a)
-    if head < 2 * H:
+    G = H // SHARED
+    c, D = head * K + tl.arange(0, K), (H + 2 * G) * K
+    x, mixed = x + b * X, mixed + b * D
+    x0 = tl.load(x + c)
+    y = x0.to(tl.float32)
+    if HAS_CONV:
+        state += b * 3 * D
+        x1, x2 = tl.load(state + c * 3 + 2), tl.load(state + c * 3 + 1)
+        x3 = tl.load(state + c * 3)
+        y *= tl.load(weight + c * 4 + 3).to(tl.float32)
+        y += x1.to(tl.float32) * tl.load(weight + c * 4 + 2).to(tl.float32)
+        y += x2.to(tl.float32) * tl.load(weight + c * 4 + 1).to(tl.float32)
+        y += x3.to(tl.float32) * tl.load(weight + c * 4).to(tl.float32)
+    if SILU:
+        y *= tl.sigmoid(y)
+    if head < H + G:
         y *= tl.rsqrt((tl.sum(y * y, 0) + UNIT_EPS) * tl.where(head < H, K, 1))
     tl.store(mixed + c, y)
-    tl.debug_barrier()
-    tl.store(state + c * 3, x2)
-    tl.store(state + c * 3 + 1, x1)
-    tl.store(state + c * 3 + 2, x0)
+    if HAS_CONV:
+        tl.debug_barrier()
+        tl.store(state + c * 3, x2)
+        tl.store(state + c * 3 + 1, x1)
+        tl.store(state + c * 3 + 2, x0)
 
 
 @triton.jit
 def delta_kernel(
-    x, mixed, A_log, dt_bias, state, o, H, X, K: tl.constexpr, COLUMNS: tl.constexpr
+    x, mixed, A_log, dt_bias, state, o, H, X,
+    K: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The gated delta rule for some columns of one head's state; columns are independent."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    x, mixed, o, state = x + b * X, mixed + b * 3 * H * K, o + b * H * K, state + b * H * K * K
-    D, i, j = H * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    G = H // SHARED
+    D, shared = (H + 2 * G) * K, head // SHARED
+    x, mixed, o, state = x + b * X, mixed + b * D, o + b * H * K, state + b * H * K * K
+    i, j = tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     places = state + head * K * K + i[:, None] * K + j[None, :]
     S = tl.load(places)
-    q, k = tl.load(mixed + head * K + i), tl.load(mixed + D + head * K + i)
-    v = tl.load(mixed + 2 * D + head * K + j)
-    beta = tl.sigmoid(tl.load(x + 4 * D + head).to(tl.float32))
-    step = tl.load(x + 4 * D + H + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+    q, k = tl.load(mixed + head * K + i), tl.load(mixed + (H + shared) * K + i)
+    v = tl.load(mixed + (H + G + shared) * K + j)
+    beta = tl.sigmoid(tl.load(x + D + H * K + head).to(tl.float32))
+    step = tl.load(x + D + H * K + H + head).to(tl.float32)
+    step += tl.load(dt_bias + head).to(tl.float32)
     # Softplus. For small exp(step), log(1 + exp(step)) loses digits and exp(step) is exact enough.
     small, middle = tl.exp(step), tl.log(1 + tl.exp(tl.minimum(step, 20.0)))
     step = tl.where(step > 20, step, tl.where(step < -10, small, middle))
@@ -69,92 +97,6 @@ def delta_kernel(
     tl.store(o + head * K + j, tl.sum(S * q[:, None], 0))
     tl.debug_barrier()
     tl.store(places, S)
-
-
-@triton.jit
-def low_rank_kernel(
-    x, factors, up, q, keys, values, count, B, SLOTS, D, RANK, X,
-    K: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Adds the low-rank terms; a text's key and value go to their slot."""
-    b = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part, r = tl.program_id(1), tl.arange(0, PADDED)
-    tile = up + (part * RANK + r)[:, None] * D + c[None, :]
-    tile = tl.load(tile, (r < RANK)[:, None] & (c < D)[None, :], 0.0)
-    row, some = b[:, None].to(tl.int64), (b < B)[:, None]
-    factor = factors + row * X + (part * RANK + r)[None, :]
-    factor = tl.load(factor, some & (r < RANK)[None, :], 0.0)
-    real = some & (c < D)[None, :]
-    y = tl.dot(factor, tile, input_precision="ieee")
-    y += tl.load(x + row * X + (part * D + c)[None, :], real, 0.0).to(tl.float32)
-    place = (tl.load(count + b, b < B, 0) % SLOTS)[:, None]
-    ring = row * D * SLOTS + ((c // K)[None, :] * SLOTS + place) * K + (c % K)[None, :]
-    if part == 0:
-        tl.store(q + row * D + c[None, :], y, real)
-    elif part == 1:
-        tl.store(keys + ring, y, real)
-    else:
-        tl.store(values + ring, y, real)
-
-
-@triton.jit
-def attention_kernel(
-    q, keys, values, count, o, most, total, done, out, SLOTS, SPLITS, scale,
-    K: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-):  # fmt: skip
-    """The attention of one head to some of its slots, by tensor cores: the first row of ROWS is the
-    query, the others are zeros. The last of a head's programs combines what all of them found."""
-    split, i = tl.program_id(1), tl.arange(0, K)
-    head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    row = tl.arange(0, ROWS)
-    query = tl.where((row == 0)[:, None], tl.load(q + head * K + i)[None, :], 0.0)
-    query = query.to(keys.dtype.element_ty)
-    length = tl.minimum(tl.load(count + tl.program_id(2)) + 1, SLOTS).to(tl.int32)
-    first = split * (KEYS * TILES)
-    top, sums = tl.full((ROWS,), NEVER, tl.float32), tl.zeros((ROWS,), tl.float32)
-    y = tl.zeros((ROWS, K), tl.float32)
-    for start in range(first, tl.minimum(first + KEYS * TILES, length), KEYS):
-        n = start + tl.arange(0, KEYS)
-        near = (head * SLOTS + n)[:, None] * K + i[None, :]
-        k = tl.load(keys + near, (n < length)[:, None], 0.0)
-        v = tl.load(values + near, (n < length)[:, None], 0.0)
-        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where((n < length)[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        p, shrink = tl.exp(score - higher[:, None]), tl.exp(top - higher)
-        sums = sums * shrink + tl.sum(p, 1)
-        y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
-        top = higher
-    at = head * SPLITS + split
-    tl.store(most + at + row, top, row == 0)
-    tl.store(total + at + row, sums, row == 0)
-    tl.store(o + at * K + row[:, None] * K + i[None, :], y, (row == 0)[:, None])
-    tl.debug_barrier()
-    if tl.atomic_add(done + head, 1) == SPLITS - 1:
-        tl.store(out + head * K + i, _combined(o, most, total, head, SPLITS, K, PADDED))
-        tl.store(done + head, 0)
-
-
-@triton.jit
-def _combined(o, most, total, head, SPLITS, K: tl.constexpr, PADDED: tl.constexpr):
-    """A head's attention from that of its programs."""
-    s, i = tl.arange(0, PADDED), tl.arange(0, K)
-    largest = tl.full((), NEVER, tl.float32)
-    for first in range(0, SPLITS, PADDED):
-        at = first + s
-        here = tl.load(most + head * SPLITS + at, at < SPLITS, NEVER)
-        largest = tl.maximum(largest, tl.max(here, 0))
-    length, sums = tl.zeros((), tl.float32), tl.zeros((K,), tl.float32)
-    for first in range(0, SPLITS, PADDED):
-        at = head * SPLITS + first + s
-        real = first + s < SPLITS
-        share = tl.exp(tl.load(most + at, real, NEVER) - largest)
-        length += tl.sum(share * tl.load(total + at, real, 0.0), 0)
-        parts = tl.load(o + at[:, None] * K + i[None, :], real[:, None], 0.0)
-        sums += tl.sum(share[:, None] * parts, 0)
-    return sums / length
 
 
 @triton.jit
@@ -244,10 +186,34 @@ def trigger_kernel(
         tl.store(memory + 3 * R + r, g_s, some)
 
 
+def qkv(
+    x: Tensor,
+    head_sizes: tuple[int, int, int],
+    bias: Tensor | None,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+) -> None:
+    """Adds the bias to q, k and v, then normalises q and k, in place.
+
+    Args:
+        x: `[B, X]`, the output of in_proj, whose first (H + 2 G) K columns are changed.
+        head_sizes: H, G and K.
+        bias: `[(H + 2 G) K]`; None means zero.
+        norms: scales of the RMSNorms of every head of q and of k, `[K]` each; None means no norms.
+        eps: of these norms.
+    """
+    H, G, K = head_sizes
+    q_norm, k_norm = norms or (None, None)
+    flags = {"HAS_BIAS": bias is not None, "HAS_NORM": norms is not None}
+    given = (x, bias, q_norm, k_norm, H, x.stride(0), eps)
+    launch(qkv_kernel, (H + 2 * G, x.shape[0]), *given, K=K, SHARED=H // G, **flags, num_warps=1)
+
+
 def linear(
     x: Tensor,
     conv_state: Tensor,
-    conv_weight: Tensor,
+    conv_weight: Tensor | None,
+    silu: bool,
     A_log: Tensor,
     dt_bias: Tensor,
     state: Tensor,
@@ -262,75 +228,29 @@ def linear(
 
     Args:
         x: `[B, X]`, the output of in_proj; q k v, gate, beta and alpha are read.
-        conv_state: `[B, 3 D, 3]`, the last inputs of the convolution.
-        conv_weight: `[3 D, 4]`.
+        conv_state: `[B, (H + 2 G) K, 3]`, the last inputs of the convolution; unused without one.
+        conv_weight: `[(H + 2 G) K, 4]`; None means no convolution.
+        silu: apply SiLU to q, k and v.
         A_log: `[H]`.
         dt_bias: `[H]`.
         state: `[B, H, K, K]`, float32.
         norm: `[K]`, the scale of the norm of a head.
         eps: of that norm.
-        weight: `[D, D]`, of the output projection.
-        scratch: `[B, 3 D]` and `[B, D]`, float32, overwritten.
+        weight: `[D, H K]`, of the output projection.
+        scratch: `[B, (H + 2 G) K]` and `[B, H K]`, float32, overwritten.
         out: `[B, D]`, written.
         added: `[B, D]`, may be `out`; None means zero.
     """
     B, H, K, _ = state.shape
-    D, (mixed, o), X = H * K, scratch, x.stride(0)
-    launch(mix_kernel, (3 * H, B), x, conv_state, conv_weight, mixed, H, X, K=K, num_warps=1)
+    (mixed, o), X = scratch, x.stride(0)
+    heads = mixed.shape[1] // K
+    sizes = {"K": K, "SHARED": 2 * H // (heads - H)}
+    flags = {"HAS_CONV": conv_weight is not None, "SILU": silu}
+    given = (x, conv_state, conv_weight, mixed, H, X)
+    launch(mix_kernel, (heads, B), *given, **sizes, **flags, num_warps=1)
     given, columns = (x, mixed, A_log, dt_bias, state, o, H, X), min(K, 32)
-    launch(delta_kernel, (H, K // columns, B), *given, K=K, COLUMNS=columns, num_warps=4)
-    gated_product(weight, o, norm, x[:, 3 * D :], eps, out, added)
-
-
-def window(
-    x: Tensor,
-    factors: Tensor,
-    up: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    count: Tensor,
-    scratch: dict[str, Tensor],
-    out: Tensor,
-) -> None:
-    """out = the window branch for one token, before its output projection.
-
-    The token's key and value are written to slot `count` modulo the number of slots.
-
-    Args:
-        x: `[B, X]`, the output of in_proj; q k v are read.
-        factors: `[B, 3 r]`, the low-rank factors of q, k and v, within the rows of x.
-        up: `[3, r, D]`.
-        keys: `[B, H, slots, K]`, a ring buffer.
-        values: `[B, H, slots, K]`, a ring buffer.
-        count: `[B]`, int64, tokens of each text read before this one.
-        scratch: of `window_scratch`, overwritten.
-        out: `[B, D]`, written.
-    """
-    B, H, slots, K = keys.shape
-    _, rank, D = up.shape
-    rows, tiles = min(64, padded(B, LEAST)), _tiles(B * H, slots)
-    sizes = {"K": K, "PADDED": padded(rank, LEAST), "COLUMNS": 64, "ROWS": rows}
-    given = (x, factors, up, scratch["q"], keys, values, count, B, slots, D, rank, x.stride(0))
-    launch(low_rank_kernel, (blocks(D, 64), 3, blocks(B, rows)), *given, **sizes)
-    splits = blocks(slots, KEYS * tiles)
-    parts = (scratch[name] for name in ("o", "most", "total", "done"))
-    given = (scratch["q"], keys, values, count, *parts, out, slots, splits, K**-0.5)
-    sizes = {"K": K, "KEYS": KEYS, "TILES": tiles, "ROWS": LEAST, "PADDED": min(64, padded(splits))}
-    launch(attention_kernel, (H, splits, B), *given, **sizes, num_stages=3)
-
-
-def _tiles(heads: int, slots: int) -> int:
-    """Tiles of `KEYS` keys that a program of the attention reads, for heads in all texts."""
-    return max(1, min(blocks(slots, KEYS), heads * blocks(slots, KEYS) // PROGRAMS))
-
-
-def window_scratch(keys: Tensor) -> dict[str, Tensor]:
-    """Allocates the scratch memory of `window`, for keys `[B, H, slots, K]`."""
-    B, H, slots, K = keys.shape
-    parts = B * H * blocks(slots, KEYS * _tiles(B * H, slots))
-    o, most, total = (keys.new_empty(parts * n, dtype=torch.float32) for n in (K, 1, 1))
-    done = keys.new_zeros(B * H, dtype=torch.int32)
-    return {"q": keys.new_empty(B, H * K), "o": o, "most": most, "total": total, "done": done}
+    launch(delta_kernel, (H, K // columns, B), *given, **sizes, COLUMNS=columns, num_warps=4)
+    gated_product(weight, o, norm, x[:, heads * K :], eps, out, added)
 
 
 def trigger(
