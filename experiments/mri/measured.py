@@ -13,7 +13,6 @@ each scan, direction and mask.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,21 +24,20 @@ from rich.table import Table
 
 from experiments.common.program import make_parser
 from experiments.common.results import Row, append_rows, read_rows
-from experiments.mri.methods import CLASSICAL
+from experiments.mri.methods import CLASSICAL, PEERS
 from experiments.mri.study import SAMPLINGS, Method, classical, codec_method
 from nirvana.device import choose_device
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs
-from nirvana.mri.classical.bart import bart_pics
-from nirvana.mri.classical.peers import BartSettings
+from nirvana.mri.classical.peers import nearest_acceleration, settings_of
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.evaluate.metrics import head_mask, score
 from nirvana.mri.io.scan import UNREADABLE
-from nirvana.mri.methods import classical_method
 from nirvana.mri.model.checkpoint import load_codec
 from nirvana.mri.physics.fourier import ifft2c, rss
 from nirvana.mri.physics.point_masks import POINT_KINDS, PointSampling
 
+BEST = "-best"  # after the name of a method with settings of a file
 MASKS = 3  # seeds of each sampling
 POINTS = {
     f"{kind} points {acceleration:g}x": PointSampling(kind, acceleration)
@@ -100,26 +98,31 @@ def evaluate(
                 yield {**row, **score(target, np.asarray(image), inside)}
 
 
-def tuned_bart(file: Path) -> Method:
-    """BART's wavelet with the settings of the nearest acceleration in a file of
+def tuned(name: str, file: Path) -> Method:
+    """A classical method with the settings of the nearest acceleration in a file of
     `experiments.mri.peers`.
 
+    Args:
+        name: of the method, followed by `BEST`.
+        file: of the settings.
+
     Raises:
-        InputError: the file cannot be read or has no such settings.
+        InputError: there is no such method, or the file cannot be read or lacks its settings.
     """
+    keys = {method + BEST: key for key, method in PEERS.items()}
+    if name not in keys:
+        raise InputError(f"--peers: --method {name} is none of {', '.join(keys)}")
+    key = keys[name]
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["chosen"]
-        found = {entry["acceleration"]: BartSettings(**entry["bart_l1"]) for entry in entries}
+        found = {entry["acceleration"]: settings_of(entry, key) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--peers: {file} holds no settings of bart_l1: {error}") from error
-
-    def kspace_of(acquisition: Acquisition) -> Iterator[np.ndarray]:
-        logarithm = -math.log(acquisition.pattern.mean())
-        nearest = min(found, key=lambda each: abs(math.log(each) - logarithm))
-        return bart_pics(acquisition, "l1", found[nearest])
-
-    method = classical_method(kspace_of)
-    return lambda acquisition: np.stack([image.magnitude for image in method(acquisition)])
+        raise InputError(f"--peers: {file} holds no settings of {key}: {error}") from error
+    return classical(
+        PEERS[key],
+        1,
+        lambda acquisition: found[nearest_acceleration(acquisition.pattern, found)],
+    )
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -148,7 +151,7 @@ def method_of(options: argparse.Namespace) -> Method:
         InputError: they name neither.
     """
     if options.peers is not None:
-        return tuned_bart(options.peers)
+        return tuned(options.method, options.peers)
     if options.codec is None:
         if options.method not in CLASSICAL:
             raise InputError(
@@ -176,7 +179,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--method", required=True, help="name in the rows; without --codec: " + ", ".join(CLASSICAL)
     )
     parser.add_argument("--codec", type=Path, help="folder of a codec")
-    parser.add_argument("--peers", type=Path, help="settings of BART, by experiments.mri.peers")
+    parser.add_argument(
+        "--peers", type=Path, help="settings by experiments.mri.peers, for ...-best"
+    )
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--points", action="store_true", help="masks of points")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-measured.jsonl"))

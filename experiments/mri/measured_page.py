@@ -43,7 +43,8 @@ target is the root sum of squares of all samples.
 
 POINT_MASKS = """
 Masks of points, as of scans with two phase encodings (`nirvana.mri.physics.point_masks`); the
-packaged codec was trained on masks of columns alone, and BART's settings were chosen for them:
+packaged codec was trained on masks of columns alone, and the settings of BART and sigpy were
+chosen for them:
 """
 
 PHANTOM = """

@@ -1,18 +1,19 @@
-"""Chooses the settings of GRAPPA and BART for each acceleration on simulated training scans.
+"""Chooses the settings of GRAPPA, BART and sigpy for each acceleration on simulated training scans.
 
     python -m experiments.mri.peers DATA/mri/train
-    python -m experiments.mri.peers SCANS.npz --methods bart_l1 --out FILE.json
+    python -m experiments.mri.peers SCANS.npz --methods bart_l1 l1_wavelet --out FILE.json
 
 Writes `src/nirvana/mri/classical/peers.json`, which the methods read. Every setting is varied
 alone while the others stay, from the first to the last, until none of them gains more; the mean
 PSNR over all scans decides. No scan of a test is used. With fully sampled scans in an .npz file
 (`experiments.mri.measured`) the search starts from the package's settings and finds the best ones
-for these very scans: what a peer could reach at most if its settings were known beforehand.
+for these very scans: what a peer could reach at most if its settings were known beforehand. A file
+that exists keeps the settings of the methods that are not named.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,25 @@ import torch
 
 from experiments.common.program import make_parser
 from experiments.mri.measured import scans
+from experiments.mri.methods import PEERS
+from experiments.mri.study import Method, classical
 from nirvana.errors import InputError, script
 from nirvana.files import check_outputs, write_json
-from nirvana.mri.classical.bart import bart_pics, program
-from nirvana.mri.classical.grappa import grappa
-from nirvana.mri.classical.peers import BartSettings, GrappaSettings, chosen_peers
+from nirvana.mri.classical.bart import program
+from nirvana.mri.classical.peers import (
+    BartSettings,
+    GrappaSettings,
+    SenseSettings,
+    Settings,
+    WaveletSettings,
+    chosen_peers,
+)
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.scans import target_of
 from nirvana.mri.data.simulate import simulate_scan
 from nirvana.mri.data.simulation.config import Simulation
 from nirvana.mri.evaluate.metrics import score
 from nirvana.mri.io import read_volume
-from nirvana.mri.methods import classical_method
 from nirvana.mri.physics.fourier import ifft2c, rss
 from nirvana.mri.physics.masks import MASK_KINDS, Sampling
 
@@ -45,20 +53,48 @@ VOLUMES = (
 )
 ACCELERATIONS = {4.0: 0.08, 8.0: 0.04}  # and the share of columns in the middle
 COILS = 8
-METHODS = ("bart_l1", "bart_l2", "grappa")
-GRAPPA: dict[str, Sequence[Any]] = {
+Options = dict[str, Sequence[Any]]
+Problem = tuple[Acquisition, np.ndarray]
+Scores = dict[str, float]
+GRAPPA: Options = {
     "regularisation": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     "kernel": ((3, 5), (5, 5), (3, 9)),
     "calibration_rows": (24, 256),
 }
-BART: dict[str, Sequence[Any]] = {
+BART: Options = {
     "weight": (0.001, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25),
     "crop": (0.0, 0.3, 0.5),
     "iterations": (5, 8, 15, 30, 60),
     "threshold": (0.003, 0.01, 0.02),
 }
-Problem = tuple[Acquisition, np.ndarray]
-Scores = dict[str, float]
+ESPIRIT: Options = {"crop": (0.0, 0.3, 0.5), "threshold": (0.003, 0.01, 0.02)}
+WAVELET: Options = {
+    "noise_factor": (0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.4),
+    "iterations": (8, 15, 30, 80, 160),
+    **ESPIRIT,
+}
+SENSE: Options = {
+    "weight": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+    "iterations": (5, 8, 15, 30),
+    **ESPIRIT,
+}
+
+
+# Settings that the search for the package starts from, and the values that are tried.
+STARTS: dict[str, Settings] = {
+    "bart_l1": BartSettings(),
+    "bart_l2": BartSettings(norm="l2"),
+    "grappa": GrappaSettings(),
+    "l1_wavelet": WaveletSettings(),
+    "sense": SenseSettings(),
+}
+OPTIONS = {
+    "bart_l1": BART,
+    "bart_l2": BART,
+    "grappa": GRAPPA,
+    "l1_wavelet": WAVELET,
+    "sense": SENSE,
+}
 
 
 def problems(folder: Path, acceleration: float) -> Iterator[Problem]:
@@ -83,21 +119,12 @@ def measured_problems(file: Path, acceleration: float) -> Iterator[Problem]:
             yield Acquisition(kspace, mask, name=name), target
 
 
-def mean_psnr(
-    kspace_of: Callable[[Acquisition], Iterable[np.ndarray]], given: Sequence[Problem]
-) -> float:
+def mean_psnr(method: Method, given: Sequence[Problem]) -> float:
     """Mean PSNR of a method over all problems, dB."""
-    method = classical_method(kspace_of)
-    scores = [
-        score(target, np.stack([image.magnitude for image in method(acquisition)]))["psnr"]
-        for acquisition, target in given
-    ]
-    return float(np.mean(scores))
+    return float(np.mean([score(target, method(scan))["psnr"] for scan, target in given]))
 
 
-def choose(
-    start: Any, options: dict[str, Sequence[Any]], psnr_of: Callable[[Any], float]
-) -> tuple[Any, Scores]:
+def choose(start: Any, options: Options, psnr_of: Callable[[Any], float]) -> tuple[Any, Scores]:
     """The best settings by coordinate search, and the mean PSNR of every setting that was tried."""
     tried: Scores = {}
 
@@ -119,28 +146,47 @@ def choose(
 
 
 def chosen(
-    given: Sequence[Problem], acceleration: float, starts: dict[str, Any], methods: Sequence[str]
+    given: Sequence[Problem], acceleration: float, starts: dict[str, Settings]
 ) -> dict[str, Any]:
-    """The entry of one acceleration: settings of the methods, mean PSNR with the settings that the
-    search starts from and with the best ones."""
-    zero_filled = mean_psnr(lambda acquisition: acquisition.slices(), given)
+    """The entry of one acceleration: settings of some methods, mean PSNR with the settings that
+    the search starts from and with the best ones."""
+    zero_filled = mean_psnr(classical("zero-filled", 1), given)
     entry: dict[str, Any] = {"acceleration": acceleration, "psnr": {"zero-filled": zero_filled}}
     entry["psnr_of_start"] = {}
-    for name in methods:
+    for name, start in starts.items():
 
         def psnr_of(settings: Any, name: str = name) -> float:
-            if name == "grappa":
-                return mean_psnr(
-                    lambda acquisition: grappa(acquisition, settings, workers=1), given
-                )
-            norm: Any = settings.norm
-            return mean_psnr(lambda acquisition: bart_pics(acquisition, norm, settings), given)
+            return mean_psnr(classical(PEERS[name], 1, lambda _: settings), given)
 
-        found, tried = choose(starts[name], GRAPPA if name == "grappa" else BART, psnr_of)
+        found, tried = choose(start, OPTIONS[name], psnr_of)
         entry[name] = asdict(found)
-        entry["psnr_of_start"][name] = tried[json.dumps(asdict(starts[name]))]
+        entry["psnr_of_start"][name] = tried[json.dumps(asdict(start))]
         entry["psnr"][name] = max(tried.values())
     return entry
+
+
+def existing(file: Path, chosen_on: str) -> list[dict[str, Any]]:
+    """The entries of a file that is to be updated, none without a file.
+
+    Raises:
+        InputError: the file cannot be read, or its settings were chosen on other scans.
+    """
+    if not file.exists():
+        return []
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries, scans_of_file = content["chosen"], content["chosen_on"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--out: {file} exists and holds no settings: {error}") from error
+    if scans_of_file != chosen_on:
+        raise InputError(f"--out: the settings in {file} were chosen on {scans_of_file}")
+    return entries
+
+
+def updated(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """An entry with newly chosen settings in place of those of the same methods."""
+    scores = {key: {**before.get(key, {}), **after[key]} for key in ("psnr", "psnr_of_start")}
+    return {**before, **after, **scores}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,27 +194,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = options.data.suffix == ".npz"
     if measured and options.out == OUT:
         raise InputError("--out: settings for scans of a file are not the package's; name a file")
-    if not measured and set(options.methods) != set(METHODS):
-        raise InputError(f"--methods: the package needs the settings of {', '.join(METHODS)}")
     volumes = [] if measured else [options.data / name for name in VOLUMES]
     check_outputs({"--out": options.out}, [options.data if measured else None, *volumes])
-    program()
-    entries = []
-    for acceleration in ACCELERATIONS:
-        starts: dict[str, Any] = {f"bart_{norm}": BartSettings(norm=norm) for norm in ("l1", "l2")}
-        starts["grappa"] = GrappaSettings()
-        of_data = problems
-        if measured:
-            (peers,) = (each for each in chosen_peers() if each.acceleration == acceleration)
-            starts, of_data = {name: getattr(peers, name) for name in METHODS}, measured_problems
-        given = list(of_data(options.data, acceleration))
-        entries.append(chosen(given, acceleration, starts, options.methods))
+    if any(PEERS[name].startswith("bart") for name in options.methods):
+        program()
     how = (
         f"middle slices of {', '.join(VOLUMES)}, {COILS} simulated coils, equispaced and random "
         "masks in turn, seeds 0 to 2; mean PSNR in dB"
     )
     if measured:
         how = f"{options.data.stem}, both directions, an equispaced and a random mask; PSNR in dB"
+    before = {entry["acceleration"]: entry for entry in existing(options.out, how)}
+    entries = []
+    for acceleration in ACCELERATIONS:
+        starts, of_data = STARTS, problems
+        if measured:
+            (peers,) = (each for each in chosen_peers() if each.acceleration == acceleration)
+            starts, of_data = {name: getattr(peers, name) for name in PEERS}, measured_problems
+        starts = {name: starts[name] for name in options.methods}
+        entry = chosen(list(of_data(options.data, acceleration)), acceleration, starts)
+        entries.append(updated(before.get(acceleration, {}), entry))
     write_json(options.out, {"chosen_on": how, "by": "experiments.mri.peers", "chosen": entries})
 
 
@@ -178,7 +223,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "data", type=Path, help="folder of the training volumes, or .npz file of measured scans"
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--methods", nargs="+", choices=[*PEERS], default=[*PEERS])
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args(arguments)
 

@@ -100,7 +100,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--method", default="codec", help="without --codec: " + ", ".join(CLASSICAL)
     )
     parser.add_argument("--codec", type=Path, help="folder of a codec")
-    parser.add_argument("--peers", type=Path, help="settings of BART, by experiments.mri.peers")
+    parser.add_argument(
+        "--peers", type=Path, help="settings by experiments.mri.peers, for ...-best"
+    )
     parser.add_argument("--scans", type=Path, nargs="+", required=True, help=".npz files")
     parser.add_argument("--results", type=Path, default=Path("runs/mri-phantom.jsonl"))
     parser.add_argument("--device", default="auto")

@@ -36,7 +36,8 @@ Classical methods have no training runs, so their unit is the person; against th
 VarNet p is the larger one of the t tests over people and over runs. Gain of `nirvana` in PSNR, dB;
 {number} comparisons. At 8x the classical methods have few calibration columns (five to ten) for
 ESPIRiT. BART's settings were chosen for 8x, and its scores stay above those of the zero-filled
-image; sigpy's were tuned at 4x, and on unseen people its L1-wavelet falls below that image at 8x.
+image; the rows of sigpy have settings that were tuned at 4x, before there were some for 8x, and on
+unseen people its L1-wavelet falls below that image at 8x.
 """
 
 MEASURED = """
@@ -75,7 +76,8 @@ other programs used the GPU are upper bounds, or left out.
 
 **Classical methods** use ESPIRiT sensitivities. `bart-` methods are BART's programs, with settings
 that were chosen for each acceleration on simulated training scans (`experiments.mri.peers`); the
-others use sigpy with our sensitivities and were tuned at 4x on training volumes.
+others use sigpy with our sensitivities. Its settings are now chosen likewise, but these rows were
+measured before, with settings tuned at 4x on training volumes.
 
 **Scores** are per volume: PSNR in dB with the volume's maximum, SSIM (scikit-image, uniform window
 7), NMSE.

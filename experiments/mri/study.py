@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +234,26 @@ def codec_method(codec: CodecModel, batch_size: int = 4) -> Method:
     return method
 
 
-def classical(name: str, workers: int) -> Method:
-    """The classical method of a name; sigpy's and pygrappa's use that many processes."""
-    norm: Any = "l2" if name == "bart-sense" else "l1"
+def classical(
+    name: str, workers: int, settings_of: Callable[[Acquisition], Any] = lambda _: None
+) -> Method:
+    """The classical method of a name.
+
+    Args:
+        name: one of `CLASSICAL`.
+        workers: processes of sigpy's and pygrappa's methods.
+        settings_of: settings for an acquisition; None are the package's for its acceleration.
+    """
     methods: dict[str, Any] = {
-        "zero-filled": lambda acquisition: acquisition.slices(),
-        "sense": lambda acquisition: sense(acquisition, workers=workers),
-        "grappa": lambda acquisition: grappa(acquisition, workers=workers),
-        "l1-wavelet": lambda acquisition: l1_wavelet(acquisition, workers=workers),
+        "zero-filled": lambda acquisition, _: acquisition.slices(),
+        "sense": partial(sense, workers=workers),
+        "bart-sense": lambda acquisition, settings: bart_pics(acquisition, "l2", settings),
+        "grappa": partial(grappa, workers=workers),
+        "l1-wavelet": partial(l1_wavelet, workers=workers),
+        "bart-l1-wavelet": lambda acquisition, settings: bart_pics(acquisition, "l1", settings),
     }
-    method = classical_method(methods.get(name, lambda acquisition: bart_pics(acquisition, norm)))
+    kspace_of = methods[name]
+    method = classical_method(lambda acquisition: kspace_of(acquisition, settings_of(acquisition)))
     return lambda acquisition: np.stack([image.magnitude for image in method(acquisition)])
 
 

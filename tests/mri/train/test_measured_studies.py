@@ -18,15 +18,20 @@ from experiments.mri import (
     peers,
     short_page,
     short_trainings,
+    study,
 )
 from experiments.mri import speed as speed_program
 from experiments.mri.methods import MEASURED, SHORT, recipe_of, tiny
-from experiments.mri.study import SAMPLINGS
+from experiments.mri.study import SAMPLINGS, classical
 from nirvana.config import to_dict
 from nirvana.errors import InputError
 from nirvana.model.backbone import load_backbone
-from nirvana.mri.classical.grappa import grappa
-from nirvana.mri.classical.peers import BartSettings, GrappaSettings
+from nirvana.mri.classical.peers import (
+    BartSettings,
+    GrappaSettings,
+    WaveletSettings,
+    chosen_peers,
+)
 from nirvana.mri.data.acquisition import Acquisition
 from nirvana.mri.data.simulate import simulate_scan
 from nirvana.mri.data.simulation.config import PROPERTIES, REALISTIC, Simulation
@@ -259,36 +264,79 @@ def test_best_settings_of_a_peer_are_searched_on_a_scan(scans: Path, monkeypatch
     """From the package's settings on, and never to worse ones."""
     given = list(peers.measured_problems(scans, 4.0))
     assert len(given) == 2 * 2  # directions, kinds of mask
-    monkeypatch.setattr(peers, "GRAPPA", {"regularisation": (1.0, 100.0)})
+    monkeypatch.setitem(peers.OPTIONS, "grappa", {"regularisation": (1.0, 100.0)})
     start = GrappaSettings(regularisation=0.01)
-    entry = peers.chosen(given, 4.0, {"grappa": start}, ["grappa"])
+    entry = peers.chosen(given, 4.0, {"grappa": start})
     assert entry["psnr_of_start"]["grappa"] == peers.mean_psnr(
-        lambda acquisition: grappa(acquisition, start, workers=1), given
+        classical("grappa", 1, lambda _: start), given
     )
     assert entry["psnr"]["grappa"] > entry["psnr_of_start"]["grappa"]
     assert entry["grappa"]["regularisation"] in (1.0, 100.0)
-    # The file that the search writes is what `measured --peers` reads.
-    l1 = asdict(BartSettings(weight=0.5, iterations=3))
-    saved = scans.with_suffix(".json")
-    entries = [
-        {"acceleration": number, "bart_l1": {**l1, "iterations": number}} for number in (4, 8)
-    ]
-    saved.write_text(json.dumps({"chosen": entries}))
-    used = []
-
-    def recorded(acquisition: Acquisition, norm: str, settings: BartSettings):
-        used.append((norm, settings.weight, settings.iterations))
-        return acquisition.slices()
-
-    monkeypatch.setattr(measured, "bart_pics", recorded)
-    method = measured.tuned_bart(saved)
-    for acceleration in (4.0, 8.0):
-        ((acquisition, _), *_) = peers.measured_problems(scans, acceleration)
-        assert method(acquisition).shape == (1, 64, 64)
-    assert used == [("l1", 0.5, 4), ("l1", 0.5, 8)]
-    saved.write_text('{"chosen": [{"acceleration": 4.0}]}')
-    with pytest.raises(InputError, match="no settings of bart_l1"):
-        measured.tuned_bart(saved)
     row = {"method": "codec", "mask": "random 4x", "mask_seed": 0, "psnr": 40.0}
     text = measured_tables.best_peers({"chosen": [entry]}, [row, {**row, "mask_seed": 1}])
     assert f"| {entry['psnr']['grappa']:.2f} | 40.00 | kernel" in text
+
+
+def test_a_search_replaces_the_settings_of_the_methods_it_names(scans: Path, monkeypatch):
+    out = scans.with_suffix(".json")
+    (chosen,) = (each for each in chosen_peers() if each.acceleration == 4.0)
+    monkeypatch.setattr(peers, "ACCELERATIONS", {4.0: 0.08})
+    monkeypatch.setitem(peers.OPTIONS, "sense", {"iterations": (1, 10)})
+    monkeypatch.setitem(peers.OPTIONS, "l1_wavelet", {"iterations": (1,)})
+
+    def search(name: str) -> dict:
+        peers.main([str(scans), "--methods", name, "--out", str(out)])
+        (entry,) = json.loads(out.read_text())["chosen"]
+        return entry
+
+    before = search("sense")
+    after = search("l1_wavelet")
+    assert "sense" in before
+    assert "l1_wavelet" not in before
+    assert after["sense"] == before["sense"]
+    for key in ("psnr", "psnr_of_start"):
+        assert after[key].pop("l1_wavelet") > 0
+        assert after[key] == before[key]
+    settings = WaveletSettings(**after["l1_wavelet"])
+    assert settings in (chosen.l1_wavelet, replace(chosen.l1_wavelet, iterations=1))
+    # Settings of other scans are no part of it, and the package's are not chosen on measured ones.
+    out.write_text(json.dumps({"chosen_on": "other scans", "chosen": []}))
+    with pytest.raises(InputError, match="were chosen on other scans"):
+        search("sense")
+    out.write_text("[]")
+    with pytest.raises(InputError, match="exists and holds no settings"):
+        search("sense")
+    with pytest.raises(InputError, match="name a file"):
+        peers.main([str(scans), "--methods", "sense"])
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "function", "settings"),
+    [
+        ("bart-l1-wavelet-best", "bart_l1", "bart_pics", BartSettings(weight=0.5)),
+        ("l1-wavelet-best", "l1_wavelet", "l1_wavelet", WaveletSettings(noise_factor=0.5)),
+    ],
+)
+def test_a_file_has_the_settings_of_the_nearest_acceleration(
+    scans: Path, monkeypatch, name: str, key: str, function: str, settings
+):
+    file = scans.with_suffix(".json")
+    entries = [{"acceleration": n, key: {**asdict(settings), "iterations": n}} for n in (4, 8)]
+    file.write_text(json.dumps({"chosen": entries}))
+    used = []
+
+    def recorded(acquisition: Acquisition, *given, **_):
+        used.append(given[-1])
+        return acquisition.slices()
+
+    monkeypatch.setattr(study, function, recorded)
+    method = measured.tuned(name, file)
+    for acceleration in (4.0, 8.0):
+        ((acquisition, _), *_) = peers.measured_problems(scans, acceleration)
+        assert method(acquisition).shape == (1, 64, 64)
+    assert used == [replace(settings, iterations=n) for n in (4, 8)]
+    file.write_text('{"chosen": [{"acceleration": 4.0}]}')
+    with pytest.raises(InputError, match=f"no settings of {key}"):
+        measured.tuned(name, file)
+    with pytest.raises(InputError, match="--method codec is none of bart-l1-wavelet-best"):
+        measured.tuned("codec", file)

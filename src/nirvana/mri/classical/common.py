@@ -3,46 +3,11 @@
 NumPy only: worker processes import this module and must start without torch.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 AXES = (-2, -1)
-
-
-@dataclass(frozen=True)
-class ClassicalSettings:
-    """Settings of `sigpy.l1_wavelet` and `sigpy.sense`, tuned by hand on a few simulated slices of
-    two training volumes and of nibabel's example4d (8 coils, four-fold equispaced, noise 0.002 to
-    0.015).
-
-    Attributes:
-        noise_factor: weight of the L1 norm in standard deviations of the k-space noise.
-        min_weight: least such weight, relative to the brightest voxel of the zero-filled volume.
-        iterations: FISTA steps. Early stopping is part of the regularisation: running to
-            convergence amplifies noise between aliases.
-        wavelet: name of the wavelet, for PyWavelets.
-        kernel: side of ESPIRiT's kernels in k-space samples.
-        threshold: smallest singular value kept of the calibration matrix, relative to the
-            largest.
-        crop: sensitivities are zero where ESPIRiT's eigenvalue is below this, because no coil has
-            signal there.
-        calibration_rows: number of k-space rows of the calibration region.
-        sense_weight: of the squared norm in `sense`.
-        sense_iterations: conjugate-gradient steps of `sense`.
-    """
-
-    noise_factor: float = 0.15
-    min_weight: float = 1.5e-4
-    iterations: int = 80
-    wavelet: str = "db4"
-    kernel: int = 6
-    threshold: float = 0.02
-    crop: float = 0.5
-    calibration_rows: int = 24
-    sense_weight: float = 1e-2
-    sense_iterations: int = 15
 
 
 def zero_filled(kspace: Any, mask: Any) -> np.ndarray:

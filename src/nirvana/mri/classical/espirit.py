@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from nirvana.mri.classical.common import AXES, ClassicalSettings, central_rows, ifft2c
+from nirvana.mri.classical.common import AXES, central_rows, ifft2c
+from nirvana.mri.classical.peers import EspiritSettings
 
 
 def espirit_maps(
-    calibration: np.ndarray, size: tuple[int, int], settings: ClassicalSettings | None = None
+    calibration: np.ndarray, size: tuple[int, int], settings: EspiritSettings | None = None
 ) -> np.ndarray:
     """Coil sensitivities from the middle of k-space, one set.
 
@@ -19,13 +20,13 @@ def espirit_maps(
     Args:
         calibration: complex `[coils, h, w]`, fully sampled, around the origin.
         size: H and W of the maps.
-        settings: see `ClassicalSettings`.
+        settings: see `EspiritSettings`.
 
     Returns:
         complex64 `[coils, H, W]`, of unit norm over the coils or zero. Their common phase is that
         of the coils' first principal component, so that the image's stays smooth.
     """
-    settings = settings or ClassicalSettings()
+    settings = settings or EspiritSettings()
     height, width = size
     middle = central_rows(calibration, settings.calibration_rows)
     coils, rows, columns = middle.shape

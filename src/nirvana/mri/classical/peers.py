@@ -6,6 +6,7 @@ settings were chosen. NumPy only: worker processes import this module and must s
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -65,6 +66,59 @@ class BartSettings:
 
 
 @dataclass(frozen=True)
+class EspiritSettings:
+    """Settings of `espirit.espirit_maps`.
+
+    Attributes:
+        kernel: side of ESPIRiT's kernels in k-space samples.
+        threshold: smallest singular value kept of the calibration matrix, relative to the
+            largest.
+        crop: sensitivities are zero where ESPIRiT's eigenvalue is below this; 0 keeps them
+            everywhere.
+        calibration_rows: number of k-space rows of the calibration region.
+    """
+
+    kernel: int = 6
+    threshold: float = 0.02
+    crop: float = 0.5
+    calibration_rows: int = 24
+
+
+@dataclass(frozen=True)
+class WaveletSettings(EspiritSettings):
+    """Settings of `sigpy.l1_wavelet`: those of ESPIRiT and the following.
+
+    Attributes:
+        noise_factor: weight of the L1 norm in standard deviations of the k-space noise.
+        min_weight: least such weight, relative to the brightest voxel of the zero-filled volume.
+        iterations: FISTA steps. Early stopping is part of the regularisation: running to
+            convergence amplifies noise between aliases.
+        wavelet: name of the wavelet, for PyWavelets.
+    """
+
+    noise_factor: float = 0.15
+    min_weight: float = 1.5e-4
+    iterations: int = 80
+    wavelet: str = "db4"
+
+
+@dataclass(frozen=True)
+class SenseSettings(EspiritSettings):
+    """Settings of `sigpy.sense`: those of ESPIRiT and the following.
+
+    Attributes:
+        weight: of the squared norm.
+        iterations: steps of the conjugate gradients.
+    """
+
+    weight: float = 1e-2
+    iterations: int = 15
+
+
+Settings = GrappaSettings | BartSettings | WaveletSettings | SenseSettings
+
+
+@dataclass(frozen=True)
 class Peers:
     """The settings for one acceleration.
 
@@ -73,32 +127,54 @@ class Peers:
         grappa: of GRAPPA.
         bart_l1: of BART with wavelets.
         bart_l2: of BART's SENSE.
+        l1_wavelet: of sigpy with wavelets.
+        sense: of sigpy's SENSE.
     """
 
     acceleration: float
     grappa: GrappaSettings
     bart_l1: BartSettings
     bart_l2: BartSettings
+    l1_wavelet: WaveletSettings
+    sense: SenseSettings
 
     def bart(self, norm: Literal["l1", "l2"]) -> BartSettings:
         """BART's settings with this regularisation."""
         return self.bart_l1 if norm == "l1" else self.bart_l2
 
 
+KINDS: dict[str, Callable[..., Settings]] = {
+    "grappa": GrappaSettings,
+    "bart_l1": BartSettings,
+    "bart_l2": BartSettings,
+    "l1_wavelet": WaveletSettings,
+    "sense": SenseSettings,
+}
+
+
 def peers_for(pattern: np.ndarray) -> Peers:
     """The settings that were chosen for the acceleration nearest to that of a sampling pattern."""
-    acceleration = 1 / max(float(pattern.mean()), 1e-6)
-    return min(chosen_peers(), key=lambda peers: abs(math.log(peers.acceleration / acceleration)))
+    by_acceleration = {peers.acceleration: peers for peers in chosen_peers()}
+    return by_acceleration[nearest_acceleration(pattern, by_acceleration)]
+
+
+def nearest_acceleration(pattern: np.ndarray, accelerations: Iterable[float]) -> float:
+    """The one of some accelerations whose ratio to that of a sampling pattern is nearest to 1."""
+    own = 1 / max(float(pattern.mean()), 1e-6)
+    return min(accelerations, key=lambda acceleration: abs(math.log(acceleration / own)))
 
 
 @cache
 def chosen_peers() -> tuple[Peers, ...]:
     """The settings for every acceleration in `peers.json`."""
     text = resources.files("nirvana.mri.classical").joinpath("peers.json").read_text("utf-8")
-    return tuple(_peers(entry) for entry in json.loads(text)["chosen"])
+    return tuple(
+        Peers(entry["acceleration"], **{name: settings_of(entry, name) for name in KINDS})
+        for entry in json.loads(text)["chosen"]
+    )
 
 
-def _peers(entry: dict[str, Any]) -> Peers:
-    grappa = GrappaSettings(**{**entry["grappa"], "kernel": tuple(entry["grappa"]["kernel"])})
-    bart_l1, bart_l2 = (BartSettings(**entry[key]) for key in ("bart_l1", "bart_l2"))
-    return Peers(entry["acceleration"], grappa, bart_l1, bart_l2)
+def settings_of(entry: dict[str, Any], name: str) -> Any:
+    """The settings of one peer in an entry of a file that `experiments.mri.peers` wrote."""
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in entry[name].items()}
+    return KINDS[name](**values)

@@ -9,19 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from nirvana.mri.classical.common import ClassicalSettings, fft2c
+from nirvana.mri.classical.common import fft2c
 from nirvana.mri.classical.espirit import espirit_maps
+from nirvana.mri.classical.peers import (
+    EspiritSettings,
+    SenseSettings,
+    WaveletSettings,
+    peers_for,
+)
 from nirvana.mri.classical.workers import map_slices
 from nirvana.mri.data.acquisition import Acquisition
 
-Task = tuple[
-    Callable[..., np.ndarray], np.ndarray, np.ndarray, np.ndarray, float, ClassicalSettings
-]
+ImageOf = Callable[..., np.ndarray]
+Task = tuple[ImageOf, np.ndarray, np.ndarray, np.ndarray, float, EspiritSettings]
 
 
 def l1_wavelet(
     acquisition: Acquisition,
-    settings: ClassicalSettings | None = None,
+    settings: WaveletSettings | None = None,
     *,
     workers: int | None = None,
 ) -> Iterator[np.ndarray]:
@@ -35,7 +40,7 @@ def l1_wavelet(
 
     Args:
         acquisition: the measured k-space.
-        settings: see `ClassicalSettings`.
+        settings: see `WaveletSettings`; None takes those chosen for this acceleration.
         workers: see `workers.map_slices`.
 
     Yields:
@@ -44,12 +49,15 @@ def l1_wavelet(
     Raises:
         InputError: the coils cannot be calibrated.
     """
-    return _by_slices(_wavelet_image, acquisition, settings, workers)
+    settings = settings or peers_for(acquisition.pattern).l1_wavelet
+    noise = acquisition.noise / acquisition.scale
+    weight = max(settings.noise_factor * noise, settings.min_weight)
+    return _by_slices(_wavelet_image, acquisition, settings, weight, workers)
 
 
 def sense(
     acquisition: Acquisition,
-    settings: ClassicalSettings | None = None,
+    settings: SenseSettings | None = None,
     *,
     workers: int | None = None,
 ) -> Iterator[np.ndarray]:
@@ -57,21 +65,21 @@ def sense(
 
         x = argmin 1/2 || M F S x - y ||^2 + weight / 2 || x ||^2
 
-    Everything else, arguments, results and errors, is as of `l1_wavelet`.
+    Everything else, arguments, results and errors, is as of `l1_wavelet`, with `SenseSettings`.
     """
-    return _by_slices(_sense_image, acquisition, settings, workers)
+    settings = settings or peers_for(acquisition.pattern).sense
+    return _by_slices(_sense_image, acquisition, settings, settings.weight, workers)
 
 
 def _by_slices(
-    image_of: Callable[..., np.ndarray],
+    image_of: ImageOf,
     acquisition: Acquisition,
-    settings: ClassicalSettings | None,
+    settings: EspiritSettings,
+    weight: float,
     workers: int | None,
 ) -> Iterator[np.ndarray]:
-    settings = settings or ClassicalSettings()
     acquisition.require_calibration()
     scale = acquisition.scale
-    weight = max(settings.noise_factor * acquisition.noise / scale, settings.min_weight)
 
     def tasks() -> Iterator[Task]:
         for index, kspace in enumerate(acquisition.slices()):
@@ -99,7 +107,7 @@ def _wavelet_image(
     maps: np.ndarray,
     weights: np.ndarray,
     weight: float,
-    settings: ClassicalSettings,
+    settings: WaveletSettings,
 ) -> np.ndarray:
     from sigpy.mri.app import L1WaveletRecon
 
@@ -121,11 +129,11 @@ def _sense_image(
     kspace: np.ndarray,
     maps: np.ndarray,
     weights: np.ndarray,
-    _weight: float,
-    settings: ClassicalSettings,
+    weight: float,
+    settings: SenseSettings,
 ) -> np.ndarray:
     from sigpy.mri.app import SenseRecon
 
-    options: Any = {"lamda": settings.sense_weight, "max_iter": settings.sense_iterations}
+    options: Any = {"lamda": weight, "max_iter": settings.iterations}
     app: Any = SenseRecon(kspace, maps, weights=weights, show_pbar=False, **options)
     return app.run()
