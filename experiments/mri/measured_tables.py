@@ -62,7 +62,7 @@ The rows of sigpy have the settings that were tuned at 4x, before there were som
 """
 
 BEST_PEERS = """
-## BART with the best settings for this scan
+## BART and sigpy with the best settings for this scan
 
 `experiments.mri.peers` on the scan itself, which no user could do: every setting varied alone until
 none gains more. Mean PSNR in dB over both directions and an equispaced and a random mask each.

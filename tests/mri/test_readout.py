@@ -13,6 +13,7 @@ from helpers.phantom import fft2c, head, picture, sensitivities
 from helpers.synthetic_ismrmrd import header, record, write
 from nirvana.errors import InputError
 from nirvana.mri import reconstruct
+from nirvana.mri.classical.peers import SenseSettings
 from nirvana.mri.classical.sigpy import sense
 from nirvana.mri.data import encoding_3d
 from nirvana.mri.data.acquisition import Acquisition
@@ -85,7 +86,8 @@ def late(full: Scan) -> Scan:
 
 
 def slow_sense() -> Method:
-    return classical_method(lambda acquisition: sense(acquisition, workers=1))
+    # Settings that do not depend on the acceleration: the completion is tested, not the method.
+    return classical_method(lambda acquisition: sense(acquisition, SenseSettings(), workers=1))
 
 
 def zeros(measurement: Measurement) -> Measurement:

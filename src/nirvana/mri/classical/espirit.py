@@ -54,8 +54,10 @@ def _patch_projection(middle: np.ndarray, kernel: tuple[int, int], threshold: fl
     """The projection on the patches' signal space, `[coils, k, l, coils, k, l]`."""
     windows = np.lib.stride_tricks.sliding_window_view(middle, kernel, axis=AXES)
     size = len(middle) * kernel[0] * kernel[1]
-    patches = windows.transpose(0, 3, 4, 1, 2).reshape(size, -1)
+    # In double precision: the square of a low threshold is near the rounding of float32.
+    patches = windows.transpose(0, 3, 4, 1, 2).reshape(size, -1).astype(np.complex128)
     values, vectors = np.linalg.eigh(patches @ patches.conj().T)
     # The eigenvalues are the squares of the singular values.
     signal = vectors[:, values > threshold**2 * values[-1]]
-    return (signal @ signal.conj().T).reshape(len(middle), *kernel, len(middle), *kernel)
+    projection = (signal @ signal.conj().T).astype(middle.dtype)
+    return projection.reshape(len(middle), *kernel, len(middle), *kernel)
