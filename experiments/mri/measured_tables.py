@@ -58,7 +58,6 @@ The test of [the study](../RESULTS.md): scans of smooth phase, even coils and wh
 on eight slices of each of eleven volumes of six people that no training saw, and the two measured
 slices. PSNR in dB (SSIM), mean over people. "Codec packaged before" is the method `nirvana` of the
 study, three trainings on scans of smooth phase; the codec was trained on scans that look measured.
-The rows of sigpy have the settings that were tuned at 4x, before there were some for 8x.
 """
 
 BEST_PEERS = """

