@@ -72,8 +72,8 @@ def test_chunks_are_the_whole_text(small_model, variant):
     chunked, state = read(model, tokens, CHUNKS)
     torch.testing.assert_close(chunked, whole)
     # The Trigger's steps amplify rounding: on a GPU one number in 6,144 differed by 1.7e-7.
-    found, expected = gradients(model, chunked), gradients(model, whole)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    bounds = {"rtol": 1e-6, "atol": 1e-7} if tokens.is_cuda else {}
+    torch.testing.assert_close(gradients(model, chunked), gradients(model, whole), **bounds)
     assert state.position.tolist() == [150, 150]
     assert not state.ragged
 

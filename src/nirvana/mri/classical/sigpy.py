@@ -49,10 +49,11 @@ def l1_wavelet(
     Raises:
         InputError: the coils cannot be calibrated.
     """
+    acquisition.require_calibration()
     settings = settings or peers_for(acquisition.pattern).l1_wavelet
     noise = acquisition.noise / acquisition.scale
     weight = max(settings.noise_factor * noise, settings.min_weight)
-    return _by_slices(_wavelet_image, acquisition, settings, weight, workers)
+    yield from _by_slices(_wavelet_image, acquisition, settings, weight, workers)
 
 
 def sense(
@@ -67,8 +68,9 @@ def sense(
 
     Everything else, arguments, results and errors, is as of `l1_wavelet`, with `SenseSettings`.
     """
+    acquisition.require_calibration()
     settings = settings or peers_for(acquisition.pattern).sense
-    return _by_slices(_sense_image, acquisition, settings, settings.weight, workers)
+    yield from _by_slices(_sense_image, acquisition, settings, settings.weight, workers)
 
 
 def _by_slices(
@@ -78,7 +80,6 @@ def _by_slices(
     weight: float,
     workers: int | None,
 ) -> Iterator[np.ndarray]:
-    acquisition.require_calibration()
     scale = acquisition.scale
 
     def tasks() -> Iterator[Task]:
