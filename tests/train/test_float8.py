@@ -125,8 +125,7 @@ def test_a_model_in_float8_has_about_the_same_loss_and_gradient():
 
 
 def test_compiled_blocks_notice():
-    """Even where guards skip modules whose attributes are the same objects as before, which is the
-    default of PyTorch 2.9 to 2.11."""
+    """Even where PyTorch's guards skip modules that have the same objects as in the last call."""
     torch.manual_seed(0)
     plain = NirvanaForCausalLM(preset("tiny", **SIZES)).train()
     model = copy.deepcopy(plain)

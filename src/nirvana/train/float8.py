@@ -81,7 +81,7 @@ def use_float8(blocks: Iterable[nn.Module]) -> list[str]:
                 unfit["{} x {}".format(*sizes)] = None
             else:
                 # Assigning a class to the old module is not enough: compiled code that has run a
-                # few times no longer checks classes (PyTorch 2.9 to 2.11), but replaced modules.
+                # few times may no longer check classes, but does notice replaced modules.
                 setattr(owner, name, Float8Linear.of(part))
     return list(unfit)
 
