@@ -252,9 +252,10 @@ def test_a_share_of_the_batches_has_masks_of_points(config):
         ),
         (["--stage.held_share", "1.0"], "stage.held_share"),
         (["--stage.loss", "ssdu", "--data.reports", "x.jsonl"], "data.reports"),
+        (["--parallel.recompute", "1"], "parallel.recompute"),
     ],
 )
-def test_wrong_samplings_and_losses_are_refused(config, setting, message):
+def test_wrong_settings_are_refused(config, setting, message):
     with pytest.raises(InputError, match=message):
         load_config(MriConfig, config(), setting)
 
