@@ -38,16 +38,18 @@ def rotary_kernel(count, frequency, turns, END, factor, HALF: tl.constexpr):
 
 @triton.jit
 def _raised(
-    x, factors, up, b, c, B, first, size, W, RANK, X, PADDED: tl.constexpr,
+    x, factors, up, part, b, c, B, first, size, W, RANK, X, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Columns c of q, k or v, of `size` columns, plus their low-rank term."""
     r = tl.arange(0, PADDED)
-    tile = tl.load(up + r[:, None] * W + c[None, :], (r < RANK)[:, None] & (c < size)[None, :], 0.0)
+    tile = up + (part * RANK + r)[:, None] * W + c[None, :]
+    tile = tl.load(tile, (r < RANK)[:, None] & (c < size)[None, :], 0.0)
     row, some = b[:, None].to(tl.int64), (b < B)[:, None]
-    factor = tl.load(factors + row * X + r[None, :], some & (r < RANK)[None, :], 0.0)
+    factor = factors + row * X + (part * RANK + r)[None, :]
+    factor = tl.load(factor, some & (r < RANK)[None, :], 0.0)
+    real = some & (c < size)[None, :]
     y = tl.dot(factor, tile, input_precision="ieee")
-    plain = tl.load(x + row * X + (first + c)[None, :], some & (c < size)[None, :], 0.0)
-    return y + plain.to(tl.float32)
+    return y + tl.load(x + row * X + (first + c)[None, :], real, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -69,19 +71,19 @@ def low_rank_kernel(
     b = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
-    first, size, W, up_part = part * D, D, D, up + part * RANK * D
+    first, size, W = part * D, D, D
     if SHARED > 1:
         size = tl.where(part == 0, D, D // SHARED)
         first = tl.where(part == 0, 0, D + (part - 1) * size)
-        W, up_part = D + 2 * (D // SHARED), up + first
+        W = D + 2 * (D // SHARED)
+        up += first - part * RANK * W
+    y = _raised(x, factors, up, part, b, c, B, first, size, W, RANK, X, PADDED)
     row, some = b[:, None].to(tl.int64), (b < B)[:, None]
     real = some & (c < size)[None, :]
-    factors += part * RANK
-    y = _raised(x, factors, up_part, b, c, B, first, size, W, RANK, X, PADDED)
     away = y
     if ROTARY and part < 2:
         other = c ^ (K // 2)
-        partner = _raised(x, factors, up_part, b, other, B, first, size, W, RANK, X, PADDED)
+        partner = _raised(x, factors, up, part, b, other, B, first, size, W, RANK, X, PADDED)
         if SINKS:
             away = _rotated(y, partner, turns + (row * 2 + 1) * K, c, some, K)
         y = _rotated(y, partner, turns + row * 2 * K, c, some, K)
@@ -128,7 +130,11 @@ def attention_kernel(
     row = tl.arange(0, ROWS)
     some = (row < SHARED)[:, None]
     rows = (head * SHARED + row)[:, None] * K + i[None, :]
-    query = tl.load(q + rows, some, 0.0)
+    if SHARED == 1:
+        query = tl.where((row == 0)[:, None], tl.load(q + head * K + i)[None, :], 0.0)
+        query = query.to(keys.dtype.element_ty)
+    else:
+        query = tl.load(q + rows, some, 0.0)
     read = tl.load(count + tl.program_id(2))
     length = tl.minimum(read + 1, SLOTS).to(tl.int32)
     first = split * (KEYS * TILES)
@@ -150,16 +156,16 @@ def attention_kernel(
         k = tl.load(keys + near, (n < length)[:, None], 0.0)
         v = tl.load(values + near, (n < length)[:, None], 0.0)
         top, sums, y = _attended(query, k, v, n < length, top, sums, y, scale)
-    at = (head * SPLITS + split) * SHARED + row
-    tl.store(most + at, top, row < SHARED)
-    tl.store(total + at, sums, row < SHARED)
-    tl.store(o + at[:, None] * K + i[None, :], y, some)
+    at = (head * SPLITS + split) * SHARED
+    tl.store(most + at + row, top, row < SHARED)
+    tl.store(total + at + row, sums, row < SHARED)
+    tl.store(o + at * K + row[:, None] * K + i[None, :], y, some)
     tl.debug_barrier()
     if tl.atomic_add(done + head, 1) == SPLITS - 1:
-        h = tl.arange(0, PADDED_SHARED)
+        h = tl.full((), 0, tl.int32) if SHARED == 1 else tl.arange(0, PADDED_SHARED)
+        to = out + tl.expand_dims(head * SHARED + h, -1) * K + i
         result = _combined(o, most, total, head, h, SPLITS, SHARED, K, PADDED)
-        to = out + (head * SHARED + h)[:, None] * K + i[None, :]
-        tl.store(to, result, (h < SHARED)[:, None])
+        tl.store(to, result, tl.expand_dims(h < SHARED, -1))
         tl.store(done + head, 0)
 
 
@@ -167,23 +173,25 @@ def attention_kernel(
 def _combined(
     o, most, total, head, h, SPLITS, SHARED: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The attention of heads h, `[heads, K]`, from that of their programs."""
+    """The attention of heads h, `[heads, K]`, or `[K]` of one, from that of their programs."""
     s, i = tl.arange(0, PADDED), tl.arange(0, K)
-    largest = tl.full((h.shape[0],), NEVER, tl.float32)
+    if SHARED > 1:
+        s = s[:, None]
+    largest = tl.full(h.shape, NEVER, tl.float32)
     for first in range(0, SPLITS, PADDED):
-        at = (head * SPLITS + first + s)[:, None] * SHARED + h[None, :]
-        real = (first + s < SPLITS)[:, None] & (h < SHARED)[None, :]
-        largest = tl.maximum(largest, tl.max(tl.load(most + at, real, NEVER), 0))
-    length = tl.zeros((h.shape[0],), tl.float32)
-    sums = tl.zeros((h.shape[0], K), tl.float32)
+        here = most + head * SPLITS * SHARED + (first + s) * SHARED + h
+        here = tl.load(here, (first + s < SPLITS) & (h < SHARED), NEVER)
+        largest = tl.maximum(largest, tl.max(here, 0))
+    length = tl.zeros(h.shape, tl.float32)
+    sums = tl.expand_dims(length, -1) + tl.zeros((K,), tl.float32)
     for first in range(0, SPLITS, PADDED):
-        at = (head * SPLITS + first + s)[:, None] * SHARED + h[None, :]
-        real = (first + s < SPLITS)[:, None] & (h < SHARED)[None, :]
-        share = tl.exp(tl.load(most + at, real, NEVER) - largest[None, :])
+        at = (head * SPLITS + first + s) * SHARED + h
+        real = (first + s < SPLITS) & (h < SHARED)
+        share = tl.exp(tl.load(most + at, real, NEVER) - largest)
         length += tl.sum(share * tl.load(total + at, real, 0.0), 0)
-        parts = tl.load(o + at[:, :, None] * K + i[None, None, :], real[:, :, None], 0.0)
-        sums += tl.sum(share[:, :, None] * parts, 0)
-    return sums / length[:, None]
+        parts = tl.load(o + tl.expand_dims(at, -1) * K + i, tl.expand_dims(real, -1), 0.0)
+        sums += tl.sum(tl.expand_dims(share, -1) * parts, 0)
+    return sums / tl.expand_dims(length, -1)
 
 
 def rotary(count: Tensor, frequency: Tensor, factor: float, turns: Tensor, end: int | None) -> None:
