@@ -46,22 +46,22 @@ def mix_kernel(
 ):  # fmt: skip
     """The convolution of one head of q, k or v, SiLU, unit length of q (over sqrt(K)) and k."""
     head, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    G = H // SHARED
-    c, D = head * K + tl.arange(0, K), (H + 2 * G) * K
-    x, mixed = x + b * X, mixed + b * D
+    c, G = head * K + tl.arange(0, K), H // SHARED
+    x, state = x + b * X, state + b * 3 * (SHARED + 2) * G * K
+    mixed += b * (SHARED + 2) * G * K
     x0 = tl.load(x + c)
-    y = x0.to(tl.float32)
     if HAS_CONV:
-        state += b * 3 * D
         x1, x2 = tl.load(state + c * 3 + 2), tl.load(state + c * 3 + 1)
         x3 = tl.load(state + c * 3)
-        y *= tl.load(weight + c * 4 + 3).to(tl.float32)
+        y = x0.to(tl.float32) * tl.load(weight + c * 4 + 3).to(tl.float32)
         y += x1.to(tl.float32) * tl.load(weight + c * 4 + 2).to(tl.float32)
         y += x2.to(tl.float32) * tl.load(weight + c * 4 + 1).to(tl.float32)
         y += x3.to(tl.float32) * tl.load(weight + c * 4).to(tl.float32)
+    else:
+        y = x0.to(tl.float32)
     if SILU:
         y *= tl.sigmoid(y)
-    if head < H + G:
+    if head < (SHARED + 1) * G:
         y *= tl.rsqrt((tl.sum(y * y, 0) + UNIT_EPS) * tl.where(head < H, K, 1))
     tl.store(mixed + c, y)
     if HAS_CONV:
@@ -78,16 +78,16 @@ def delta_kernel(
 ):  # fmt: skip
     """The gated delta rule for some columns of one head's state; columns are independent."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    G = H // SHARED
-    D, shared = (H + 2 * G) * K, head // SHARED
-    x, mixed, o, state = x + b * X, mixed + b * D, o + b * H * K, state + b * H * K * K
-    i, j = tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    G, shared = H // SHARED, head // SHARED
+    x, mixed = x + b * X, mixed + b * (SHARED + 2) * G * K
+    o, state = o + b * H * K, state + b * H * K * K
+    D, i, j = G * K, tl.arange(0, K), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     places = state + head * K * K + i[:, None] * K + j[None, :]
     S = tl.load(places)
-    q, k = tl.load(mixed + head * K + i), tl.load(mixed + (H + shared) * K + i)
-    v = tl.load(mixed + (H + G + shared) * K + j)
-    beta = tl.sigmoid(tl.load(x + D + H * K + head).to(tl.float32))
-    step = tl.load(x + D + H * K + H + head).to(tl.float32)
+    q, k = tl.load(mixed + head * K + i), tl.load(mixed + SHARED * D + shared * K + i)
+    v = tl.load(mixed + (SHARED + 1) * D + shared * K + j)
+    beta = tl.sigmoid(tl.load(x + (2 * SHARED + 2) * D + head).to(tl.float32))
+    step = tl.load(x + (2 * SHARED + 2) * D + H + head).to(tl.float32)
     step += tl.load(dt_bias + head).to(tl.float32)
     # Softplus. For small exp(step), log(1 + exp(step)) loses digits and exp(step) is exact enough.
     small, middle = tl.exp(step), tl.log(1 + tl.exp(tl.minimum(step, 20.0)))

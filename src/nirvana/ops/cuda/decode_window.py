@@ -130,9 +130,8 @@ def attention_kernel(
     row = tl.arange(0, ROWS)
     some = (row < SHARED)[:, None]
     rows = (head * SHARED + row)[:, None] * K + i[None, :]
-    if SHARED == 1:
-        query = tl.where((row == 0)[:, None], tl.load(q + head * K + i)[None, :], 0.0)
-        query = query.to(keys.dtype.element_ty)
+    if SHARED == 1:  # a row that is broadcast leaves its programs' results a better layout
+        query = tl.where(some, tl.load(q + head * K + i)[None, :], 0.0).to(q.dtype.element_ty)
     else:
         query = tl.load(q + rows, some, 0.0)
     read = tl.load(count + tl.program_id(2))
