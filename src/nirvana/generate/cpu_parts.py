@@ -4,6 +4,7 @@ Every part has the views of its buffers ready and computes with `__call__`; `ref
 small weights in the layout that it needs. Large weights are read where they are.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nirvana.generate.decode_states import DecodeStates
-from nirvana.ops import MIN_LOG_ALPHA
 from nirvana.ops.reference import TRIGGER_EPS, UNIT_EPS
 
 
@@ -21,7 +21,8 @@ def squares(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Norm:
-    """RMSNorm of the rows of `h` `[B, D]` to those of `out`.
+    """RMSNorm of the rows of `h` `[B, D]` to those of `out`; without its gain if `folded`, where
+    that is in the product that follows.
 
     PyTorch's own is six operations on a CPU.
     """
@@ -31,96 +32,109 @@ class Norm:
         self.pair = squares(h[:, None])
         self.eps = h.new_full((1, 1, 1), norm.eps)
         self.scale = h.new_empty(h.shape[0], 1, 1)
-        self.factor = self.scale[:, 0]
+        self.factor, self.folded = self.scale[:, 0], False
 
     def __call__(self) -> None:
         torch.baddbmm(self.eps, *self.pair, alpha=self.mean, out=self.scale).rsqrt_()
-        torch.mul(self.h, self.factor, out=self.out).mul_(self.weight)
+        out = torch.mul(self.h, self.factor, out=self.out)
+        if not self.folded:
+            out.mul_(self.weight)
 
 
 class Recent:
-    """The last inputs of a convolution, `[width, 3, B, D]`, a ring over the tokens; q, k and v are
-    apart, so that the heads of all texts are one batch."""
+    """A convolution. `ring`, `[width, 3, B, D]`, holds the sums of the next tokens as far as their
+    terms were read; q, k and v are apart, so that the heads of all texts are one batch."""
 
     def __init__(self, updater: Any, x: Tensor) -> None:
         (width, taps), B = updater.conv_weight.shape, x.shape[0]
         self.updater, self.taps, self.phase = updater, taps, 0
         self.ring = x.new_zeros(taps, 3, B, width // 3)
+        self.slots = self.ring.unbind()
         self.weights = x.new_empty(taps, taps, 3, 1, width // 3)
-        self.products, self.y = torch.empty_like(self.ring), torch.empty_like(self.ring[0])
+        self.by_phase = self.weights.unbind()
         self.new = x[:, :width].view(B, 3, -1).transpose(0, 1)
 
     def refresh(self) -> None:
         weight = self.updater.conv_weight.T.view(self.taps, 3, 1, -1)
-        for phase in range(self.taps):  # the newest token is in slot `phase`
+        for phase in range(self.taps):  # the newest token's sum is in slot `phase`
             for slot in range(self.taps):
-                self.weights[phase, slot] = weight[(slot - phase - 1) % self.taps]
+                self.weights[phase, slot] = weight[(phase - slot - 1) % self.taps]
 
     def load(self, conv: Tensor) -> None:
         """Takes the inputs of the last tokens, `[B, 3 D, width - 1]`, oldest first."""
-        B = conv.shape[0]
-        self.ring[1:] = conv.view(B, 3, -1, self.taps - 1).permute(3, 1, 0, 2)
+        self.ring.zero_()
+        for phase, past in enumerate(conv.unbind(2), start=1):
+            new = past.view(past.shape[0], 3, -1).transpose(0, 1)
+            self.slots[phase - 1].zero_()
+            self.ring.addcmul_(self.by_phase[phase % self.taps], new)
         self.phase = 0
 
-    def __call__(self) -> Tensor:
-        """The new token's q, k and v, `[3, B, D]`; `y` holds the convolved ones."""
+    def __call__(self) -> int:
+        """The slot that holds the convolved q, k and v of the new token, `[3, B, D]`."""
         phase = self.phase
         self.phase = (phase + 1) % self.taps
-        newest = self.ring[phase].copy_(self.new)
-        torch.mul(self.ring, self.weights[phase], out=self.products)
-        torch.sum(self.products, 0, out=self.y)
+        self.slots[phase - 1].zero_()
+        self.ring.addcmul_(self.by_phase[phase], self.new)
         if self.updater.config.conv_silu:
-            F.silu(self.y, inplace=True)
-        return newest
+            F.silu(self.slots[phase], inplace=True)
+        return phase
 
 
 class Linear:
-    """The linear branch, whose output is `out` `[B, D]`, before the output projection.
+    """The linear branch, whose output is `out` `[B, D]`, before the output projection; without the
+    gain of its norm if `folded`, where that is in the projection.
 
     Args:
         updater: of the layer.
         x: `[B, X]`, the output of its projection.
         state: `[B, H, K, K]`, of the delta rule.
-        y: `[3, B, H K]`, q, k and v after the convolution.
+        slots: `[3, B, H K]` each, where q, k and v may be after the convolution; overwritten.
     """
 
-    def __init__(self, updater: Any, x: Tensor, state: Tensor, y: Tensor) -> None:
+    def __init__(self, updater: Any, x: Tensor, state: Tensor, slots: Sequence[Tensor]) -> None:
         B, H, K, _ = state.shape
         self.updater, self.state = updater, state.view(B * H, K, K)
-        _, self.gate, self.beta, self.alpha, *_ = x.split(updater.sections, dim=1)
-        self.q, self.k, self.v = y.view(3, B * H, 1, K)
-        self.q_k = y[:2].view(2 * B * H, 1, K)
-        self.pair = squares(self.q_k)
+        width, D, *_ = updater.sections
+        self.gate = x[:, width : width + D]
+        self.gates = x[:, width + D : width + D + 2 * H].view(B, 2, H).transpose(0, 1)
+        self.slots = []
+        for slot in slots:
+            q_k, (q, k, v) = slot[:2].view(2 * B * H, 1, K), slot.view(3, B * H, 1, K)
+            self.slots.append((q_k, squares(q_k), q, k, k.mT, v))
         self.unit_eps = x.new_full((1, 1, 1), UNIT_EPS)
         self.norm_eps = x.new_full((1, 1, 1), updater.out_norm.eps)
         self.lengths, self.scale = x.new_empty(2 * B * H, 1, 1), x.new_empty(B * H, 1, 1)
         self.write, self.o = x.new_empty(2, B * H, 1, K)
         self.o_pair, self.out = squares(self.o), self.o.view(B, H * K)
-        self.beta_out, self.decay = x.new_empty(2, B, H)
-        self.betas, self.decays = self.beta_out.view(-1, 1, 1), self.decay.view(-1, 1, 1)
-        self.k_column, self.root, self.mean = self.k.mT, K**-0.5, 1 / K
-        self.gated, self.heads = x.new_empty(B, H * K), H
+        self.both = x.new_empty(2, B, H)
+        self.beta, self.decay = self.both.view(2, B * H, 1, 1)
+        self.signs = x.new_tensor([1.0, -1.0])[:, None, None]
+        self.bias, self.rates = x.new_zeros(2, 1, H), x.new_ones(2, 1, H)
+        self.root, self.mean, self.heads, self.folded = K**-0.5, 1 / K, H, False
 
     def refresh(self) -> None:
         updater = self.updater
-        self.rate, self.step_bias = -updater.A_log.exp(), updater.dt_bias
+        self.bias[1] = -updater.dt_bias
+        self.rates[1] = updater.A_log.exp()
         self.gain = updater.out_norm.weight.repeat(self.heads)
 
-    def __call__(self) -> None:
-        torch.baddbmm(self.unit_eps, *self.pair, out=self.lengths).rsqrt_()
-        self.q_k.mul_(self.lengths)
-        torch.sigmoid(self.beta, out=self.beta_out)
-        torch.add(self.alpha, self.step_bias, out=self.decay)
-        torch.mul(F.softplus(self.decay), self.rate, out=self.decay)
-        self.decay.clamp_(min=MIN_LOG_ALPHA).exp_()
-        S = self.state.mul_(self.decays)
-        torch.baddbmm(self.v, self.k, S, alpha=-1, out=self.write).mul_(self.betas)
-        S.addcmul_(self.k_column, self.write)
-        torch.baddbmm(self.o, self.q, S, beta=0, alpha=self.root, out=self.o)
+    def __call__(self, slot: int) -> None:
+        q_k, pair, q, k, k_column, v = self.slots[slot]
+        torch.baddbmm(self.unit_eps, *pair, out=self.lengths).rsqrt_()
+        q_k.mul_(self.lengths)
+        # Both are exponentials of A log(sigmoid), with A = 1 for beta: -softplus(a) is that of -a.
+        # `MIN_LOG_ALPHA` would make a difference of less than 1e-17.
+        logs = F.logsigmoid(torch.addcmul(self.bias, self.gates, self.signs, out=self.both))
+        torch.mul(logs, self.rates, out=self.both).exp_()
+        S = self.state.mul_(self.decay)
+        torch.baddbmm(v, k, S, alpha=-1, out=self.write).mul_(self.beta)
+        S.addcmul_(k_column, self.write)
+        torch.baddbmm(self.o, q, S, beta=0, alpha=self.root, out=self.o)
         torch.baddbmm(self.norm_eps, *self.o_pair, alpha=self.mean, out=self.scale).rsqrt_()
         self.o.mul_(self.scale)
-        torch.mul(F.silu(self.gate), self.gain, out=self.gated)
-        self.out.mul_(self.gated)
+        out = self.out.mul_(F.silu(self.gate))
+        if not self.folded:
+            out.mul_(self.gain)
 
 
 class Window:
@@ -129,7 +143,7 @@ class Window:
     Args:
         updater: of the layer.
         x: `[B, X]`, the output of its projection.
-        state: holds keys and values `[B, H, slots, K]`.
+        state: holds keys and values `[2, B, H, slots, K]`.
         slot: `[B, 1, 1, 1]`, int64, where the new ones go.
         bias: `[B, H, 1, slots]`, of the scores: 0 at tokens that were read, else -inf.
     """
@@ -137,28 +151,27 @@ class Window:
     def __init__(
         self, updater: Any, x: Tensor, state: DecodeStates, slot: Tensor, bias: Tensor
     ) -> None:
-        assert state.keys is not None
-        assert state.values is not None
-        self.keys, self.values = state.keys, state.values
-        B, H, _, K = self.keys.shape
-        factors = x.split(updater.sections, dim=1)[4]
-        self.factors, self.up = factors.view(B, 3, -1).transpose(0, 1), updater.window_up
-        self.bias, self.slot = bias.flatten(0, 1), slot.expand(B, H, 1, K)
+        assert state.keys_values is not None
+        self.keys_values = state.keys_values
+        _, B, H, _, K = self.keys_values.shape
+        qkv, *_, factors, _ = x.split(updater.sections, dim=1)
+        self.qkv, self.factors = (y.view(B, 3, -1).transpose(0, 1) for y in (qkv, factors))
+        self.up = updater.window_up
+        self.bias, self.slot = bias.flatten(0, 1), slot.expand(2, B, H, 1, K)
         self.q_k_v = x.new_empty(3, B, H * K)
-        q, self.key, self.value = self.q_k_v.view(3, B, H, 1, K)
-        self.q, self.o, self.scale = q.view(B * H, 1, K), x.new_empty(B * H, 1, K), K**-0.5
-        self.out = self.o.view(B, H * K)
+        self.new = self.q_k_v[1:].view(2, B, H, 1, K)
+        self.q, self.o = self.q_k_v[0].view(B * H, 1, K), x.new_empty(B * H, 1, K)
+        self.out, self.scale = self.o.view(B, H * K), K**-0.5
 
     def read(self, slots: int) -> None:
         """From now on, the first so many slots are read."""
-        keys, values = (x.flatten(0, 1)[:, :slots] for x in (self.keys, self.values))
+        keys, values = self.keys_values.flatten(1, 2)[:, :, :slots]
         self.seen = self.bias[:, :, :slots], self.q, keys.mT
         self.seen_values, self.scores = values, self.q.new_empty(len(keys), 1, slots)
 
-    def __call__(self, newest: Tensor) -> None:
-        torch.baddbmm(newest, self.factors, self.up, out=self.q_k_v)
-        self.keys.scatter_(2, self.slot, self.key)
-        self.values.scatter_(2, self.slot, self.value)
+    def __call__(self) -> None:
+        torch.baddbmm(self.qkv, self.factors, self.up, out=self.q_k_v)
+        self.keys_values.scatter_(3, self.slot, self.new)
         scores = torch.baddbmm(*self.seen, alpha=self.scale, out=self.scores)
         torch.bmm(scores.softmax(-1), self.seen_values, out=self.o)
 

@@ -97,7 +97,7 @@ class CpuStep:
         """Goes on from the states, as a prefill leaves them, with the weights that the model has
         now."""
         self.length, self.steps = int(self.count.max()), 0
-        self.head = self.model.lm_head.weight.T
+        self.head, self.norm.folded = self.model.lm_head.weight.T, False
         order = torch.arange(self.slots)
         unread = (order >= self.count[:, None])[:, None, None]
         self.bias.zero_().masked_fill_(unread, float("-inf"))
@@ -140,10 +140,10 @@ class CpuStep:
     def _copy(self) -> None:
         """Copies the weights with many more rows than columns so that their rows are in memory what
         were columns: a product with one vector then adds up rows, which takes half the time of as
-        many short scalar products."""
-        self.head = self.head.contiguous()
+        many short scalar products. The copies contain the gains of the norms before them."""
+        self.head, self.norm.folded = _rows(self.norm.weight, self.head), True
         for layer in self.layers:
-            layer.in_proj, layer.gate_up = layer.in_proj.contiguous(), layer.gate_up.contiguous()
+            layer.copy()
 
     def _needed(self) -> int:
         """Slots that the next token attends to, rounded up."""
@@ -154,6 +154,11 @@ class CpuStep:
         for layer in self.layers:
             if layer.has_window:
                 layer.window.read(slots)
+
+
+def _rows(gain: Tensor, weight: Tensor) -> Tensor:
+    """A contiguous copy of a transposed weight, its rows multiplied by the gain before it."""
+    return torch.mul(weight, gain[:, None]).contiguous()
 
 
 class _Layer:
@@ -180,13 +185,13 @@ class _Layer:
         B, D = h.shape
         self.norms = Norm(block.updater_norm, h, normed), Norm(block.mlp_norm, h, normed)
         self.mlp = block.mlp
-        self.out_proj, self.down = updater.out_proj.weight.T, block.mlp.down_proj.weight.T
+        self.down = block.mlp.down_proj.weight.T
         self.x = h.new_empty(B, updater.in_proj.out_features)
         self.pre = h.new_empty(B, block.mlp.gate_up_proj.out_features)
         self.act, self.up = self.pre.chunk(2, dim=1)
         self.recent = Recent(updater, self.x)
         assert state.delta is not None
-        self.linear = Linear(updater, self.x, state.delta, self.recent.y)
+        self.linear = Linear(updater, self.x, state.delta, self.recent.slots)
         if not self.has_window:
             return
         C = updater.gate_proj.in_features
@@ -199,30 +204,42 @@ class _Layer:
         self.window_down = [(w, h.new_empty(B, w.shape[1])) for w in first]
         self.zeta_down, self.zeta_up = updater.zeta[0].weight.T, updater.zeta[2].weight.T
         self.low, self.zeta = h.new_empty(B, self.zeta_down.shape[1]), h.new_empty(B, D)
-        self.gate, self.h_task = updater.gate_proj.weight.T, h_task
-        self.gates, self.one = h.new_empty(B, self.gate.shape[1]), h.new_ones(1)
-        self.t, self.rest = self.gates[:, :1], self.gates[:, 1:]
-        if updater.convex:
-            self.rest = h.new_empty(B, 1)
+        self.h_task, self.gates = h_task, h.new_empty(B, 2)
+        self.t, self.rest = self.gates.split(1, dim=1)
 
     def load(self) -> None:
         """Takes the states of a prefill, and the small weights."""
-        self.in_proj = self.updater.in_proj.weight.T
+        updater = self.updater
+        self.in_proj, self.out_proj = updater.in_proj.weight.T, updater.out_proj.weight.T
         self.gate_up = self.mlp.gate_up_proj.weight.T
-        assert self.state.conv is not None
-        self.recent.load(self.state.conv)
+        for part in (*self.norms, self.linear):
+            part.folded = False
         parts = [self.recent, self.linear] + ([self.trigger] if self.has_window else [])
         for part in parts:
             part.refresh()
+        assert self.state.conv is not None
+        self.recent.load(self.state.conv)
+        if self.has_window:
+            gate = updater.gate_proj.weight
+            # 1 - sigmoid(x) is sigmoid(-x).
+            self.gate = torch.cat([gate, -gate] if updater.convex else [gate]).T
+
+    def copy(self) -> None:
+        """See `CpuStep._copy`."""
+        before, after = self.norms
+        self.in_proj = _rows(before.weight, self.in_proj)
+        self.out_proj = _rows(self.linear.gain, self.out_proj)
+        self.gate_up = _rows(after.weight, self.gate_up)
+        for part in (*self.norms, self.linear):
+            part.folded = True
 
     def __call__(self) -> None:
         self.norms[0]()
         torch.mm(self.normed, self.in_proj, out=self.x)
-        newest = self.recent()
-        self.linear()
+        self.linear(self.recent())
         if self.has_window:
             torch.mm(self.linear.out, self.out_proj, out=self.b)
-            self.window(newest)
+            self.window()
             self.trigger()
             self._blend()
         else:
@@ -239,8 +256,6 @@ class _Layer:
             a = torch.mm(a, weight, out=low)
         torch.mm(a, self.window_up, out=self.a)
         torch.mm(self.h_task, self.gate, out=self.gates).sigmoid_()
-        if self.updater.convex:
-            torch.sub(self.one, self.t, out=self.rest)
         low = F.silu(torch.mm(self.together, self.zeta_down, out=self.low), inplace=True)
         zeta = torch.mm(low, self.zeta_up, out=self.zeta)
         torch.addcmul(self.a, self.rest, zeta, out=zeta)

@@ -72,6 +72,7 @@ class DecodeStates:
         sinks: `[B, 2 G K, num_sinks]`, or None.
         keys: `[B, G, slots, K]`, or None.
         values: `[B, G, slots, K]`, or None.
+        keys_values: both, `[2, B, G, slots, K]`, or None.
     """
 
     def __init__(
@@ -79,14 +80,17 @@ class DecodeStates:
     ) -> None:
         self.place, self.slots = place, slots
         shapes = state_shapes(config, layer_idx, place.slot.numel())
+        if "keys" in shapes:
+            shapes["keys_values"] = [2, *shapes["keys"]]
         high = torch.float64 if like.dtype == torch.float64 else torch.float32
-        for name in (*SLOTS, "delta", "keys", "values"):
-            state = None
+        for name in (*SLOTS, "delta", "keys_values"):
+            dtype, state = high if name in ("delta", "memory") else like.dtype, None
             if name in shapes:
-                shape = [slots if size is None else size for size in shapes[name]]
-                dtype = high if name in ("delta", "memory") else like.dtype
-                state = like.new_zeros(shape, dtype=dtype)
+                sizes = [slots if size is None else size for size in shapes[name]]
+                state = like.new_zeros(sizes, dtype=dtype)
             setattr(self, name, state)
+        both = self.keys_values
+        self.keys, self.values = (None, None) if both is None else both
 
     conv: Tensor | None
     delta: Tensor | None
@@ -94,6 +98,7 @@ class DecodeStates:
     sinks: Tensor | None
     keys: Tensor | None
     values: Tensor | None
+    keys_values: Tensor | None
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return None if self.place.empty else getattr(self, SLOTS[state_idx])
