@@ -6,15 +6,15 @@ from nirvana.mri.data.simulation.config import REALISTIC, Simulation
 from nirvana.mri.model.config import CodecConfig
 from nirvana.mri.train.config import StageSection
 
-CLASSICAL = ("zero-filled", "sense", "bart-sense", "grappa", "l1-wavelet", "bart-l1-wavelet")
 # Those with settings for each acceleration, by their field in `nirvana.mri.classical.peers.Peers`.
 PEERS = {
-    "bart_l1": "bart-l1-wavelet",
+    "sense": "sense",
     "bart_l2": "bart-sense",
     "grappa": "grappa",
     "l1_wavelet": "l1-wavelet",
-    "sense": "sense",
+    "bart_l1": "bart-l1-wavelet",
 }
+CLASSICAL = ("zero-filled", *PEERS.values())
 
 # 8 cascades each; those of the codec are narrower, in exchange for ViT and image decoder.
 TOKENS = CodecConfig(

@@ -31,8 +31,8 @@ from nirvana.mri.classical.bart import program
 from nirvana.mri.classical.peers import (
     BartSettings,
     GrappaSettings,
+    Peers,
     SenseSettings,
-    Settings,
     WaveletSettings,
     chosen_peers,
 )
@@ -56,44 +56,30 @@ COILS = 8
 Options = dict[str, Sequence[Any]]
 Problem = tuple[Acquisition, np.ndarray]
 Scores = dict[str, float]
-GRAPPA: Options = {
-    "regularisation": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-    "kernel": ((3, 5), (5, 5), (3, 9)),
-    "calibration_rows": (24, 256),
-}
-BART: Options = {
-    "weight": (0.001, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25),
-    "crop": (0.0, 0.3, 0.5),
-    "iterations": (5, 8, 15, 30, 60),
-    "threshold": (0.003, 0.01, 0.02),
-}
 ESPIRIT: Options = {"crop": (0.0, 0.3, 0.5), "threshold": (0.003, 0.01, 0.02)}
-WAVELET: Options = {
-    "noise_factor": (0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.4),
-    "iterations": (8, 15, 30, 80, 160),
-    **ESPIRIT,
-}
-SENSE: Options = {
-    "weight": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
-    "iterations": (5, 8, 15, 30),
-    **ESPIRIT,
-}
-
-
-# Settings that the search for the package starts from, and the values that are tried.
-STARTS: dict[str, Settings] = {
-    "bart_l1": BartSettings(),
-    "bart_l2": BartSettings(norm="l2"),
-    "grappa": GrappaSettings(),
-    "l1_wavelet": WaveletSettings(),
-    "sense": SenseSettings(),
-}
-OPTIONS = {
-    "bart_l1": BART,
-    "bart_l2": BART,
-    "grappa": GRAPPA,
-    "l1_wavelet": WAVELET,
-    "sense": SENSE,
+# The values that are tried of each setting.
+OPTIONS: dict[type, Options] = {
+    GrappaSettings: {
+        "regularisation": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+        "kernel": ((3, 5), (5, 5), (3, 9)),
+        "calibration_rows": (24, 256),
+    },
+    BartSettings: {
+        "weight": (0.001, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25),
+        "crop": (0.0, 0.3, 0.5),
+        "iterations": (5, 8, 15, 30, 60),
+        "threshold": (0.003, 0.01, 0.02),
+    },
+    WaveletSettings: {
+        "noise_factor": (0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.4),
+        "iterations": (8, 15, 30, 80, 160),
+        **ESPIRIT,
+    },
+    SenseSettings: {
+        "weight": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+        "iterations": (5, 8, 15, 30),
+        **ESPIRIT,
+    },
 }
 
 
@@ -145,9 +131,7 @@ def choose(start: Any, options: Options, psnr_of: Callable[[Any], float]) -> tup
             return best, tried
 
 
-def chosen(
-    given: Sequence[Problem], acceleration: float, starts: dict[str, Settings]
-) -> dict[str, Any]:
+def chosen(given: Sequence[Problem], acceleration: float, starts: dict[str, Any]) -> dict[str, Any]:
     """The entry of one acceleration: settings of some methods, mean PSNR with the settings that
     the search starts from and with the best ones."""
     zero_filled = mean_psnr(classical("zero-filled", 1), given)
@@ -158,7 +142,7 @@ def chosen(
         def psnr_of(settings: Any, name: str = name) -> float:
             return mean_psnr(classical(PEERS[name], 1, lambda _: settings), given)
 
-        found, tried = choose(start, OPTIONS[name], psnr_of)
+        found, tried = choose(start, OPTIONS[type(start)], psnr_of)
         entry[name] = asdict(found)
         entry["psnr_of_start"][name] = tried[json.dumps(asdict(start))]
         entry["psnr"][name] = max(tried.values())
@@ -207,11 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = {entry["acceleration"]: entry for entry in existing(options.out, how)}
     entries = []
     for acceleration in ACCELERATIONS:
-        starts, of_data = STARTS, problems
+        peers, of_data = Peers(acceleration), problems
         if measured:
             (peers,) = (each for each in chosen_peers() if each.acceleration == acceleration)
-            starts, of_data = {name: getattr(peers, name) for name in PEERS}, measured_problems
-        starts = {name: starts[name] for name in options.methods}
+            of_data = measured_problems
+        starts = {name: getattr(peers, name) for name in options.methods}
         entry = chosen(list(of_data(options.data, acceleration)), acceleration, starts)
         entries.append(updated(before.get(acceleration, {}), entry))
     write_json(options.out, {"chosen_on": how, "by": "experiments.mri.peers", "chosen": entries})

@@ -247,10 +247,10 @@ def classical(
     methods: dict[str, Any] = {
         "zero-filled": lambda acquisition, _: acquisition.slices(),
         "sense": partial(sense, workers=workers),
-        "bart-sense": lambda acquisition, settings: bart_pics(acquisition, "l2", settings),
+        "bart-sense": lambda acquisition, settings: bart_pics(acquisition, settings or "l2"),
         "grappa": partial(grappa, workers=workers),
         "l1-wavelet": partial(l1_wavelet, workers=workers),
-        "bart-l1-wavelet": lambda acquisition, settings: bart_pics(acquisition, "l1", settings),
+        "bart-l1-wavelet": lambda acquisition, settings: bart_pics(acquisition, settings or "l1"),
     }
     kspace_of = methods[name]
     method = classical_method(lambda acquisition: kspace_of(acquisition, settings_of(acquisition)))

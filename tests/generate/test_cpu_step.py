@@ -150,34 +150,10 @@ def hooked(model):
     return model
 
 
-def adapted(model):
-    part = model.model.layers[0].updater
-    part.out_proj = torch.nn.utils.parametrizations.weight_norm(part.out_proj)
-    return model
-
-
-def wrapped(model):
-    """The weight of a wrapper's attribute is not all that it computes with."""
-
-    class Wrapper(type(model.model.norm)):
-        pass
-
-    model.model.norm.__class__ = Wrapper
-    return model
-
-
-def without_windows(model):
-    model.model.layers[-1].updater.window_kept = torch.zeros(1, 1, 1)
-    return model
-
-
 OTHERS = {
-    "replaced": ({}, wrapped),
-    "window branches": ({}, without_windows),
     "hooks": ({}, hooked),
-    "adapters": ({}, adapted),
     "no window": ({"sliding_window": None}, lambda model: model),
-    "settings": ({"num_sinks": 2}, lambda model: model),
+    "num_sinks = 2": ({"num_sinks": 2}, lambda model: model),
     "float32 or float64": ({}, lambda model: model.bfloat16()),
 }
 

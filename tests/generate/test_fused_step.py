@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from helpers.adopted_settings import LLAMA3, YARN
-from nirvana.generate import fused_step
 from nirvana.generate.fused_step import FusedStep
 from nirvana.generate.graph_decoder import Decoder
 
@@ -89,15 +88,6 @@ ADOPTED = {
 def _where_triton_runs(device):
     if device == "cpu" and not knobs.runtime.interpret:
         pytest.skip("Triton is compiled for the GPU here")
-
-
-def test_adapters_are_not_for_the_kernels(small_model, monkeypatch):
-    monkeypatch.setattr(fused_step, "suits_kernels", lambda x: True)
-    model = small_model(**SIZES)
-    assert FusedStep.refusal(model) is None
-    part = model.model.layers[1].updater
-    part.in_proj = torch.nn.utils.parametrizations.weight_norm(part.in_proj)
-    assert "adapters" in str(FusedStep.refusal(model))
 
 
 # Every two of kind, rows and length meet once: each case takes seconds in the interpreter.

@@ -1,8 +1,9 @@
 """A program that several processes run: a small training which one of them may interrupt.
 
-torchrun processes.py INTERRUPTION STEP CONFIG [--key value ...] [--resume]
+torchrun processes.py TRAINING INTERRUPTION STEP CONFIG [--key value ...] [--resume]
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -12,13 +13,19 @@ import torch
 
 from nirvana.errors import InputError
 from nirvana.train import float8, language
-from nirvana.train.language import LanguageTask, train
 from nirvana.train.trainer import Trainer
 
+TRAININGS = {
+    "language": ("nirvana.train.language", "LanguageTask", "train"),
+    "distillation": ("nirvana.train.distill", "DistillTask", "distill"),
+    "codec": ("nirvana.mri.train.task", "ReconstructionTask", "train"),
+}
+"""Module, task and function of each."""
 
-def interrupt(kind, at):
+
+def interrupt(kind, at, task_class):
     """Makes the last process stop or fail when it fetches the data of a step."""
-    original = LanguageTask.batch
+    original = task_class.batch
 
     def batch(task, step, micro):
         if step == at and os.environ.get("RANK") == "1":
@@ -28,7 +35,7 @@ def interrupt(kind, at):
             # when a scheduler and torchrun both pass it on
         return original(task, step, micro)
 
-    LanguageTask.batch = batch
+    task_class.batch = batch
 
 
 def rounded():
@@ -59,7 +66,9 @@ def replaced(original, *arguments):
 
 
 if __name__ == "__main__":
-    _, kind, at, config, *arguments = sys.argv
+    _, training, kind, at, config, *arguments = sys.argv
+    module, task_class, train = TRAININGS[training]
+    module = importlib.import_module(module)
     if kind == "rounded":
         rounded()
     elif kind == "fused":
@@ -67,10 +76,10 @@ if __name__ == "__main__":
     elif kind == "float8":
         float8_anywhere()
     elif kind != "none":
-        interrupt(kind, int(at))
+        interrupt(kind, int(at), getattr(module, task_class))
     resume = "--resume" in arguments
     try:
-        train(config, [a for a in arguments if a != "--resume"], resume)
+        getattr(module, train)(config, [a for a in arguments if a != "--resume"], resume)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

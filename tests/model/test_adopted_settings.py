@@ -9,7 +9,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from helpers.adopted_settings import ADOPTED, LLAMA3
 from nirvana import InputError, NirvanaConfig, NirvanaForCausalLM, preset
-from nirvana.generate.fused_step import FusedStep
 from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.attention import Rotary, rotate
 from nirvana.model.state import State
@@ -196,41 +195,6 @@ def test_settings_without_kernels_are_logged_once(monkeypatch, caplog):
     assert adopted.without_kernels == ()
     assert dispatch.linear_branch_fits(qkv, None, 64, *borders, None)
     assert dispatch.sink_attention_fits(qkv[..., :64], 4, 16, *borders, None)
-
-
-@pytest.mark.parametrize(
-    ("fields", "setting"),
-    [
-        ({"branches": "window"}, "branches = 'window'"),
-        ({"gate": "input"}, "gate = 'input'"),
-        ({"trigger_step": "normalised"}, "trigger_step = 'normalised'"),
-        ({"conv_size": 3}, "conv_size = 3"),
-        ({"head_dim": 48}, "head_dim = 48"),
-        ({"num_sinks": 17}, "num_sinks = 17"),
-    ],
-)
-def test_the_fused_step_names_what_it_does_not_compute(monkeypatch, fields, setting):
-    monkeypatch.setattr("nirvana.generate.fused_step.suits_kernels", lambda x: True)
-    model = NirvanaForCausalLM(preset("tiny", **fields))
-    assert FusedStep.refusal(model) == f"no kernel of a step takes {setting}"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"num_key_value_heads": 1, "head_dim": 32, "num_sinks": 4, "rope_theta": 1e4},
-        {"conv_size": None, "conv_silu": False, "window_output": "full", "gate": "constant"},
-        {"qkv_bias": True, "qk_norm": True, "rope_theta": 1e4, "rope_scaling": LLAMA3},
-        {"branches": "linear", "trigger_step": "normalised"},
-    ],
-)
-def test_the_fused_step_takes_adopted_models(monkeypatch, fields):
-    monkeypatch.setattr("nirvana.generate.fused_step.suits_kernels", lambda x: True)
-    model = NirvanaForCausalLM(preset("tiny", **fields))
-    assert FusedStep.refusal(model) is None
-    model.model.layers[-1].updater.window_kept = torch.zeros(1, 1, 1)
-    assert FusedStep.refusal(model) == "it drops window branches"
 
 
 @pytest.mark.parametrize("variant", ADOPTED, ids=range(len(ADOPTED)))

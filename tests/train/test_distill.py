@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from helpers import HELPERS
+from helpers.runs import one_thread
 from helpers.stand_in import stop
 from helpers.words import WORDS
 from nirvana import InputError
@@ -148,12 +149,10 @@ def test_two_processes_compute_what_one_computes(arguments, forks, tmp_path, sta
     path, overrides = arguments
     overrides = [*overrides, f"--distill.stage={stage}", "--run.steps=3", "--run.log_interval=1"]
     overrides += ["--parallel.recompute=1"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    distill(path, overrides)
-    torch.set_num_threads(threads)
-    program = HELPERS / "run_distillation.py"
-    code, output = forks.together(program, [path, *overrides, f"--run.out={tmp_path / 'two'}"])
+    with one_thread():
+        distill(path, overrides)
+    given = ["distillation", "none", 0, path, *overrides, f"--run.out={tmp_path / 'two'}"]
+    code, output = forks.together(HELPERS / "processes.py", given)
     assert code == 0, output
     alone, together = (
         load_language_model(tmp_path / name / "model")[0].state_dict() for name in ("run", "two")

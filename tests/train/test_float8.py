@@ -38,9 +38,7 @@ def relative(value, exact):
 
 def linear(wide=96, out=160):
     torch.manual_seed(0)
-    layer = nn.Linear(wide, out, bias=False)
-    layer.__class__ = Float8Linear
-    return layer
+    return Float8Linear.of(nn.Linear(wide, out, bias=False))
 
 
 @pytest.mark.parametrize("scales", FORMATS)
@@ -124,6 +122,28 @@ def test_a_model_in_float8_has_about_the_same_loss_and_gradient():
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert 0 < relative(*gradients[::-1]) < 0.05
+
+
+def test_compiled_blocks_notice():
+    """Even where PyTorch's guards skip modules that have the same objects as in the last call."""
+    torch.manual_seed(0)
+    plain = NirvanaForCausalLM(preset("tiny", **SIZES)).train()
+    model = copy.deepcopy(plain)
+    ids = torch.randint(plain.config.vocab_size, (2, 32))
+
+    def losses():
+        both = (model, plain)
+        return [each(input_ids=ids, labels=ids, skip_logits=True).loss.item() for each in both]
+
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        for block in model.model.layers:
+            block.compile(backend="eager", dynamic=False)
+        before = [losses() for _ in range(4)]
+        assert all(ours == its for ours, its in before)
+        for each in (model, plain):
+            use_float8(each.model.layers)
+        ours, its = losses()
+    assert ours == its != before[0][1]
 
 
 @pytest.fixture

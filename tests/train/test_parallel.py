@@ -1,16 +1,14 @@
 """Several processes compute what one computes, from two to one and back, on gloo."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 from helpers import HELPERS
+from helpers.runs import curve, one_thread, torchrun, weights
 from nirvana import NirvanaConfig, NirvanaForCausalLM
 from nirvana.data.shards import tokenize
 from nirvana.errors import InputError
@@ -37,11 +35,8 @@ MODEL = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As in `torchrun`: how a sum is cut into threads shows in its last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,40 +58,23 @@ def config(tmp_path_factory):
     return path
 
 
-def torchrun(config, out, *arguments, kind="none", at=0):
-    """Two processes under torchrun; returns their exit code and what they logged."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", PROGRAM, kind, str(at), config, f"--run.out={out}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stderr
+def arguments(config, out, *more, kind="none", at=0):
+    return ["language", kind, at, config, f"--run.out={out}", *more]
 
 
 @pytest.fixture
 def together(forks):
-    """`torchrun`, without the seconds in which each process imports."""
+    """Runs the training in two processes; returns their exit code and what they logged."""
 
-    def call(config, out, *arguments, kind="none", at=0):
-        return forks.together(PROGRAM, [kind, at, config, f"--run.out={out}", *arguments])
+    def call(*given, **interruption):
+        return forks.together(PROGRAM, arguments(*given, **interruption))
 
     return call
 
 
-def weights(run):
-    return (run / "model" / "model.safetensors").read_bytes()
-
-
-def curve(run):
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    names = ("step", "loss", "lr", "gradient_norm", "valid")
-    return [{name: line.get(name) for name in names} for line in lines]
-
-
 def test_two_processes_then_one(config, tmp_path):
     """One of two processes gets a signal: both save after the same step, and one alone goes on."""
-    code, output = torchrun(config, tmp_path / "run", kind="sigterm", at=4)
+    code, output = torchrun(PROGRAM, arguments(config, tmp_path / "run", kind="sigterm", at=4))
     assert code == 0, output
     assert output.count("stopped after step 4") == 1
     assert len(list((tmp_path / "run/checkpoints/step-00000004").glob("shard-*"))) == 2
@@ -209,9 +187,10 @@ def test_two_gpus_are_one_to_rounding(config, tmp_path, name):
     options += [f"--optim.name={name}", "--optim.z_loss=0.001"]
     options += ["--optim.lr=0.005"] if name == "muon" else []
     train(config, [*options, f"--run.out={tmp_path / 'one'}"])
-    code, output = torchrun(config, tmp_path / "two", *options, kind="sigterm", at=3)
+    given = config, tmp_path / "two", *options
+    code, output = torchrun(PROGRAM, arguments(*given, kind="sigterm", at=3))
     assert code == 0, output
-    code, output = torchrun(config, tmp_path / "two", *options, "--resume", "--parallel.shard=1")
+    code, output = torchrun(PROGRAM, arguments(*given, "--resume", "--parallel.shard=1"))
     assert code == 0, output
     for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)

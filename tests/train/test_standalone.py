@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import nirvana
 from helpers import HELPERS
+from helpers.runs import one_thread
 from helpers.use_standalone import computed, fine_tune
 from nirvana import NirvanaForCausalLM
 from nirvana.data.tokenizer import copy_tokenizer
@@ -51,10 +52,8 @@ def without_package(folder, tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.mark.parametrize(

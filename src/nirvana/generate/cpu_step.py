@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nirvana.generate.cpu_parts import Linear, Norm, Recent, Trigger, Window
 from nirvana.generate.decode_states import DecodeStates, Place
-from nirvana.generate.fused_step import has_plain_layers
+from nirvana.generate.refusals import model_refusal
 from nirvana.model.config import NirvanaConfig
 
 BLOCK = 64
@@ -71,18 +71,23 @@ class CpuStep:
         """
         config: NirvanaConfig = model.config
         H, G, _ = config.head_sizes
-        known = config.branches == "both" and config.gate == "trigger" and G == H
-        known = known and config.conv_size is not None and not config.num_sinks
-        known = known and not (config.qkv_bias or config.qk_norm) and config.rope_theta is None
-        if not (known and config.trigger_step == "plain" and config.num_hidden_layers):
-            return "its architecture settings are not those of a published model"
-        if not has_plain_layers(model):
-            return "it has adapters, or quantised or replaced layers"
+        taken = {
+            "branches": config.branches == "both",
+            "gate": config.gate == "trigger",
+            "trigger_step": config.trigger_step == "plain",
+            "num_key_value_heads": G == H,
+            "conv_size": config.conv_size is not None,
+            "num_sinks": config.num_sinks == 0,
+            "qkv_bias": not config.qkv_bias,
+            "qk_norm": not config.qk_norm,
+            "rope_theta": config.rope_theta is None,
+        }
+        refusal = model_refusal(model, taken)
+        if refusal is not None:
+            return refusal
         kinds = {(p.dtype, p.device.type) for p in model.parameters()}
         if kinds not in ({(torch.float32, "cpu")}, {(torch.float64, "cpu")}):
             return "it is not in float32 or float64 on a CPU"
-        if any(layer.updater.window_kept is not None for layer in model.model.layers):
-            return "it drops window branches"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         return None

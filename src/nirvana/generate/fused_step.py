@@ -6,24 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nirvana.model.attention import QKV, RMSNorm, frequencies
-from nirvana.model.block import NirvanaBlock, SwiGLU
+from nirvana.generate.refusals import model_refusal
+from nirvana.model.attention import frequencies
 from nirvana.model.config import NirvanaConfig
-from nirvana.model.nirvana import NirvanaModel
-from nirvana.model.trigger import NoBank, Trigger, WeightBank
 from nirvana.model.updater import ALIGNED, Updater
 from nirvana.ops import suits_kernels
 from nirvana.ops.limits import CONV_WIDTH, HEAD_DIMS, MAX_SINKS
-
-PLAIN = frozenset(
-    [
-        *(nn.Linear, nn.Embedding, nn.ModuleList, nn.Sequential, nn.SiLU, RMSNorm, QKV, SwiGLU),
-        *(NirvanaModel, NirvanaBlock, Updater, Trigger, WeightBank, NoBank),
-    ]
-)
-"""The classes of the parts of a model with linear branches."""
 
 
 class FusedStep:
@@ -82,13 +72,18 @@ class FusedStep:
         Args:
             model: a `NirvanaForCausalLM`.
         """
-        setting = _setting_without_kernels(model.config)
-        if setting is not None:
-            return f"no kernel of a step takes {setting}"
-        if not has_plain_layers(model):
-            return "it has adapters, or quantised or replaced layers"
-        if any(layer.updater.window_kept is not None for layer in model.model.layers):
-            return "it drops window branches"
+        config: NirvanaConfig = model.config
+        taken = {
+            "branches": config.branches != "window",
+            "gate": config.gate != "input",
+            "trigger_step": config.trigger_step == "plain" or not config.has_trigger,
+            "conv_size": config.conv_size in (CONV_WIDTH, None),
+            "head_dim": config.head_dim in HEAD_DIMS,
+            "num_sinks": config.num_sinks <= MAX_SINKS,
+        }
+        refusal = model_refusal(model, taken)
+        if refusal is not None:
+            return refusal
         if not suits_kernels(model.lm_head.weight):
             return "it is not in half precision on a GPU with Triton"
         return None
@@ -208,31 +203,6 @@ def _row(updater: Updater) -> int:
     """Numbers from one text's output of in_proj to the next one's: cuBLAS has slower kernels for
     rows that do not begin at multiples of 16 bytes."""
     return -(-sum(updater.sections) // ALIGNED) * ALIGNED
-
-
-def _setting_without_kernels(config: NirvanaConfig) -> str | None:
-    """The first setting that the kernels do not take, with its value; None if they take all."""
-    taken = {
-        "branches": config.branches != "window",
-        "gate": config.gate != "input",
-        "trigger_step": config.trigger_step == "plain" or not config.has_trigger,
-        "conv_size": config.conv_size in (CONV_WIDTH, None),
-        "head_dim": config.head_dim in HEAD_DIMS,
-        "num_sinks": config.num_sinks <= MAX_SINKS,
-    }
-    wrong = (name for name, fits in taken.items() if not fits)
-    return next((f"{name} = {getattr(config, name)!r}" for name in wrong), None)
-
-
-def has_plain_layers(model: Any) -> bool:
-    """Whether all parts of a model with linear branches are of the classes that it was made of. A
-    step reads their weights, and an adapter, a wrapper or a quantised layer computes more than
-    those.
-
-    Args:
-        model: a `NirvanaForCausalLM`.
-    """
-    return all(type(part) in PLAIN for part in model.modules() if part is not model)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def no_float8(name: str) -> InputError:
 
 
 def use_float8(blocks: Iterable[nn.Module]) -> list[str]:
-    """Turns the large linear maps of blocks into `Float8Linear`, in place; parameters stay.
+    """Replaces the large linear maps of blocks by `Float8Linear`; parameters stay.
 
     Args:
         blocks: the layers of a model.
@@ -70,8 +70,8 @@ def use_float8(blocks: Iterable[nn.Module]) -> list[str]:
         the sizes that no product in float8 takes, "OUT x IN"; their maps are unchanged.
     """
     unfit: dict[str, None] = {}
-    for block in blocks:
-        for part in block.modules():
+    for owner in [module for block in blocks for module in block.modules()]:
+        for name, part in owner.named_children():
             if type(part) is not nn.Linear or part.bias is not None:
                 continue
             sizes = part.out_features, part.in_features
@@ -80,7 +80,9 @@ def use_float8(blocks: Iterable[nn.Module]) -> list[str]:
             if any(size % MULTIPLE for size in sizes):
                 unfit["{} x {}".format(*sizes)] = None
             else:
-                part.__class__ = Float8Linear
+                # Assigning a class to the old module is not enough: compiled code that has run a
+                # few times may no longer check classes, but does notice replaced modules.
+                setattr(owner, name, Float8Linear.of(part))
     return list(unfit)
 
 
@@ -90,6 +92,14 @@ class Float8Linear(nn.Linear):
     In evaluation it is an ordinary one, as the model will be that is exported, and so it is for
     numbers of tokens that are no multiple of `MULTIPLE`.
     """
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Float8Linear":
+        """A new module with the weight of another."""
+        with torch.device("meta"):
+            rounded = cls(linear.in_features, linear.out_features, bias=False)
+        rounded.weight = linear.weight
+        return rounded.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` to `[..., N]`."""

@@ -21,7 +21,7 @@ from experiments.mri import (
     study,
 )
 from experiments.mri import speed as speed_program
-from experiments.mri.methods import MEASURED, SHORT, recipe_of, tiny
+from experiments.mri.methods import MEASURED, PEERS, SHORT, recipe_of, tiny
 from experiments.mri.study import SAMPLINGS, classical
 from nirvana.config import to_dict
 from nirvana.errors import InputError
@@ -29,6 +29,8 @@ from nirvana.model.backbone import load_backbone
 from nirvana.mri.classical.peers import (
     BartSettings,
     GrappaSettings,
+    Peers,
+    SenseSettings,
     WaveletSettings,
     chosen_peers,
 )
@@ -260,11 +262,19 @@ def test_one_person_has_no_interval():
     assert mean.strip() == least.strip()
 
 
+def test_every_peer_has_a_method_and_values_that_are_tried():
+    starts = {name: start for name, start in vars(Peers(4.0)).items() if name != "acceleration"}
+    assert starts.keys() == PEERS.keys()
+    for start in starts.values():
+        for name, values in peers.OPTIONS[type(start)].items():
+            assert type(getattr(start, name)) is type(values[0])
+
+
 def test_best_settings_of_a_peer_are_searched_on_a_scan(scans: Path, monkeypatch):
     """From the package's settings on, and never to worse ones."""
     given = list(peers.measured_problems(scans, 4.0))
     assert len(given) == 2 * 2  # directions, kinds of mask
-    monkeypatch.setitem(peers.OPTIONS, "grappa", {"regularisation": (1.0, 100.0)})
+    monkeypatch.setitem(peers.OPTIONS, GrappaSettings, {"regularisation": (1.0, 100.0)})
     start = GrappaSettings(regularisation=0.01)
     entry = peers.chosen(given, 4.0, {"grappa": start})
     assert entry["psnr_of_start"]["grappa"] == peers.mean_psnr(
@@ -281,8 +291,8 @@ def test_a_search_replaces_the_settings_of_the_methods_it_names(scans: Path, mon
     out = scans.with_suffix(".json")
     (chosen,) = (each for each in chosen_peers() if each.acceleration == 4.0)
     monkeypatch.setattr(peers, "ACCELERATIONS", {4.0: 0.08})
-    monkeypatch.setitem(peers.OPTIONS, "sense", {"iterations": (1, 10)})
-    monkeypatch.setitem(peers.OPTIONS, "l1_wavelet", {"iterations": (1,)})
+    monkeypatch.setitem(peers.OPTIONS, SenseSettings, {"iterations": (1, 10)})
+    monkeypatch.setitem(peers.OPTIONS, WaveletSettings, {"iterations": (1,)})
 
     def search(name: str) -> dict:
         peers.main([str(scans), "--methods", name, "--out", str(out)])
@@ -338,5 +348,5 @@ def test_a_file_has_the_settings_of_the_nearest_acceleration(
     file.write_text('{"chosen": [{"acceleration": 4.0}]}')
     with pytest.raises(InputError, match=f"no settings of {key}"):
         measured.tuned(name, file)
-    with pytest.raises(InputError, match="--method codec is none of bart-l1-wavelet-best"):
+    with pytest.raises(InputError, match="--method codec is none of sense-best"):
         measured.tuned("codec", file)

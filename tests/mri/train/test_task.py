@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import HELPERS
+from helpers.runs import curve, one_thread, torchrun, weights
 from nirvana import InputError
 from nirvana.config import load_config
 from nirvana.mri.data.batch import HeldBackBatch, micro_batch_generator
@@ -251,9 +252,10 @@ def test_a_share_of_the_batches_has_masks_of_points(config):
         ),
         (["--stage.held_share", "1.0"], "stage.held_share"),
         (["--stage.loss", "ssdu", "--data.reports", "x.jsonl"], "data.reports"),
+        (["--parallel.recompute", "1"], "parallel.recompute"),
     ],
 )
-def test_wrong_samplings_and_losses_are_refused(config, setting, message):
+def test_wrong_settings_are_refused(config, setting, message):
     with pytest.raises(InputError, match=message):
         load_config(MriConfig, config(), setting)
 
@@ -300,25 +302,68 @@ def test_training_gains_on_the_start(config, codec):
     assert valid["ssim"] > fresh["ssim"]
 
 
-def test_two_processes_compute_what_one_computes(config, forks, tmp_path):
-    """Codec and frozen backbone in two parts each (FSDP2)."""
-    settings = ["--run.steps", "2", "--optim.accumulation", "2", "--run.compile", "false"]
-    settings += ["--run.device", "cpu"]
-    train(config("nirvana", "alone"), settings)
-    program = HELPERS / "run_training.py"
-    code, output = forks.together(program, [config("nirvana", "together"), *settings])
+PROCESSES = HELPERS / "processes.py"
+TWO = ["--run.steps", "2", "--optim.accumulation", "4", "--run.compile", "false"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        [*SENSE, *SSDU],
+        [*SENSE, *SSDU, "--parallel.shard", "1"],
+        [*SENSE, *SSDU, "--parallel.reshard", "false"],
+    ],
+    ids=["image", "ssdu", "ssdu-copies", "ssdu-gathered-once"],
+)
+def test_two_processes_compute_what_one_computes(config, forks, tmp_path, settings):
+    """Codec and frozen backbone in two parts each (FSDP2), or a whole copy in each process."""
+    settings = [*TWO, "--run.device", "cpu", *settings]
+    with one_thread():
+        train(config("nirvana", "alone"), settings)
+    given = ["codec", "none", 0, config("nirvana", "together"), *settings]
+    code, output = forks.together(PROCESSES, given)
     assert code == 0, output
-    alone, together = (
-        load_file(tmp_path / run / "model" / "model.safetensors") for run in ("alone", "together")
-    )
-    assert alone.keys() == together.keys()
-    for name, x in alone.items():
-        torch.testing.assert_close(together[name], x, rtol=1e-3, atol=2e-5, msg=name)
-    lines = [
-        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])
-        for run in ("alone", "together")
-    ]
-    assert lines[1]["valid"]["psnr"] == pytest.approx(lines[0]["valid"]["psnr"], abs=1e-3)
+    assert curve(tmp_path / "together") == curve(tmp_path / "alone")
+    assert weights(tmp_path / "together") == weights(tmp_path / "alone")
+
+
+def test_an_interrupted_run_of_two_processes_resumes_bitwise(config, forks, tmp_path):
+    """Self-supervised, without a backbone; one of the two gets a signal."""
+
+    def together(out: str, kind: str, *more: str) -> str:
+        settings = [*TWO, "--run.device", "cpu", *SENSE, *SSDU, *more]
+        given = ["codec", kind, 1, config(out=out), *settings]
+        code, output = forks.together(PROCESSES, given)
+        assert code == 0, output
+        return output
+
+    together("whole", "none")
+    assert together("parts", "sigterm").count("stopped after step 1") == 1
+    assert "continuing after step 1" in together("parts", "none", "--resume")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices here")
+def test_two_gpus_are_one_to_rounding(config, tmp_path):
+    """In bfloat16; sharded at first, then in whole copies."""
+    settings = [*TWO, "--run.device", "auto", *SENSE, *SSDU]
+    train(config("nirvana", "one"), settings)
+    given = [config("nirvana", "two"), *settings]
+    code, output = torchrun(PROCESSES, ["codec", "sigterm", 1, *given])
+    assert code == 0, output
+    resumed = [*given, "--resume", "--parallel.shard", "1"]
+    code, output = torchrun(PROCESSES, ["codec", "none", 0, *resumed])
+    assert code == 0, output
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == 2
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-2)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=5e-2)
+    psnr = one[-1]["valid"]["psnr"]
+    assert two[-1]["valid"]["psnr"] == pytest.approx(psnr, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,7 @@ def program() -> str:
 
 
 def bart_pics(
-    acquisition: Acquisition,
-    norm: Literal["l1", "l2"] = "l1",
-    settings: BartSettings | None = None,
+    acquisition: Acquisition, settings: BartSettings | Literal["l1", "l2"] = "l1"
 ) -> Iterator[np.ndarray]:
     """Parallel imaging with wavelets ("l1", FISTA) or a squared norm ("l2", conjugate gradients).
 
@@ -49,8 +47,8 @@ def bart_pics(
 
     Args:
         acquisition: the measured k-space.
-        norm: the regularisation.
-        settings: of BART's programs; None takes those chosen for this acceleration.
+        settings: of BART's programs, or the norm, whose settings are those chosen for this
+            acceleration.
 
     Yields:
         complex64 `[coils, H, W]` for each slice.
@@ -60,7 +58,8 @@ def bart_pics(
     """
     found = program()
     acquisition.require_calibration()
-    settings = settings or peers_for(acquisition.pattern).bart(norm)
+    if isinstance(settings, str):
+        settings = peers_for(acquisition.pattern).bart(settings)
     with TemporaryDirectory(prefix="nirvana-bart-") as folder:
         for index, kspace in enumerate(acquisition.slices()):
             calibration, mask = acquisition.calibration(index), acquisition.mask(index)

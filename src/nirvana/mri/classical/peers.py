@@ -6,8 +6,8 @@ settings were chosen. NumPy only: worker processes import this module and must s
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -115,12 +115,9 @@ class SenseSettings(EspiritSettings):
     iterations: int = 15
 
 
-Settings = GrappaSettings | BartSettings | WaveletSettings | SenseSettings
-
-
 @dataclass(frozen=True)
 class Peers:
-    """The settings for one acceleration.
+    """The settings for one acceleration; the defaults are those that the search starts from.
 
     Attributes:
         acceleration: all points of k-space over the sampled ones.
@@ -132,24 +129,15 @@ class Peers:
     """
 
     acceleration: float
-    grappa: GrappaSettings
-    bart_l1: BartSettings
-    bart_l2: BartSettings
-    l1_wavelet: WaveletSettings
-    sense: SenseSettings
+    grappa: GrappaSettings = GrappaSettings()
+    bart_l1: BartSettings = BartSettings()
+    bart_l2: BartSettings = BartSettings(norm="l2")
+    l1_wavelet: WaveletSettings = WaveletSettings()
+    sense: SenseSettings = SenseSettings()
 
     def bart(self, norm: Literal["l1", "l2"]) -> BartSettings:
         """BART's settings with this regularisation."""
         return self.bart_l1 if norm == "l1" else self.bart_l2
-
-
-KINDS: dict[str, Callable[..., Settings]] = {
-    "grappa": GrappaSettings,
-    "bart_l1": BartSettings,
-    "bart_l2": BartSettings,
-    "l1_wavelet": WaveletSettings,
-    "sense": SenseSettings,
-}
 
 
 def peers_for(pattern: np.ndarray) -> Peers:
@@ -168,8 +156,9 @@ def nearest_acceleration(pattern: np.ndarray, accelerations: Iterable[float]) ->
 def chosen_peers() -> tuple[Peers, ...]:
     """The settings for every acceleration in `peers.json`."""
     text = resources.files("nirvana.mri.classical").joinpath("peers.json").read_text("utf-8")
+    names = [field.name for field in fields(Peers) if field.name != "acceleration"]
     return tuple(
-        Peers(entry["acceleration"], **{name: settings_of(entry, name) for name in KINDS})
+        Peers(entry["acceleration"], **{name: settings_of(entry, name) for name in names})
         for entry in json.loads(text)["chosen"]
     )
 
@@ -177,4 +166,4 @@ def chosen_peers() -> tuple[Peers, ...]:
 def settings_of(entry: dict[str, Any], name: str) -> Any:
     """The settings of one peer in an entry of a file that `experiments.mri.peers` wrote."""
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in entry[name].items()}
-    return KINDS[name](**values)
+    return replace(getattr(Peers(entry["acceleration"]), name), **values)

@@ -5,6 +5,7 @@ torch.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from nirvana.mri.classical.workers import map_slices
 from nirvana.mri.data.acquisition import Acquisition
 
 ImageOf = Callable[..., np.ndarray]
-Task = tuple[ImageOf, np.ndarray, np.ndarray, np.ndarray, float, EspiritSettings]
+Task = tuple[ImageOf, np.ndarray, np.ndarray, np.ndarray, EspiritSettings]
 
 
 def l1_wavelet(
@@ -53,7 +54,7 @@ def l1_wavelet(
     settings = settings or peers_for(acquisition.pattern).l1_wavelet
     noise = acquisition.noise / acquisition.scale
     weight = max(settings.noise_factor * noise, settings.min_weight)
-    yield from _by_slices(_wavelet_image, acquisition, settings, weight, workers)
+    yield from _by_slices(partial(_wavelet_image, weight), acquisition, settings, workers)
 
 
 def sense(
@@ -70,14 +71,13 @@ def sense(
     """
     acquisition.require_calibration()
     settings = settings or peers_for(acquisition.pattern).sense
-    yield from _by_slices(_sense_image, acquisition, settings, settings.weight, workers)
+    yield from _by_slices(_sense_image, acquisition, settings, workers)
 
 
 def _by_slices(
     image_of: ImageOf,
     acquisition: Acquisition,
     settings: EspiritSettings,
-    weight: float,
     workers: int | None,
 ) -> Iterator[np.ndarray]:
     scale = acquisition.scale
@@ -86,7 +86,7 @@ def _by_slices(
         for index, kspace in enumerate(acquisition.slices()):
             calibration = acquisition.calibration(index)
             mask = acquisition.mask(index)
-            yield image_of, kspace / np.float32(scale), mask, calibration, weight, settings
+            yield image_of, kspace / np.float32(scale), mask, calibration, settings
 
     for modelled in map_slices(_reconstruct_slice, tasks(), len(acquisition), workers):
         yield modelled * np.float32(scale)
@@ -94,20 +94,20 @@ def _by_slices(
 
 def _reconstruct_slice(task: Task) -> np.ndarray:
     """One slice, `[coils, H, W]`; samples as measured, the others modelled."""
-    image_of, kspace, mask, calibration, weight, settings = task
+    image_of, kspace, mask, calibration, settings = task
     if not kspace.any() or not calibration.any():
         return kspace
     maps = espirit_maps(calibration, kspace.shape[1:], settings)
     weights = np.broadcast_to(mask, kspace.shape[1:]).astype(np.float32)
-    image = image_of(kspace, maps, weights, weight, settings)
+    image = image_of(kspace, maps, weights, settings)
     return np.where(mask, kspace, fft2c(maps * image)).astype(np.complex64)
 
 
 def _wavelet_image(
+    weight: float,
     kspace: np.ndarray,
     maps: np.ndarray,
     weights: np.ndarray,
-    weight: float,
     settings: WaveletSettings,
 ) -> np.ndarray:
     from sigpy.mri.app import L1WaveletRecon
@@ -127,14 +127,10 @@ def _wavelet_image(
 
 
 def _sense_image(
-    kspace: np.ndarray,
-    maps: np.ndarray,
-    weights: np.ndarray,
-    weight: float,
-    settings: SenseSettings,
+    kspace: np.ndarray, maps: np.ndarray, weights: np.ndarray, settings: SenseSettings
 ) -> np.ndarray:
     from sigpy.mri.app import SenseRecon
 
-    options: Any = {"lamda": weight, "max_iter": settings.iterations}
+    options: Any = {"lamda": settings.weight, "max_iter": settings.iterations}
     app: Any = SenseRecon(kspace, maps, weights=weights, show_pbar=False, **options)
     return app.run()

@@ -107,6 +107,8 @@ class MriConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        recompute, right = self.parallel.recompute, "0: no block of a codec is recomputed"
+        require(recompute == 0, "parallel.recompute", recompute, right)
         if self.stage.name == "2":
             right = "the codec that stage 1 made, as the folder of its model"
             require(bool(self.run.initial), "run.initial", self.run.initial, right)
