@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,6 @@ import torch
 # imports it, and what is imported below may do that.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
-    from helpers import interpreter
-
-    interpreter.install()
 
 from helpers.forks import Forks
 from nirvana import NirvanaConfig, NirvanaForCausalLM
