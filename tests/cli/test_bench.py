@@ -76,6 +76,7 @@ def test_every_part_has_its_figures(bench, tmp_path):
         assert ("time_share_of_trigger" in row) == off
 
 
+@pytest.mark.usefixtures("_short_gate")
 def test_training_in_float8_has_a_row_with_its_error(bench, tmp_path, monkeypatch):
     """On a CPU the products are slow, but the same."""
     monkeypatch.setattr(Options, "has_float8", True)
@@ -167,6 +168,7 @@ def test_warm_names_the_caches_and_measures_nothing(bench, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.usefixtures("_short_gate")
 def test_start_measures_a_process_with_empty_and_one_with_full_caches(bench, tmp_path, monkeypatch):
     """Here the process is this one; it prints its figures after other lines."""
     folders = []

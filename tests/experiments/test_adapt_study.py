@@ -38,7 +38,8 @@ TOKENIZER = tokenizer_folder("quickstart/train")
 
 SMALL = {
     "hidden_size": 16,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
+    "num_prelude_layers": 1,
     "num_attention_heads": 2,
     "sliding_window": 32,
     "task_dim": 4,

@@ -1,9 +1,10 @@
 """`benchmarks/scaling.py`: its gate lets no wrong run pass; two gloo processes go through it."""
 
+import dataclasses
 import importlib
 import json
-import os
-import subprocess
+import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -140,16 +141,49 @@ def test_a_gpu_without_kernels_is_not_measured(scaling, monkeypatch):
         scaling.check(options)
 
 
+def test_the_program_refuses_in_one_line(scaling, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--gpus", "3", "--out", str(tmp_path / "out")])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(scaling.__file__), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 2
+    assert "--gpus 3: must be among" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def launched(scaling, forks, monkeypatch):
+    """Trainings of one process in a fork, without the seconds in which torchrun and its process
+    import; the list of what others torchrun started."""
+    launch, by_torchrun = scaling.Study.launch, []
+
+    def run(study, gpus, plans):
+        if gpus > 1:
+            by_torchrun.append([plan.name for plan in plans])
+            launch(study, gpus, plans)
+            return
+        path = study.folder / "plan.json"
+        path.write_text(json.dumps([dataclasses.asdict(plan) for plan in plans]))
+        code = f"import runpy, sys; sys.path.insert(0, {str(BENCHMARKS)!r})"
+        code += f"; sys.argv[:] = [{str(scaling.PROGRAM)!r}, {str(path)!r}]"
+        code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+        codes, output = forks.run(code)
+        assert codes == [0], output
+
+    monkeypatch.setattr(scaling.Study, "launch", run)
+    return by_torchrun
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes(tmp_path):
+def test_two_processes(scaling, launched, monkeypatch, capsys, tmp_path):
     """The whole program; on the CPU losses are equal to the bit."""
-    command = [sys.executable, BENCHMARKS / "scaling.py", "--gpus", "2", "--out", tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *SMALL, *MODEL], env=environment, capture_output=True, text=True, timeout=550
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    scaling.run(*scaling.parse(["--gpus", "2", "--out", str(tmp_path), *SMALL, *MODEL]))
+    assert launched == [["timed"]]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["complete"]
     alone, two = summary["entries"]
@@ -160,4 +194,4 @@ def test_two_processes(tmp_path):
     assert two["tokens_per_step"] == 2 * alone["tokens_per_step"] == 128
     rate = two["tokens_per_second"] / alone["tokens_per_second"]
     assert two["efficiency"] == pytest.approx(rate / 2)
-    assert done.stdout.count("\n") == 3
+    assert capsys.readouterr().out.count("\n") == 3
