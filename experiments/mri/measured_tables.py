@@ -75,9 +75,10 @@ masks. "Adapted" are the scans of which hidden lines were clearly predicted bett
 the codec as it was. Scans of one coil are the two slices of the study. The adaptation's settings
 were chosen on these scans, so the gains do not apply to unseen ones. "First adaptation" is an
 earlier scheme: 30 % of the lines hidden, one fifth set aside to decide, and the background adapted,
-too. "Random weights" is the scheme of ZS-SSL: the codec's parts learn from this scan alone, 300 steps
-of each fold, one mask and direction of two scans; on the head the loss of the hidden lines still
-fell at the end. Seconds of the other rows are those of five or six adaptations at once on one H200.
+too. "Random weights" is the scheme of ZS-SSL: the codec's parts learn from this scan alone, 300
+steps of each fold, one mask and direction of two scans; on the head the loss of the hidden lines
+still fell at the end. Seconds of the other rows are those of five or six adaptations at once on one
+H200.
 """
 
 SPEED = """
