@@ -54,11 +54,10 @@ docs: $(VENV)/.test
 
 # The site in build/site: examples are run for their pictures, warnings are errors. EXAMPLES is a
 # regular expression that chooses which of them are run; the others' pages have no pictures.
-EXAMPLES ?= \.py$$
 site: export OMP_NUM_THREADS = 1
 site: $(VENV)/.test
-	$(BIN)/python -m sphinx -n -q -W --keep-going -D sphinx_gallery_conf.filename_pattern='$(EXAMPLES)' \
-		-c docs -d build/doctrees . build/site
+	$(BIN)/python -m sphinx -n -q -W --keep-going -c docs -d build/doctrees \
+		$(if $(EXAMPLES),-D sphinx_gallery_conf.filename_pattern='$(EXAMPLES)') . build/site
 
 # Addresses outside of the repository; needs a network.
 links: $(VENV)/.test

@@ -115,6 +115,31 @@ class Forks:
         answer: list[Any] = json.loads(stdout.readline())
         return answer[0], answer[1]
 
+    def program(
+        self,
+        program: Path,
+        arguments: Sequence[object] = (),
+        environments: Sequence[dict[str, str]] = ({},),
+        seconds: float = 240,
+    ) -> tuple[int, str]:
+        """Runs a file as `python FILE ARGUMENTS` does.
+
+        Args:
+            program: the file.
+            arguments: of the program.
+            environments: see `run`.
+            seconds: see `run`.
+
+        Returns:
+            the highest of the exit codes, and what all processes printed.
+        """
+        words = [str(program), *map(str, arguments)]
+        code = f"import runpy, sys; sys.argv[:] = {words!r}"
+        code += f"; sys.path.insert(0, {str(program.parent)!r})"
+        code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+        codes, output = self.run(code, environments, seconds)
+        return max(map(abs, codes)), output
+
     def together(
         self, program: Path, arguments: Sequence[object], seconds: float = 240
     ) -> tuple[int, str]:
@@ -133,8 +158,4 @@ class Forks:
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-        words = [str(program), *map(str, arguments)]
-        code = f"import runpy, sys; sys.argv[:] = {words!r}"
-        code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
-        codes, output = self.run(code, ranks, seconds)
-        return max(map(abs, codes)), output
+        return self.program(program, arguments, ranks, seconds)

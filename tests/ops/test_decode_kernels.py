@@ -10,8 +10,6 @@ from helpers.forks import Forks
 
 pytest.importorskip("triton")
 
-FOLDER = Path(__file__).parent
-
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may use on an H100 or H200."""
 
@@ -28,11 +26,8 @@ def compiled():
 
 def names_of(forks, program, *arguments):
     """The names of kernels that a program compiles, each of which fits into a GPU."""
-    words = [str(FOLDER / program), *arguments]
-    code = f"import runpy, sys; sys.path.insert(0, {str(FOLDER)!r}); sys.argv[:] = {words!r}"
-    code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
-    codes, output = forks.run(code)
-    assert codes == [0], output
+    code, output = forks.program(Path(__file__).with_name(program), arguments)
+    assert code == 0, output
     kernels = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel

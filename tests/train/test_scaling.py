@@ -167,11 +167,8 @@ def launched(scaling, forks, monkeypatch):
             return
         path = study.folder / "plan.json"
         path.write_text(json.dumps([dataclasses.asdict(plan) for plan in plans]))
-        code = f"import runpy, sys; sys.path.insert(0, {str(BENCHMARKS)!r})"
-        code += f"; sys.argv[:] = [{str(scaling.PROGRAM)!r}, {str(path)!r}]"
-        code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
-        codes, output = forks.run(code)
-        assert codes == [0], output
+        code, output = forks.program(scaling.PROGRAM, [path])
+        assert code == 0, output
 
     monkeypatch.setattr(scaling.Study, "launch", run)
     return by_torchrun

@@ -20,25 +20,46 @@ def squares(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, x.mT
 
 
-class Norm:
-    """RMSNorm of the rows of `h` `[B, D]` to those of `out`; without its gain if `folded`, where
-    that is in the product that follows.
+class Gained:
+    """A part that ends with a product by its gain `[D]`, unless the next matrix has it.
+
+    Attributes:
+        gain: of each column.
+        folded: whether the next matrix has it.
+    """
+
+    gain: Tensor
+    folded: bool
+
+    def refresh(self) -> None:
+        """Goes on with the weights that the model has now."""
+        self.folded = False
+
+    def folded_into(self, weight: Tensor) -> Tensor:
+        """A contiguous copy of the next matrix, `[D, N]`, with the gain, which this part then
+        leaves out until `refresh`."""
+        self.folded = True
+        return torch.mul(weight, self.gain[:, None]).contiguous()
+
+
+class Norm(Gained):
+    """RMSNorm of the rows of `h` `[B, D]` to those of `out`.
 
     PyTorch's own is six operations on a CPU.
     """
 
     def __init__(self, norm: Any, h: Tensor, out: Tensor) -> None:
-        self.h, self.out, self.weight, self.mean = h, out, norm.weight, 1 / h.shape[1]
+        self.h, self.out, self.gain, self.mean = h, out, norm.weight, 1 / h.shape[1]
         self.pair = squares(h[:, None])
         self.eps = h.new_full((1, 1, 1), norm.eps)
         self.scale = h.new_empty(h.shape[0], 1, 1)
-        self.factor, self.folded = self.scale[:, 0], False
+        self.factor = self.scale[:, 0]
 
     def __call__(self) -> None:
         torch.baddbmm(self.eps, *self.pair, alpha=self.mean, out=self.scale).rsqrt_()
         out = torch.mul(self.h, self.factor, out=self.out)
         if not self.folded:
-            out.mul_(self.weight)
+            out.mul_(self.gain)
 
 
 class Recent:
@@ -64,25 +85,26 @@ class Recent:
         """Takes the inputs of the last tokens, `[B, 3 D, width - 1]`, oldest first."""
         self.ring.zero_()
         for phase, past in enumerate(conv.unbind(2), start=1):
-            new = past.view(past.shape[0], 3, -1).transpose(0, 1)
-            self.slots[phase - 1].zero_()
-            self.ring.addcmul_(self.by_phase[phase % self.taps], new)
+            self._add(phase, past.view(past.shape[0], 3, -1).transpose(0, 1))
         self.phase = 0
 
     def __call__(self) -> int:
         """The slot that holds the convolved q, k and v of the new token, `[3, B, D]`."""
         phase = self.phase
         self.phase = (phase + 1) % self.taps
-        self.slots[phase - 1].zero_()
-        self.ring.addcmul_(self.by_phase[phase], self.new)
+        self._add(phase, self.new)
         if self.updater.config.conv_silu:
             F.silu(self.slots[phase], inplace=True)
         return phase
 
+    def _add(self, phase: int, new: Tensor) -> None:
+        """Adds the terms of a token, `[3, B, D]`; the sum of the one before it was read."""
+        self.slots[phase - 1].zero_()
+        self.ring.addcmul_(self.by_phase[phase], new)
 
-class Linear:
-    """The linear branch, whose output is `out` `[B, D]`, before the output projection; without the
-    gain of its norm if `folded`, where that is in the projection.
+
+class Linear(Gained):
+    """The linear branch, whose output is `out` `[B, D]`, before the output projection.
 
     Args:
         updater: of the layer.
@@ -110,9 +132,10 @@ class Linear:
         self.beta, self.decay = self.both.view(2, B * H, 1, 1)
         self.signs = x.new_tensor([1.0, -1.0])[:, None, None]
         self.bias, self.rates = x.new_zeros(2, 1, H), x.new_ones(2, 1, H)
-        self.root, self.mean, self.heads, self.folded = K**-0.5, 1 / K, H, False
+        self.root, self.mean, self.heads = K**-0.5, 1 / K, H
 
     def refresh(self) -> None:
+        super().refresh()
         updater = self.updater
         self.bias[1] = -updater.dt_bias
         self.rates[1] = updater.A_log.exp()

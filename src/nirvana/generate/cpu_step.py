@@ -97,7 +97,8 @@ class CpuStep:
         """Goes on from the states, as a prefill leaves them, with the weights that the model has
         now."""
         self.length, self.steps = int(self.count.max()), 0
-        self.head, self.norm.folded = self.model.lm_head.weight.T, False
+        self.head = self.model.lm_head.weight.T
+        self.norm.refresh()
         order = torch.arange(self.slots)
         unread = (order >= self.count[:, None])[:, None, None]
         self.bias.zero_().masked_fill_(unread, float("-inf"))
@@ -141,7 +142,7 @@ class CpuStep:
         """Copies the weights with many more rows than columns so that their rows are in memory what
         were columns: a product with one vector then adds up rows, which takes half the time of as
         many short scalar products. The copies contain the gains of the norms before them."""
-        self.head, self.norm.folded = _rows(self.norm.weight, self.head), True
+        self.head = self.norm.folded_into(self.head)
         for layer in self.layers:
             layer.copy()
 
@@ -154,11 +155,6 @@ class CpuStep:
         for layer in self.layers:
             if layer.has_window:
                 layer.window.read(slots)
-
-
-def _rows(gain: Tensor, weight: Tensor) -> Tensor:
-    """A contiguous copy of a transposed weight, its rows multiplied by the gain before it."""
-    return torch.mul(weight, gain[:, None]).contiguous()
 
 
 class _Layer:
@@ -212,9 +208,8 @@ class _Layer:
         updater = self.updater
         self.in_proj, self.out_proj = updater.in_proj.weight.T, updater.out_proj.weight.T
         self.gate_up = self.mlp.gate_up_proj.weight.T
-        for part in (*self.norms, self.linear):
-            part.folded = False
-        parts = [self.recent, self.linear] + ([self.trigger] if self.has_window else [])
+        parts = [*self.norms, self.recent, self.linear]
+        parts += [self.trigger] if self.has_window else []
         for part in parts:
             part.refresh()
         assert self.state.conv is not None
@@ -227,11 +222,9 @@ class _Layer:
     def copy(self) -> None:
         """See `CpuStep._copy`."""
         before, after = self.norms
-        self.in_proj = _rows(before.weight, self.in_proj)
-        self.out_proj = _rows(self.linear.gain, self.out_proj)
-        self.gate_up = _rows(after.weight, self.gate_up)
-        for part in (*self.norms, self.linear):
-            part.folded = True
+        self.in_proj = before.folded_into(self.in_proj)
+        self.out_proj = self.linear.folded_into(self.out_proj)
+        self.gate_up = after.folded_into(self.gate_up)
 
     def __call__(self) -> None:
         self.norms[0]()

@@ -76,7 +76,7 @@ def low_rank_kernel(
         size = tl.where(part == 0, D, D // SHARED)
         first = tl.where(part == 0, 0, D + (part - 1) * size)
         W = D + 2 * (D // SHARED)
-        up += first - part * RANK * W
+        up += first - part * RANK * W  # here the parts are columns, in `_raised` rows
     y = _raised(x, factors, up, part, b, c, B, first, size, W, RANK, X, PADDED)
     row, some = b[:, None].to(tl.int64), (b < B)[:, None]
     real = some & (c < size)[None, :]
@@ -130,7 +130,7 @@ def attention_kernel(
     row = tl.arange(0, ROWS)
     some = (row < SHARED)[:, None]
     rows = (head * SHARED + row)[:, None] * K + i[None, :]
-    if SHARED == 1:  # a row that is broadcast leaves its programs' results a better layout
+    if SHARED == 1:  # one row, broadcast: masked rows leave the results another layout
         query = tl.where(some, tl.load(q + head * K + i)[None, :], 0.0).to(q.dtype.element_ty)
     else:
         query = tl.load(q + rows, some, 0.0)
