@@ -24,7 +24,7 @@ def _where_triton_runs(device):
 
 
 @pytest.mark.parametrize(
-    ("programs", "parts"), [(1056, 64), (1056, 1), (1, 64)], ids=["many", "in turn", "one"]
+    ("programs", "parts"), [(528, 64), (528, 1), (1, 64)], ids=["many", "in turn", "one"]
 )
 @pytest.mark.parametrize(("H", "G"), [(2, 2), (6, 2), (17, 1)])
 @pytest.mark.parametrize("theta", [None, 50.0])

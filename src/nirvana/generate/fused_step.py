@@ -40,8 +40,8 @@ class FusedStep:
         layers = model.model.layers
         weight = layers[0].updater.in_proj.weight
         rank = max(1, D // 8)
-        sizes = {"h": D, "together": 2 * D + C, "a": H * K, "low": rank}
-        sizes |= {"zeta": rank, "act": config.intermediate_size, "logits": config.vocab_size}
+        sizes = {"h": D, "together": D + C, "a": H * K, "zeta": rank}
+        sizes |= {"act": config.intermediate_size, "logits": config.vocab_size}
         self.buffers = {name: weight.new_empty(B, size) for name, size in sizes.items()}
         self.x = weight.new_empty(B * max(_row(layer.updater) for layer in layers))
         floats = {"mixed": [config.qkv_size], "o": [H * K], "U": [2, C * R], "fast": [4, R]}
@@ -52,10 +52,13 @@ class FusedStep:
         self.gates = weight.new_empty(len(layers), B + B % 2, 2, dtype=torch.float32)
         self.rates = weight.new_zeros(len(layers), 2, dtype=torch.float32)
         self.window = None
+        self.maps: dict[int, tuple[Tensor, Tensor]] = {}
         if config.branches == "both":
             from nirvana.ops.cuda import decode_window
 
             self.window = decode_window.window_scratch(states[-1].keys, H)
+            first = D if config.window_output == "full" else rank
+            self.buffers["window"] = weight.new_empty(B, first + rank)
         self.rotary, self.turns = layers[-1].updater.rotary, None
         if self.window is not None and self.rotary is not None:
             self.frequency = frequencies(self.rotary, K, weight.device)
@@ -90,8 +93,14 @@ class FusedStep:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies step sizes, decays and constant gates to where a recorded graph reads them."""
+        """Writes step sizes, decays, constant gates and `zeta_maps` to where a recorded graph reads
+        them."""
         layers = self.model.model.layers
+        for index, layer in enumerate(layers):
+            if layer.updater.has_window:
+                maps = zeta_maps(layer.updater)
+                for kept, new in zip(self.maps.setdefault(index, maps), maps, strict=True):
+                    kept.copy_(new)
         for rates, gates, layer in zip(self.rates, self.gates, layers, strict=True):
             updater = layer.updater
             if updater.has_trigger:
@@ -140,40 +149,37 @@ class FusedStep:
             scales = tuple(norm.weight for norm in norms if norm is not None)
             decode_step.qkv(x, self.config.head_sizes, bias, scales or None, eps)
         if updater.has_window:
-            self._window(updater, x, state)
+            self._window(updater, x, state, index)
         if updater.has_trigger:
             self._trigger(updater, x, state, index)
         given = (x, state.conv, updater.conv_weight, self.config.conv_silu, updater.A_log)
         given = (*given, updater.dt_bias, state.delta, updater.out_norm.weight, eps)
         given = (*given, updater.out_proj.weight, (self.floats["mixed"], self.floats["o"]))
         if updater.has_window:
-            together, zeta, low = buffers["together"], updater.zeta, buffers["zeta"]
+            together, zeta = buffers["together"], buffers["zeta"]
             decode_step.linear(*given, together[:, :D])
-            self._join()
-            decode_products.product(zeta[0].weight, together, low)
-            gates = self.gates[index]
-            decode_products.blend(zeta[2].weight, low, together, gates, h, updater.convex)
+            self._join(self.sides[1:])
+            decode_products.product(self.maps[index][1], together, zeta)
+            self._join(self.sides[:1])
+            *_, up = (None, *(part.weight for part in updater.window_out[1:]))
+            parts = buffers["window"], zeta, together, self.gates[index], h
+            decode_products.blend(updater.zeta[2].weight, up, *parts, updater.convex)
         else:
             decode_step.linear(*given, h, added=h)
         mlp, act = block.mlp, buffers["act"]
         decode_products.swiglu(mlp.gate_up_proj.weight, h, block.mlp_norm.weight, eps, act)
         decode_products.product(mlp.down_proj.weight, act, h, added=h)
 
-    def _window(self, updater: Any, x: Tensor, state: Any) -> None:
+    def _window(self, updater: Any, x: Tensor, state: Any, index: int) -> None:
         from nirvana.ops.cuda import decode_products, decode_window
 
         assert self.window is not None
-        a, low, D = self.buffers["a"], self.buffers["low"], self.config.hidden_size
-        factors = x.split(updater.sections, dim=1)[4]
-        *down, up = updater.window_out
+        a, factors = self.buffers["a"], x.split(updater.sections, dim=1)[4]
         with _on_stream(self.sides[0]):
             kept = state.keys, state.values, state.sinks, self.count
             how = self.turns, self.config.sliding_window, self.window
             decode_window.window(x, factors, updater.window_up, *kept, *how, a)
-            if down:
-                decode_products.product(down[0].weight, a, low)
-                a = low
-            decode_products.product(up.weight, a, self.buffers["together"][:, D : 2 * D])
+            decode_products.product(self.maps[index][0], a, self.buffers["window"])
 
     def _trigger(self, updater: Any, x: Tensor, state: Any, index: int) -> None:
         from nirvana.ops.cuda import decode_step
@@ -187,16 +193,35 @@ class FusedStep:
                 self.rates[index],
                 updater.gate_proj.weight,
                 self.floats["U"],
-                self.buffers["together"][:, 2 * self.config.hidden_size :],
+                self.buffers["together"][:, self.config.hidden_size :],
                 self.gates[index],
                 start=index == self.config.num_prelude_layers,
                 exact=updater.trigger.exact,
             )
 
-    def _join(self) -> None:
-        for side in self.sides:
+    def _join(self, sides: Sequence[torch.cuda.Stream | None]) -> None:
+        for side in sides:
             if side is not None:
                 torch.cuda.current_stream(side.device).wait_stream(side)
+
+
+def zeta_maps(updater: Updater) -> tuple[Tensor, Tensor]:
+    """Zeta's first map, taken apart so that its product does not have to wait for all maps of the
+    window branch.
+
+    Args:
+        updater: with a window branch of r or D columns after its first map, and zeta of rank Z.
+
+    Returns:
+        `[r + Z, H K]` or `[D + Z, H K]`, the branch's first map above zeta's of the branch's o; and
+        `[Z, D + C]`, zeta's of b and h_task.
+    """
+    D = updater.out_proj.out_features
+    first, *up = (part.weight for part in updater.window_out)
+    b, a, h_task = updater.zeta[0].weight.tensor_split([D, 2 * D], dim=1)
+    for weight in (*up, first):
+        a = a.float() @ weight.float()
+    return torch.cat([first, a.to(first.dtype)]), torch.cat([b, h_task], dim=1)
 
 
 def _row(updater: Updater) -> int:

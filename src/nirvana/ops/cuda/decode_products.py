@@ -26,10 +26,10 @@ SMALL = 512
 @triton.jit
 def _product(
     weight, x, norm, row, N, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr, SILU: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """x times rows of weight `[N, K]`; x has unit root mean square and is scaled by norm, where
-    there is one, or is silu(x)."""
+    there is one."""
     start = weight + row[:, None].to(tl.int64) * K
     sums = tl.zeros((row.shape[0], COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
@@ -40,8 +40,6 @@ def _product(
         if HAS_NORM:
             squares += v * v
             v *= tl.load(norm + k, k < K, 0.0).to(tl.float32)
-        if SILU:
-            v *= tl.sigmoid(v)
         sums += w.to(tl.float32) * v[None, :]
     y = tl.sum(sums, 1)
     if HAS_NORM:
@@ -56,26 +54,31 @@ def product_kernel(
     HAS_NORM: tl.constexpr, HAS_ADDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y = _product(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM, False)
+    y = _product(weight, x, norm, row, N, eps, K, COLUMNS, HAS_NORM)
     if HAS_ADDED:
         y += tl.load(added + row, row < N, 0.0).to(tl.float32)
     tl.store(out + row, y, row < N)
 
 
 @triton.jit
-def _products(
-    weight, x, row, b, N, B, X, K: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """x, or silu(x), of each text times rows of weight `[N, K]`."""
+def _vectors(x, b, B, X, K: tl.constexpr, PADDED: tl.constexpr):
+    """Vectors b of x `[B, K]`."""
+    k = tl.arange(0, PADDED)
+    at = x + b[:, None].to(tl.int64) * X + k[None, :]
+    return tl.load(at, (b < B)[:, None] & (k < K)[None, :], 0.0)
+
+
+@triton.jit
+def _products(weight, v, row, N, K: tl.constexpr, PADDED: tl.constexpr):
+    """Vectors v, one or at least 16, times rows of weight `[N, K]`."""
     k = tl.arange(0, PADDED)
     w = weight + row[:, None].to(tl.int64) * K + k[None, :]
     w = tl.load(w, (row < N)[:, None] & (k < K)[None, :], 0.0)
-    v = x + b[:, None].to(tl.int64) * X + k[None, :]
-    v = tl.load(v, (b < B)[:, None] & (k < K)[None, :], 0.0)
-    if SILU:
-        v = v.to(tl.float32)
-        v *= tl.sigmoid(v)
-    return tl.dot(v.to(w.dtype), tl.trans(w), input_precision="ieee")
+    if v.shape[0] == 1:
+        y = tl.sum(w.to(tl.float32) * v.to(tl.float32), 1)[None, :]
+    else:
+        y = tl.dot(v.to(w.dtype), tl.trans(w), input_precision="ieee")
+    return y
 
 
 @triton.jit
@@ -85,9 +88,18 @@ def products_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    y = _products(weight, x, row, b, N, B, X, K, PADDED, False)
+    y = _products(weight, _vectors(x, b, B, X, K, PADDED), row, N, K, PADDED)
     at = out + b[:, None].to(tl.int64) * OUT + row[None, :]
     tl.store(at, y, (b < B)[:, None] & (row < N)[None, :])
+
+
+@triton.jit
+def norm_kernel(x, norm, out, eps, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """One row of x `[B, K]`, of unit root mean square, scaled by norm."""
+    at, k = tl.program_id(0).to(tl.int64) * K, tl.arange(0, COLUMNS)
+    v = tl.load(x + at + k, k < K, 0.0).to(tl.float32)
+    unit = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+    tl.store(out + at + k, unit * tl.load(norm + k, k < K, 0.0).to(tl.float32), k < K)
 
 
 @triton.jit
@@ -95,32 +107,34 @@ def swiglu_product_kernel(
     weight, x, norm, out, N, eps, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gate = _product(weight, x, norm, row, N, eps, K, COLUMNS, True, False)
-    up = _product(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True, False)
+    gate = _product(weight, x, norm, row, N, eps, K, COLUMNS, True)
+    up = _product(weight + N.to(tl.int64) * K, x, norm, row, N, eps, K, COLUMNS, True)
     tl.store(out + row, gate * tl.sigmoid(gate) * up, row < N)
 
 
 @triton.jit
 def blend_kernel(
-    weight, x, together, gates, h, N, B, TOGETHER,
-    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
-    CONVEX: tl.constexpr,
+    weight, up, window, zeta, linear, gates, h, N, B, LINEAR,
+    K: tl.constexpr, PADDED: tl.constexpr, LOW: tl.constexpr, PADDED_LOW: tl.constexpr,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, CONVEX: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    if BATCH == 1:
-        zeta = _product(weight, x, x, row, N, 0.0, K, COLUMNS, False, True)[None, :]
+    real, text = (b < B)[:, None] & (row < N)[None, :], b[:, None].to(tl.int64)
+    first = LOW if LOW else N
+    z = _vectors(zeta, b, B, K, K, PADDED).to(tl.float32)
+    z += _vectors(window + first, b, B, first + K, K, PADDED).to(tl.float32)
+    y = _products(weight, z * tl.sigmoid(z), row, N, K, PADDED)
+    if LOW:
+        a = _products(up, _vectors(window, b, B, LOW + K, LOW, PADDED_LOW), row, N, LOW, PADDED_LOW)
     else:
-        zeta = _products(weight, x, row, b, N, B, K, K, COLUMNS, True)
-    real = (b < B)[:, None] & (row < N)[None, :]
+        a = tl.load(window + text * (N + K) + row[None, :], real, 0.0).to(tl.float32)
     t = tl.load(gates + 2 * b, b < B, 0.0)[:, None]
     other = 1 - t if CONVEX else tl.load(gates + 2 * b + 1, b < B, 0.0)[:, None]
-    at = together + b[:, None].to(tl.int64) * TOGETHER + row[None, :]
-    linear = tl.load(at, real, 0.0).to(tl.float32)
-    window = tl.load(at + N, real, 0.0).to(tl.float32)
-    at = h + b[:, None].to(tl.int64) * N + row[None, :]
+    part = tl.load(linear + text * LINEAR + row[None, :], real, 0.0).to(tl.float32)
+    at = h + text * N + row[None, :]
     old = tl.load(at, real, 0.0).to(tl.float32)
-    tl.store(at, old + t * (window + other * zeta) + other * linear, real)
+    tl.store(at, old + t * (a + other * y) + other * part, real)
 
 
 @triton.jit
@@ -181,7 +195,7 @@ def product(
     """
     (N, K), B = weight.shape, x.shape[0]
     if B > 1:
-        _multiply(weight, x if norm is None else F.rms_norm(x, (K,), norm, eps), out, added)
+        _multiply(weight, x if norm is None else _normalised(x, norm, eps), out, added)
         return
     tile = _tile(N, K)
     flags = {"HAS_NORM": norm is not None, "HAS_ADDED": added is not None}
@@ -201,7 +215,7 @@ def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> 
     """
     (B, N), K = out.shape, weight.shape[1]
     if B > 1:
-        both = F.linear(F.rms_norm(x, (K,), norm, eps), weight)
+        both = F.linear(_normalised(x, norm, eps), weight)
         launch(swiglu_kernel, (B, blocks(N, COLUMNS)), both, out, N, COLUMNS=COLUMNS)
         return
     tile = Tile(min(2048, padded(K)), 1, 4)
@@ -210,23 +224,38 @@ def swiglu(weight: Tensor, x: Tensor, norm: Tensor, eps: float, out: Tensor) -> 
 
 
 def blend(
-    weight: Tensor, x: Tensor, together: Tensor, gates: Tensor, h: Tensor, convex: bool
+    weight: Tensor,
+    up: Tensor | None,
+    window: Tensor,
+    zeta: Tensor,
+    linear: Tensor,
+    gates: Tensor,
+    h: Tensor,
+    convex: bool,
 ) -> None:
-    """h += the interpolation of both branches, with zeta = weight silu(x).
+    """h += the interpolation of a and b, with zeta = weight silu(the sum of both its terms).
 
     Args:
-        weight: `[D, rank]`.
-        x: `[B, rank]`.
-        together: `[B, 2 D + C]`: b, a and h_task side by side.
+        weight: `[D, Z]`.
+        up: `[D, r]`, the last map of the window branch; None means that it has one map.
+        window: `[B, r + Z]` or `[B, D + Z]`: a before `up`, or a; and its term of zeta.
+        zeta: `[B, Z]`, the other term.
+        linear: `[B, D]`, b.
         gates: `[B, 2]`: t (convex), or t and t'.
         h: `[B, D]`, the residual stream, updated in place.
         convex: whether the interpolation is convex.
     """
-    (N, K), B = weight.shape, x.shape[0]
+    (N, K), B = weight.shape, zeta.shape[0]
+    low = 0 if up is None else up.shape[1]
     rows, batch, grid = _small_tile(N, B)
-    sizes = {"K": K, "COLUMNS": padded(K, LEAST), "ROWS": rows, "BATCH": batch, "CONVEX": convex}
-    given = (weight, x, together, gates, h, N, B, together.stride(0))
-    launch(blend_kernel, grid, *given, **sizes)
+    sizes = {
+        "K": K,
+        "PADDED": padded(K, LEAST),
+        "LOW": low,
+        "PADDED_LOW": padded(max(1, low), LEAST),
+    }
+    given = (weight, up, window, zeta, linear, gates, h, N, B, linear.stride(0))
+    launch(blend_kernel, grid, *given, **sizes, ROWS=rows, BATCH=batch, CONVEX=convex, num_warps=8)
 
 
 def gated_product(
@@ -275,6 +304,13 @@ def _multiply(weight: Tensor, x: Tensor, out: Tensor, added: Tensor | None) -> N
         rows, batch, grid = _small_tile(N, B)
         sizes = {"K": K, "PADDED": padded(K, LEAST), "ROWS": rows, "BATCH": batch}
         launch(products_kernel, grid, weight, x, out, N, B, x.stride(0), out.stride(0), **sizes)
+
+
+def _normalised(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """x `[B, K]`, contiguous, of unit root mean square, scaled by norm `[K]`."""
+    out, (B, K) = torch.empty_like(x), x.shape
+    launch(norm_kernel, (B,), x, norm, out, eps, K=K, COLUMNS=padded(K), num_warps=8)
+    return out
 
 
 def _small_tile(N: int, B: int) -> tuple[int, int, tuple[int, int]]:

@@ -15,8 +15,8 @@ from nirvana.ops.cuda.launch import LEAST, blocks, launch, padded
 
 KEYS = 64
 """Slots of the ring buffer that a program of the attention reads at a time."""
-PROGRAMS = 1056
-"""Programs of the attention from which on each reads several times: eight a multiprocessor."""
+PROGRAMS = 528
+"""Programs of the attention from which on each reads several times: four a multiprocessor."""
 NEVER = tl.constexpr(-1e30)
 """The largest score of a program that has none."""
 PARTS = 64
@@ -259,7 +259,9 @@ def window(
     sizes = {"K": K, "KEYS": KEYS, "TILES": tiles, "ROWS": padded(shared, LEAST)}
     sizes |= {"PADDED": min(max(1, PARTS // heads), padded(splits)), "PADDED_SHARED": heads}
     sizes["PADDED_SINKS"] = padded(max(1, n), LEAST)
-    launch(attention_kernel, (G, splits, B), *given, K**-0.5, **sizes, **flags, num_stages=3)
+    # Of several reads in turn, one ahead is enough: more programs then fit a multiprocessor.
+    stages = {"num_stages": 2 if tiles > 1 else 3}
+    launch(attention_kernel, (G, splits, B), *given, K**-0.5, **sizes, **flags, **stages)
 
 
 def _tiles(heads: int, slots: int) -> int:
