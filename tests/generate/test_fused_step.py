@@ -119,6 +119,27 @@ def test_tokens_of_adopted_models(small_model, kind, rows, length, steps):
     check(small_model(**{**SIZES, **ADOPTED[kind]}), rows, length, steps)
 
 
+@pytest.mark.parametrize("kind", ["low rank", "full"])
+def test_follows_weights_that_changed_in_place(small_model, kind):
+    settings = {} if kind == "low rank" else ADOPTED["SmolLM2"]
+    model = small_model(**{**SIZES, "num_hidden_layers": 2, **settings}).float()
+    decoder = Decoder(model, 100, compiled=False)
+    decoder.prefill(torch.randint(61, (1, 3)))
+    step = FusedStep(model, decoder.states, decoder.count)
+    with torch.no_grad():
+        for part in (
+            *model.model.layers[1].updater.window_out,
+            *model.model.layers[1].updater.zeta,
+        ):
+            for weight in part.parameters():
+                weight.mul_(-2)
+    decoder.prefill(torch.randint(61, (1, 3)))
+    step.refresh()
+    exact = FusedStep(model, deepcopy(decoder.states), decoder.count)
+    token = torch.randint(61, (1, 1))
+    torch.testing.assert_close(step(token), exact(token), rtol=0, atol=0)
+
+
 def check(model, rows, length, steps):
     """The logits of `steps` tokens after `length` ones are as exact as those without kernels."""
     exact, model = Decoder(deepcopy(model), 100, compiled=False), model.float()
