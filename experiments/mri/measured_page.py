@@ -35,7 +35,8 @@ codec was improved on it. It is one slice of one person, so no figure has an int
 applies to unseen scans. BART, sigpy and GRAPPA have the package's settings, which were chosen on
 simulated training scans; "best settings" were chosen on `head` itself and are more than a user
 could know. Of E2E-VarNet there is one training of 4 minutes on an H200 on the same simulation; the
-codec had 12.
+codec had 12. "Codec" is the packaged one; "trained again" is the same training with other seeds and
+about as many steps, which nobody chose from.
 
 Every figure is the mean of three masks; equispaced masks at 8x may repeat among the seeds. The
 target is the root sum of squares of all samples.
@@ -74,6 +75,7 @@ def page(folder: Path) -> str:
         text += "\nWithin the head:\n" + scores(own, "psnr_head", "ssim_head")
         if any(row["mask"] in POINTS for row in own):
             text += POINT_MASKS + scores(own, "psnr", "ssim", [*POINTS], ["columns"])
+        text += measured_tables.repeated(own)
     best = folder / "best-peers.json"
     if best.exists():
         text += measured_tables.best_peers(json.loads(best.read_text(encoding="utf-8")), rows)

@@ -30,7 +30,10 @@ NAMES = {
     "scratch": "codec's parts, random weights",
     "previous-codec": "codec packaged before",
     "codec": "codec",
+    "codec-again": "codec, trained again",
 }
+TRAININGS = ("codec", "codec-again")
+PEER_NAMES = ("grappa", "bart-sense", "l1-wavelet-best", "bart-l1-wavelet-best")
 
 # The study of codecs trained on smooth phase, whose test scans and masks are the same; its
 # `nirvana` is the method that was packaged before.
@@ -58,6 +61,14 @@ The test of [the study](../RESULTS.md): scans of smooth phase, even coils and wh
 on eight slices of each of eleven volumes of six people that no training saw, and the two measured
 slices. PSNR in dB (SSIM), mean over people. "Codec packaged before" is the method `nirvana` of the
 study, three trainings on scans of smooth phase; the codec was trained on scans that look measured.
+"""
+
+REPEATED = """
+## The codec's two trainings
+
+PSNR in dB, mean over both directions and three masks, of two trainings whose seeds change data and
+weights. The interval is of the mean over trainings, on this slice; of two of them it is wide. "Best
+peer" is the best of BART and sigpy with their best settings for this scan, and GRAPPA.
 """
 
 BEST_PEERS = """
@@ -108,6 +119,30 @@ def best_peers(found: dict[str, Any], rows: Sequence[Row]) -> str:
             body.append([f"{entry['acceleration']:g}x", name, *shown, settings])
     head = ["mask", "peer", "zero-filled", "the package's settings", "its best", "codec"]
     return BEST_PEERS + table([*head, "best settings"], body)
+
+
+def repeated(rows: Sequence[Row]) -> str:
+    """How far the trainings of the codec differ, beside the best peer.
+
+    Args:
+        rows: of `experiments.mri.measured`, of one scan.
+    """
+
+    def mean(method: str, mask: str) -> float:
+        own = [row["psnr"] for row in rows if (row["method"], row["mask"]) == (method, mask)]
+        return float(np.mean(own)) if own else float("nan")
+
+    trained = [name for name in TRAININGS if any(row["method"] == name for row in rows)]
+    if len(trained) < 2:
+        return ""
+    body = []
+    for mask in SAMPLINGS:
+        figures = [mean(name, mask) for name in trained]
+        peers = [mean(name, mask) for name in PEER_NAMES]
+        shown = [f"{figure:.2f}" for figure in figures]
+        body.append([mask, *shown, t_interval(figures).show(2), f"{np.nanmax(peers):.2f}"])
+    head = [NAMES[name] for name in trained]
+    return REPEATED + table(["mask", *head, "95 % t interval", "best peer"], body)
 
 
 def simulated(rows: Sequence[Row]) -> str:
