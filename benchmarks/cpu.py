@@ -106,7 +106,7 @@ def peak_bytes(rule: Callable, T: int) -> int:
 
 
 def tokens_per_second(threads: int, batch: int, runs: int = 7) -> float:
-    """Plain `generate` of the packaged model, greedy and of a fixed length, of all texts together."""
+    """Plain `generate` of the packaged model, greedy, of a fixed length, of all texts together."""
     torch.set_num_threads(threads)
     loaded = load_language_model("tiny", torch.device("cpu"))
     model: Any = loaded[0]  # pyright does not accept it as transformers' generative model

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from nirvana.generate import graph_decoder
+from nirvana.generate.cpu_parts import FEW, Product
 from nirvana.generate.cpu_step import CpuStep
 from nirvana.generate.graph_decoder import Decoder
 from nirvana.model.assets import load_language_model
@@ -46,6 +47,25 @@ def test_is_the_forward_pass(small_model, settings, lengths):
         with torch.no_grad():
             expected = model(text[None]).logits[0, length - 1 :]
         torch.testing.assert_close(torch.stack(logits, 1)[row], expected)
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["written", "added"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("texts", [1, FEW, FEW + 2])
+def test_a_product_has_its_texts_as_rows(threads, texts, adds):
+    x, weight, out = torch.randn(texts, 14)[:, :7], torch.randn(9, 7), torch.randn(texts, 12)
+    before, used = out.clone(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        product = Product(x, out[:, :9], adds)
+        product.take(weight)
+        product()
+    finally:
+        torch.set_num_threads(used)
+    assert (product.columns is None) == (texts == 1 or (threads == 1 and texts > FEW))
+    expected = x @ weight.T + (before[:, :9] if adds else 0)
+    torch.testing.assert_close(out[:, :9], expected)
+    torch.testing.assert_close(out[:, 9:], before[:, 9:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("context", [nullcontext, without_trigger], ids=["trigger", "without"])

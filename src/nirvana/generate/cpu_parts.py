@@ -14,10 +14,46 @@ from torch import Tensor
 from nirvana.generate.decode_states import DecodeStates
 from nirvana.ops.reference import TRIGGER_EPS, UNIT_EPS
 
+FEW = 3
+"""Texts up to which products are faster with the texts as columns, with one thread, too."""
+
 
 def squares(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[N, 1, K]` and its transpose, whose product is the sum of the squares of each row."""
     return x, x.mT
+
+
+class Product:
+    """out = x W', or out += x W', for a large weight W `[N, D]`.
+
+    Of few texts (`FEW`), and of more with several threads, it is computed as W x', whose columns
+    are the texts, and then copied: up to three times as fast.
+
+    Args:
+        x: `[B, D]`, read at every call.
+        out: `[B, N]`, written.
+        adds: to what is there.
+    """
+
+    def __init__(self, x: Tensor, out: Tensor, adds: bool = False) -> None:
+        B, N = out.shape
+        self.x, self.out, self.adds = x, out, adds
+        self.x_columns, self.columns = x.T, None
+        if B > 1 and (B <= FEW or torch.get_num_threads() > 1):
+            self.columns = out.new_empty(N, B)
+            self.rows = self.columns.T
+
+    def take(self, weight: Tensor) -> None:
+        """Multiplies with weight, `[N, D]`, from now on."""
+        self.weight, self.matrix = weight, weight.T
+
+    def __call__(self) -> Tensor:
+        if self.columns is None:
+            if self.adds:
+                return self.out.addmm_(self.x, self.matrix)
+            return torch.mm(self.x, self.matrix, out=self.out)
+        torch.mm(self.weight, self.x_columns, out=self.columns)
+        return self.out.add_(self.rows) if self.adds else self.out.copy_(self.rows)
 
 
 class Gained:
@@ -35,11 +71,11 @@ class Gained:
         """Goes on with the weights that the model has now."""
         self.folded = False
 
-    def folded_into(self, weight: Tensor) -> Tensor:
-        """A contiguous copy of the next matrix, `[D, N]`, with the gain, which this part then
-        leaves out until `refresh`."""
+    def fold_into(self, product: Product) -> None:
+        """Gives the next product a copy of its matrix, `[D, N]` contiguous, with the gain, which
+        this part then leaves out until `refresh`."""
         self.folded = True
-        return torch.mul(weight, self.gain[:, None]).contiguous()
+        product.take((product.matrix * self.gain[:, None]).contiguous().T)
 
 
 class Norm(Gained):

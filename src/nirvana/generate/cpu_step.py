@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nirvana.generate.cpu_parts import Linear, Norm, Recent, Trigger, Window
+from nirvana.generate.cpu_parts import Linear, Norm, Product, Recent, Trigger, Window
 from nirvana.generate.decode_states import DecodeStates, Place
 from nirvana.generate.refusals import model_refusal
 from nirvana.model.config import NirvanaConfig
@@ -21,8 +21,6 @@ BLOCK = 64
 """The part of the ring buffers that attention reads grows by so many slots."""
 COPY_AFTER = 8
 """Tokens after which wide weights are copied, when the copy has paid for itself."""
-COPY_ROWS = 2
-"""Texts at most for which a product with a copy is faster."""
 COPY_SIZE = 2**25
 """Parameters at most of a model whose weights are copied."""
 
@@ -48,7 +46,7 @@ class CpuStep:
         B, D, H = count.numel(), config.hidden_size, config.num_attention_heads
         weight = model.lm_head.weight
         self.h, self.normed = weight.new_empty(2, B, D)
-        self.logits = weight.new_empty(B, config.vocab_size)
+        self.head = Product(self.normed, weight.new_empty(B, config.vocab_size))
         self.bias = weight.new_empty(B, H, 1, self.slots)
         slot = place.slot[:, None, None, None]
         self.slot = slot.expand(B, H, 1, 1)
@@ -58,8 +56,7 @@ class CpuStep:
             _Layer(model.model, index, state, *shared) for index, state in enumerate(states)
         ]
         self.norm = Norm(model.model.norm, self.h, self.normed)
-        small = sum(p.numel() for p in model.parameters()) <= COPY_SIZE
-        self.copies = small and B <= COPY_ROWS
+        self.copies = B == 1 and sum(p.numel() for p in model.parameters()) <= COPY_SIZE
 
     @staticmethod
     def refusal(model: Any) -> str | None:
@@ -97,7 +94,7 @@ class CpuStep:
         """Goes on from the states, as a prefill leaves them, with the weights that the model has
         now."""
         self.length, self.steps = int(self.count.max()), 0
-        self.head = self.model.lm_head.weight.T
+        self.head.take(self.model.lm_head.weight)
         self.norm.refresh()
         order = torch.arange(self.slots)
         unread = (order >= self.count[:, None])[:, None, None]
@@ -136,13 +133,13 @@ class CpuStep:
         for layer in self.layers:
             layer()
         self.norm()
-        return torch.mm(self.normed, self.head, out=self.logits)
+        return self.head()
 
     def _copy(self) -> None:
         """Copies the weights with many more rows than columns so that their rows are in memory what
         were columns: a product with one vector then adds up rows, which takes half the time of as
         many short scalar products. The copies contain the gains of the norms before them."""
-        self.head = self.norm.folded_into(self.head)
+        self.norm.fold_into(self.head)
         for layer in self.layers:
             layer.copy()
 
@@ -177,22 +174,25 @@ class _Layer:
     ) -> None:  # fmt: skip
         block = trunk.layers[index]
         self.updater = updater = block.updater
-        self.h, self.normed, self.state, self.has_window = h, normed, state, updater.has_window
+        self.h, self.state, self.has_window = h, state, updater.has_window
         B, D = h.shape
         self.norms = Norm(block.updater_norm, h, normed), Norm(block.mlp_norm, h, normed)
         self.mlp = block.mlp
-        self.down = block.mlp.down_proj.weight.T
         self.x = h.new_empty(B, updater.in_proj.out_features)
-        self.pre = h.new_empty(B, block.mlp.gate_up_proj.out_features)
-        self.act, self.up = self.pre.chunk(2, dim=1)
+        self.in_proj = Product(normed, self.x)
+        pre = h.new_empty(B, block.mlp.gate_up_proj.out_features)
+        self.gate_up, (self.act, self.up) = Product(normed, pre), pre.chunk(2, dim=1)
+        self.down = Product(self.act, h, adds=True)
         self.recent = Recent(updater, self.x)
         assert state.delta is not None
         self.linear = Linear(updater, self.x, state.delta, self.recent.slots)
         if not self.has_window:
+            self.out_proj = Product(self.linear.out, h, adds=True)
             return
         C = updater.gate_proj.in_features
         self.together = h.new_empty(B, 2 * D + C)
         self.b, self.a, h_task = self.together.split([D, D, C], dim=1)
+        self.out_proj = Product(self.linear.out, self.b)
         self.window = Window(updater, self.x, state, slot, bias)
         given = self.x, state.memory, fast, h_task
         self.trigger = Trigger(updater, trunk.bank, *given)
@@ -206,8 +206,10 @@ class _Layer:
     def load(self) -> None:
         """Takes the states of a prefill, and the small weights."""
         updater = self.updater
-        self.in_proj, self.out_proj = updater.in_proj.weight.T, updater.out_proj.weight.T
-        self.gate_up = self.mlp.gate_up_proj.weight.T
+        self.in_proj.take(updater.in_proj.weight)
+        self.out_proj.take(updater.out_proj.weight)
+        self.gate_up.take(self.mlp.gate_up_proj.weight)
+        self.down.take(self.mlp.down_proj.weight)
         parts = [*self.norms, self.recent, self.linear]
         parts += [self.trigger] if self.has_window else []
         for part in parts:
@@ -222,25 +224,23 @@ class _Layer:
     def copy(self) -> None:
         """See `CpuStep._copy`."""
         before, after = self.norms
-        self.in_proj = before.folded_into(self.in_proj)
-        self.out_proj = self.linear.folded_into(self.out_proj)
-        self.gate_up = after.folded_into(self.gate_up)
+        before.fold_into(self.in_proj)
+        self.linear.fold_into(self.out_proj)
+        after.fold_into(self.gate_up)
 
     def __call__(self) -> None:
         self.norms[0]()
-        torch.mm(self.normed, self.in_proj, out=self.x)
+        self.in_proj()
         self.linear(self.recent())
+        self.out_proj()
         if self.has_window:
-            torch.mm(self.linear.out, self.out_proj, out=self.b)
             self.window()
             self.trigger()
             self._blend()
-        else:
-            self.h.addmm_(self.linear.out, self.out_proj)
         self.norms[1]()
-        torch.mm(self.normed, self.gate_up, out=self.pre)
+        self.gate_up()
         F.silu(self.act, inplace=True).mul_(self.up)
-        self.h.addmm_(self.act, self.down)
+        self.down()
 
     def _blend(self) -> None:
         """h += t (a + t' zeta) + t' b, see `Updater`."""

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -217,8 +217,8 @@ def zeta_maps(updater: Updater) -> tuple[Tensor, Tensor]:
         `[Z, D + C]`, zeta's of b and h_task.
     """
     D = updater.out_proj.out_features
-    first, *up = (part.weight for part in updater.window_out)
-    b, a, h_task = updater.zeta[0].weight.tensor_split([D, 2 * D], dim=1)
+    first, *up = (cast(Tensor, part.weight) for part in updater.window_out)
+    b, a, h_task = cast(Tensor, updater.zeta[0].weight).tensor_split([D, 2 * D], dim=1)
     for weight in (*up, first):
         a = a.float() @ weight.float()
     return torch.cat([first, a.to(first.dtype)]), torch.cat([b, h_task], dim=1)
